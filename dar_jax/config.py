@@ -1,0 +1,201 @@
+"""Every choice an experimenter has, with its meaning and default. A file in configs/ changes some of them.
+
+`default()` is the schema: a config with a key that is not here is an error that names the near miss.
+"""
+
+from ml_collections import ConfigDict
+
+from dar_jax.errors import UserError, check_choice, near_miss
+
+VARIANTS = ("residual", "static", "static_t", "dynamic")
+
+
+def default() -> ConfigDict:
+    """Returns the locked config of all fields. Sizes are for 8x8 digits; experiments override what they mean."""
+    config = ConfigDict()
+    config.seed = 0  # parameters, data order, noise: everything random follows from it
+
+    config.data = data = ConfigDict()
+    data.source = "digits"  # digits | idx | folder | tfds
+    data.path = ""  # idx and folder: the directory; tfds: data_dir ("" = the tfds default)
+    data.name = ""  # tfds: the data set, e.g. "imagenet2012"
+    data.train_split = "train"
+    data.eval_split = "test"  # held-out images, the reference of the inline Frechet distance
+    data.image_size = 8  # pixels, height = width, after crop
+    data.flip = False  # random horizontal flip in training
+    data.num_workers = 0  # grain worker processes; 0 reads in the training process
+
+    config.model = model = ConfigDict()
+    model.input_size = 8  # height = width of the tensor the model sees: pixels or latents
+    model.channels = 1
+    model.num_classes = 10  # the null label of guidance is num_classes
+    model.patch_size = 2
+    model.hidden_size = 128
+    model.depth = 6  # blocks; a block is two sublayers, attention and MLP
+    model.num_heads = 4
+    model.mlp_ratio = 4.0
+    model.learn_sigma = False  # official checkpoints: twice the output channels, the first half is used
+    model.label_dropout = 0.1  # probability of training on the null label
+    model.dtype = "float32"  # computation: float32 | bfloat16; parameters are always float32
+    model.remat = "block"  # what the backward pass recomputes: none | block (residual kind only, dar always does)
+
+    model.routing = routing = ConfigDict()
+    routing.kind = "dar"  # residual | dar
+    routing.query = "static_t"  # static | static_t | dynamic
+    routing.chunk_size = 4  # sublayers per chunk, S: 1 (dense) or an even divisor of 2 * depth
+    routing.summary = "last"  # a chunk's summary: last (the paper) | sum (Attention Residuals)
+    routing.final = "dedicated"  # the head's aggregator: dedicated | shared (with the last MLP) | summaries
+
+    config.diffusion = diffusion = ConfigDict()
+    diffusion.interpolant = "linear"  # linear | gvp | vp
+    diffusion.prediction = "velocity"  # velocity | score | noise
+    diffusion.weighting = "none"  # none | velocity | likelihood; ignored for velocity prediction
+    diffusion.time = "uniform"  # uniform | logit_normal
+    diffusion.time_mean = 0.0  # logit_normal: mean of logit(t)
+    diffusion.time_std = 1.0  # logit_normal: standard deviation of logit(t)
+
+    config.sampler = sampler = ConfigDict()
+    sampler.method = "heun"  # ODE: euler | heun | dopri5; SDE: sde_euler | sde_heun
+    sampler.num_steps = 50  # intervals of the fixed-step solvers
+    sampler.atol = 1e-6  # dopri5
+    sampler.rtol = 1e-3  # dopri5
+    sampler.diffusion_form = "sigma"  # SDE: constant|sbdm|sigma|linear|decreasing|increasing_decreasing
+    sampler.diffusion_norm = 1.0  # SDE: factor of the form
+    sampler.last_step = "mean"  # SDE: none | mean | tweedie | euler
+    sampler.last_step_size = 0.04  # SDE
+    sampler.cfg_scale = 1.0  # 1 = no guidance
+    sampler.cfg_channels = 0  # guided channels, 0 = all; official SiT guides the first 3 of 4
+    sampler.cfg_interval = (0.0, 1.0)  # guidance acts for t in this range (t = 0 noise, 1 data)
+
+    config.optimizer = optimizer = ConfigDict()
+    optimizer.learning_rate = 1e-4
+    optimizer.schedule = "constant"  # constant | cosine, both after warmup_steps
+    optimizer.warmup_steps = 0  # linear from 0
+    optimizer.b1 = 0.9
+    optimizer.b2 = 0.999
+    optimizer.weight_decay = 0.0
+    optimizer.clip_norm = 0.0  # global norm, 0 = off
+    optimizer.ema_decay = 0.9999  # per step; early steps use min(ema_decay, (1 + step) / (10 + step))
+
+    config.train = train = ConfigDict()
+    train.num_steps = 1000
+    train.batch_size = 64  # images per optimizer step over all devices
+    train.accumulate_steps = 1  # microbatches per step
+    train.log_every_steps = 50
+
+    config.eval = evaluation = ConfigDict()
+    evaluation.every_steps = 0  # sample grid and Frechet distance on the EMA; 0 = off
+    evaluation.num_samples = 1000  # for the Frechet distance; 0 = grid only
+    evaluation.batch_size = 250  # samples per device batch
+    evaluation.grid_size = 8  # rows = columns of the grid; a column is a class
+
+    config.checkpoint = checkpoint = ConfigDict()
+    checkpoint.every_steps = 500
+    checkpoint.keep = 2  # latest checkpoints kept
+
+    config.mesh = mesh = ConfigDict()
+    mesh.data = -1  # devices over which only the batch is split; -1 = all the rest
+    mesh.fsdp = 1  # devices over which batch, parameters and optimizer state are split
+    return config.lock()
+
+
+def route(config: ConfigDict, variant: str | None) -> ConfigDict:
+    """Sets the routing named in a config argument (`configs/x.py:static_t`); every config has the same names."""
+    variant = variant or "static_t"
+    check_choice("config variant", variant, VARIANTS)
+    if variant == "residual":
+        config.model.routing.kind = "residual"
+    else:
+        config.model.routing.kind, config.model.routing.query = "dar", variant
+    return config
+
+
+def _check_keys(config: ConfigDict, schema: ConfigDict, prefix: str) -> None:
+    for key in config:
+        if key not in schema:
+            raise UserError(f'config key "{prefix}{key}" is unknown.{near_miss(key, schema)}')
+    for key in schema:
+        value = schema[key]
+        if key not in config:
+            raise UserError(f'config key "{prefix}{key}" is missing; start from dar_jax.config.default().')
+        if isinstance(value, ConfigDict):
+            _check_keys(config[key], value, f"{prefix}{key}.")
+
+
+def validate(config: ConfigDict) -> None:
+    """Raises UserError, in one line, for the first value that cannot work. Touches no device and no file."""
+    _check_keys(config, default(), "config.")
+    model, routing, data = config.model, config.model.routing, config.data
+    choices = {
+        "config.data.source": ("digits", "idx", "folder", "tfds"),
+        "config.model.dtype": ("float32", "bfloat16"),
+        "config.model.remat": ("none", "block"),
+        "config.model.routing.kind": ("residual", "dar"),
+        "config.model.routing.query": ("static", "static_t", "dynamic"),
+        "config.model.routing.summary": ("last", "sum"),
+        "config.model.routing.final": ("dedicated", "shared", "summaries"),
+        "config.diffusion.interpolant": ("linear", "gvp", "vp"),
+        "config.diffusion.prediction": ("velocity", "score", "noise"),
+        "config.diffusion.weighting": ("none", "velocity", "likelihood"),
+        "config.diffusion.time": ("uniform", "logit_normal"),
+        "config.sampler.method": ("euler", "heun", "dopri5", "sde_euler", "sde_heun"),
+        "config.sampler.last_step": ("none", "mean", "tweedie", "euler"),
+        "config.sampler.diffusion_form": (
+            "constant", "sbdm", "sigma", "linear", "decreasing", "increasing_decreasing",
+        ),
+        "config.optimizer.schedule": ("constant", "cosine"),
+    }  # fmt: skip
+    for field, valid in choices.items():
+        value = config
+        for name in field.split(".")[1:]:
+            value = value[name]
+        check_choice(field, value, valid)
+
+    def require(condition: bool, message: str) -> None:
+        if not condition:
+            raise UserError(message)
+
+    sublayers, size = 2 * model.depth, routing.chunk_size
+    divisors = [1] + [s for s in range(2, sublayers + 1, 2) if sublayers % s == 0]
+    if routing.kind == "dar":
+        require(
+            size in divisors,
+            f"config.model.routing.chunk_size = {size} must be 1 or an even divisor of 2 * depth = {sublayers}: "
+            f"one of {divisors}.",
+        )
+    require(
+        model.hidden_size % 4 == 0 and model.hidden_size % model.num_heads == 0,
+        f"config.model.hidden_size = {model.hidden_size} must be divisible by 4 and by num_heads = {model.num_heads}.",
+    )
+    require(
+        model.input_size % model.patch_size == 0,
+        f"config.model.input_size = {model.input_size} must be divisible by patch_size = {model.patch_size}.",
+    )
+    require(
+        data.image_size == model.input_size,
+        f"config.data.image_size = {data.image_size} must equal config.model.input_size = {model.input_size}.",
+    )
+    for field, value in (
+        ("train.num_steps", config.train.num_steps),
+        ("train.batch_size", config.train.batch_size),
+        ("train.accumulate_steps", config.train.accumulate_steps),
+        ("train.log_every_steps", config.train.log_every_steps),
+        ("checkpoint.every_steps", config.checkpoint.every_steps),
+        ("checkpoint.keep", config.checkpoint.keep),
+        ("sampler.num_steps", config.sampler.num_steps),
+        ("eval.batch_size", config.eval.batch_size),
+        ("eval.grid_size", config.eval.grid_size),
+    ):
+        require(value >= 1, f"config.{field} = {value} must be at least 1.")
+    require(
+        config.train.batch_size % config.train.accumulate_steps == 0,
+        f"config.train.batch_size = {config.train.batch_size} must be divisible by "
+        f"accumulate_steps = {config.train.accumulate_steps}.",
+    )
+    require(
+        0 <= model.label_dropout < 1, f"config.model.label_dropout = {model.label_dropout} must be in [0, 1)."
+    )
+    require(
+        config.mesh.fsdp >= 1 and (config.mesh.data == -1 or config.mesh.data >= 1),
+        f"config.mesh = ({config.mesh.data}, {config.mesh.fsdp}): fsdp must be >= 1 and data >= 1 or -1.",
+    )

@@ -1,0 +1,1 @@
+"""Bytes to batches: sources of images, transforms, and deterministic, resumable grain pipelines."""

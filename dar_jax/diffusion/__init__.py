@@ -1,0 +1,1 @@
+"""Pure functions of a predicting function: interpolants, objective, samplers, guidance."""

@@ -1,0 +1,1 @@
+"""Samples to numbers: features, streaming statistics, distances."""
