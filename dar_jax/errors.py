@@ -1,6 +1,7 @@
 """One way for a user's mistake to reach the user: a single clear line and exit code 2."""
 
 import difflib
+import sys
 from collections.abc import Iterable
 
 
@@ -20,3 +21,35 @@ def check_choice(field: str, value: str, valid: Iterable[str]) -> None:
     valid = list(valid)
     if value not in valid:
         raise UserError(f'{field} = "{value}" is unknown.{near_miss(str(value), valid)}')
+
+
+def require_flags(**values) -> None:
+    """Raises UserError for a flag that was not given."""
+    for name, value in values.items():
+        if value is None:
+            raise UserError(f"--{name} is required; see --help.")
+
+
+def run(main) -> None:
+    """Runs a door under absl. A user's mistake, in a flag or later, is one line on stderr and exit code 2."""
+    from absl import app, flags
+
+    def parse(argv):
+        try:
+            return flags.FLAGS(argv)
+        except (flags.Error, UserError, OSError, AttributeError, KeyError, TypeError, ValueError) as error:
+            _exit(error)
+
+    def guarded(argv):
+        try:
+            main(argv)
+        except UserError as error:
+            _exit(error)
+
+    app.run(guarded, flags_parser=parse)
+
+
+def _exit(error: Exception) -> None:
+    text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
+    print(f"error: {' '.join(text.split())}", file=sys.stderr, flush=True)
+    sys.exit(2)

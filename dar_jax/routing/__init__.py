@@ -1,1 +1,7 @@
 """Diffusion-Adaptive Routing for any transformer: sources, queries and the softmax over depth. Knows arrays only."""
+
+from dar_jax.routing.aggregate import inverse_rms, merge, read, statistics_dtype
+from dar_jax.routing.queries import Query
+from dar_jax.routing.sources import Layout
+
+__all__ = ["Layout", "Query", "inverse_rms", "merge", "read", "statistics_dtype"]

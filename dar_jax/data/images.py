@@ -1,0 +1,81 @@
+"""Single images: decoding, channels, ADM's centre crop, and the range [-1, 1]."""
+
+from typing import BinaryIO
+
+import numpy as np
+from PIL import Image
+
+from dar_jax.errors import UserError
+
+
+def decode_image(file: str | BinaryIO, name: str) -> np.ndarray:
+    """Decodes any 8-bit format PIL knows.
+
+    Grey images (also bilevel or with alpha) become one channel, all others RGB; alpha is dropped.
+
+    Args:
+      file: a path or an open binary file.
+      name: what to call it in an error.
+
+    Returns:
+      uint8 [h, w, c], c = 1 or 3.
+
+    Raises:
+      UserError: the bytes are missing, damaged, no image, or have more than 8 bits per channel.
+    """
+    try:
+        with Image.open(file) as image:
+            if image.mode.startswith(("I", "F")):  # PIL would clip these to white
+                raise ValueError(f"mode {image.mode} has more than 8 bits per channel")
+            grey = Image.getmodebase(image.mode) == "L"
+            pixels = np.asarray(image.convert("L" if grey else "RGB"))
+    except Exception as error:  # damaged bytes make PIL's decoders raise almost anything
+        raise UserError(f'image "{name}" cannot be read ({error}); repair or remove it.') from error
+    return pixels[..., None] if grey else pixels
+
+
+def to_channels(image: np.ndarray, channels: int) -> np.ndarray:
+    """Converts uint8 [h, w, 1 or 3] to [h, w, channels]: grey is repeated, RGB becomes luma (ITU-R 601)."""
+    if image.shape[-1] == channels:
+        return image
+    if channels == 3:
+        return np.repeat(image, 3, axis=-1)
+    return np.asarray(Image.fromarray(image).convert("L"))[..., None]
+
+
+def _resize_short_side(image: np.ndarray, size: int) -> np.ndarray:
+    picture = Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)
+    while min(picture.size) >= 2 * size:
+        picture = picture.resize((picture.width // 2, picture.height // 2), Image.Resampling.BOX)
+    scale = size / min(picture.size)
+    shape = (round(picture.width * scale), round(picture.height * scale))
+    return np.asarray(picture.resize(shape, Image.Resampling.BICUBIC)).reshape(shape[1], shape[0], -1)
+
+
+def center_crop(image: np.ndarray, size: int) -> np.ndarray:
+    """Scales the short side to `size` and cuts out the middle, as ADM and its successors prepare ImageNet.
+
+    A box filter halves the image while its short side is at least 2 * size, a bicubic filter does the rest
+    (Dhariwal and Nichol 2021, arXiv:2105.05233). An image of the right size comes back bit for bit.
+
+    Args:
+      image: uint8 [h, w, c], c = 1 or 3.
+      size: pixels, height = width of the result.
+
+    Returns:
+      uint8 [size, size, c].
+    """
+    if min(image.shape[:2]) != size:
+        image = _resize_short_side(image, size)
+    top, left = (image.shape[0] - size) // 2, (image.shape[1] - size) // 2
+    return image[top : top + size, left : left + size]
+
+
+def to_float(image: np.ndarray) -> np.ndarray:
+    """Maps uint8 0..255 to float32 in [-1, 1]: x / 127.5 - 1. Any shape."""
+    return image.astype(np.float32) / 127.5 - 1
+
+
+def to_uint8(image: np.ndarray) -> np.ndarray:
+    """Maps floats to uint8: clamp(127.5 x + 128, 0, 255), truncated. The inverse of `to_float`; any shape."""
+    return np.clip(127.5 * np.asarray(image, np.float32) + 128, 0, 255).astype(np.uint8)

@@ -1,0 +1,246 @@
+"""Random access to labelled images: scikit-learn's digits, idx files, image folders, tensorflow-datasets.
+
+`open_source` checks everything that can be wrong with a config before it reads an image.
+"""
+
+import gzip
+import io
+import math
+import os
+import zlib
+from typing import Any, Protocol
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from dar_jax.data.images import decode_image
+from dar_jax.errors import UserError, check_choice, near_miss
+
+_EXTENSIONS = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
+
+
+class Source(Protocol):
+    """Labelled images by index. Picklable, so that grain's worker processes can read it."""
+
+    num_classes: int
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        """Returns {"image": uint8 [h, w, c] of any size, c = 1 or 3, "label": int}."""
+        ...
+
+
+class ArraySource:
+    """Images held in memory: uint8 [N, h, w, c] and integer labels [N]."""
+
+    def __init__(self, images: np.ndarray, labels: np.ndarray, num_classes: int):
+        self.images, self.labels, self.num_classes = images, labels, num_classes
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return {"image": self.images[index], "label": int(self.labels[index])}
+
+
+class FolderSource:
+    """Image files in one sub folder per class, decoded when asked for."""
+
+    def __init__(self, root: str, classes: list[str], files: list[bytes], labels: list[int]):
+        self.root, self.classes, self.num_classes = root, classes, len(classes)
+        # Arrays, because a million Python strings are slow to pickle to every worker process.
+        self.files, self.labels = np.array(files), np.array(labels, np.int32)
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        label = int(self.labels[index])
+        path = os.path.join(self.root, self.classes[label], os.fsdecode(self.files[index]))
+        return {"image": decode_image(path, path), "label": label}
+
+
+class TfdsSource:
+    """Records of a prepared tensorflow-datasets set; without a class label every label is 0."""
+
+    def __init__(self, records: Any, num_classes: int | None):
+        self.records, self.labelled, self.num_classes = records, num_classes is not None, num_classes or 1
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        record = self.records[index]
+        image = decode_image(
+            io.BytesIO(record["image"]), f"record {index} of {self.records.dataset_info.name}"
+        )
+        return {"image": image, "label": int(record["label"]) if self.labelled else 0}
+
+
+def _open_digits(split: str) -> Source:
+    check_choice("split of digits", split, ("train", "test"))
+    from sklearn.datasets import load_digits  # takes 2 s, which only this source should cost
+
+    digits = load_digits()
+    # The stored order cycles through the classes, so every fifth image would favour two of them.
+    rank = np.zeros(len(digits.target), np.int64)  # position among the images of the same class
+    for label in range(10):
+        members = digits.target == label
+        rank[members] = np.arange(members.sum())
+    chosen = (rank % 5 == 4) == (split == "test")
+    images = np.round(digits.images[chosen] * (255 / 16)).astype(np.uint8)
+    return ArraySource(images[..., None], digits.target[chosen], num_classes=10)
+
+
+def _read_idx(path: str, ndim: int) -> np.ndarray:
+    """Reads an idx file of uint8: bytes 0 0 8 ndim, big-endian uint32 sizes, data. Gzipped if named .gz."""
+    try:
+        with (gzip.open if path.endswith(".gz") else open)(path, "rb") as file:
+            content = file.read()
+    except (OSError, EOFError, zlib.error) as error:
+        raise UserError(f'idx file "{path}" cannot be read ({error}); fetch it again.') from error
+    header = 4 + 4 * ndim
+    if len(content) < header or content[:4] != bytes([0, 0, 8, ndim]):
+        raise UserError(
+            f'idx file "{path}" starts with {list(content[:4])}, but uint8 data of {ndim} dimensions starts '
+            f"with [0, 0, 8, {ndim}]; fetch it again."
+        )
+    shape = np.frombuffer(content, ">u4", ndim, offset=4).tolist()
+    if len(content) - header != math.prod(shape):
+        raise UserError(
+            f'idx file "{path}" holds {len(content) - header} bytes of data, but its header announces '
+            f"{shape}; fetch it again."
+        )
+    return np.frombuffer(content, np.uint8, offset=header).reshape(shape)
+
+
+def _open_idx(path: str, split: str) -> Source:
+    check_choice("split of idx files", split, ("train", "test"))
+    prefix = "train" if split == "train" else "t10k"
+    found, missing = [], []
+    for name in (f"{prefix}-images-idx3-ubyte", f"{prefix}-labels-idx1-ubyte"):
+        candidates = (os.path.join(path, name), os.path.join(path, f"{name}.gz"))
+        existing = [candidate for candidate in candidates if os.path.exists(candidate)]
+        found += existing[:1]
+        missing += [] if existing else [f"{name}[.gz]"]
+    if missing:
+        raise UserError(
+            f'config.data.path = "{path}" has no {" and no ".join(missing)}; name the directory of '
+            "the idx files (`apt-get install dataset-fashion-mnist` fills /usr/share/datasets/fashion-mnist)."
+        )
+    images, labels = _read_idx(found[0], 3), _read_idx(found[1], 1)
+    if len(images) != len(labels):
+        raise UserError(
+            f'idx file "{found[0]}" has {len(images)} images, but "{found[1]}" has {len(labels)} labels; '
+            "fetch both again."
+        )
+    return ArraySource(images[..., None], labels, num_classes=int(labels.max(initial=0)) + 1)
+
+
+def _subfolders(path: str) -> list[str]:
+    with os.scandir(path) as entries:
+        return sorted(entry.name for entry in entries if entry.is_dir() and not entry.name.startswith("."))
+
+
+def _open_folder(path: str, split: str) -> Source:
+    if not os.path.isdir(path):
+        raise UserError(f'config.data.path = "{path}" is no directory; name the directory of the images.')
+    root = os.path.join(path, split) if split not in ("", ".") else path
+    if not os.path.isdir(root):
+        raise UserError(
+            f'split "{split}" is no sub folder of config.data.path = "{path}" (use "." if the classes are '
+            f"directly in it).{near_miss(split, _subfolders(path))}"
+        )
+    classes = _subfolders(root)
+    if not classes:
+        raise UserError(f'image folder "{root}" has no sub folders; it needs one for each class.')
+    files, labels = [], []
+    for label, name in enumerate(classes):
+        with os.scandir(os.path.join(root, name)) as entries:
+            names = sorted(
+                entry.name
+                for entry in entries
+                if entry.name.lower().endswith(_EXTENSIONS) and not entry.name.startswith(".")
+            )
+        files += map(os.fsencode, names)
+        labels += [label] * len(names)
+    if not files:
+        raise UserError(
+            f'the {len(classes)} class folders of "{root}" have no images ({" ".join(_EXTENSIONS)}); '
+            "they must be directly in them."
+        )
+    return FolderSource(root, classes, files, labels)
+
+
+def _open_tfds(name: str, path: str, split: str) -> Source:
+    import tensorflow_datasets as tfds  # takes 1 s, which only this source should cost
+
+    try:
+        builder = tfds.builder(name, data_dir=path or None)
+    except (ValueError, AssertionError) as error:  # unknown set; unknown config or version of it
+        reason = str(error).splitlines()[0]
+        raise UserError(f'config.data.name = "{name}" is no tensorflow-datasets set: {reason}') from error
+    if not builder.is_prepared():
+        where = f", data_dir='{path}'" if path else ""
+        raise UserError(
+            f'config.data.name = "{name}" is not prepared in {builder.data_dir}; in Python, run tfds.builder('
+            f"'{name}'{where}, file_format='array_record').download_and_prepare()."
+        )
+    features = dict(builder.info.features.items())
+    image, label = features.get("image"), features.get("label")
+    if not (isinstance(image, tfds.features.Image) and image.np_dtype == np.uint8):
+        raise UserError(
+            f'config.data.name = "{name}" has no 8-bit "image" (features: {", ".join(features)}).'
+        )
+    try:
+        # PIL decodes the bytes, as for folders: tfds's own decoder does not convert CMYK or palettes.
+        records = builder.as_data_source(split, decoders={"image": tfds.decode.SkipDecoding()})
+    except NotImplementedError as error:
+        raise UserError(
+            f'config.data.name = "{name}" is stored in {builder.data_dir} as '
+            f"{builder.info.file_format.value}, which has no random access; prepare it as array_record "
+            "in another config.data.path."
+        ) from error
+    except ValueError as error:  # unknown, malformed or empty split
+        reason = str(error).splitlines()[0]
+        raise UserError(f'split "{split}" of "{name}" cannot be used: {reason}') from error
+    return TfdsSource(records, label.num_classes if isinstance(label, tfds.features.ClassLabel) else None)
+
+
+def open_source(data: ConfigDict, split: str) -> Source:
+    """Opens one split of the data set named by the config.
+
+    digits: "train" (1,442 images) and "test" (355): of each class, in stored order, every fifth image is
+      held out; 0..16 is scaled to 0..255. 8x8, grey.
+    idx: "train" (train-*) and "test" (t10k-*) of the directory `data.path`, gzipped or not; grey.
+    folder: the sub folder `split` of `data.path`, "." for `data.path` itself; a class is a sub folder, and
+      its label the rank of its name.
+    tfds: any split expression of the set `data.name`, prepared as array_record in `data.path`; its features
+      are "image" and, if it has one, the class label "label". Nothing is downloaded, and tensorflow is not
+      imported.
+
+    Args:
+      data: `config.data`.
+      split: `data.train_split` or `data.eval_split`.
+
+    Returns:
+      A `Source`; its order is fixed.
+
+    Raises:
+      UserError: a path, file, set or split is missing, empty or damaged.
+    """
+    check_choice("config.data.source", data.source, ("digits", "idx", "folder", "tfds"))
+    if data.source == "digits":
+        source = _open_digits(split)
+    elif data.source == "idx":
+        source = _open_idx(data.path, split)
+    elif data.source == "folder":
+        source = _open_folder(data.path, split)
+    else:
+        source = _open_tfds(data.name, data.path, split)
+    if len(source) == 0:
+        raise UserError(
+            f'split "{split}" of config.data.source = "{data.source}" has no images; choose another.'
+        )
+    return source

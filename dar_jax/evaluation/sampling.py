@@ -1,0 +1,102 @@
+"""Samples from a model on all devices: sample i depends on the seed and i alone, not on its batch."""
+
+import pathlib
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from dar_jax import models, sharding
+from dar_jax.config import validate
+from dar_jax.diffusion import guidance, sampler
+from dar_jax.errors import UserError
+from dar_jax.evaluation.grid import save_grid
+from dar_jax.models import SiT
+from dar_jax.training.checkpoint import restore_ema
+from dar_jax.training.state import abstract_params
+
+
+def make_sampler(config: ConfigDict, model: SiT, mesh: Mesh) -> Callable[[dict, Array, Array], Array]:
+    """Returns a jitted function (params, index int32 [B], label int32 [B]) -> images float32 [B, H, W, C].
+
+    Its batch is split over all devices of `mesh`. The noise of sample i follows from (config.seed, i).
+    """
+
+    def draw(params: dict, index: Array, label: Array) -> Array:
+        keys = jax.vmap(lambda i: jax.random.fold_in(jax.random.key(config.seed), i))(index)
+        noise_keys, sde_keys = jax.vmap(jax.random.split, out_axes=1)(keys)
+        shape = (model.input_size, model.input_size, model.channels)
+        x0 = jax.vmap(lambda key: jax.random.normal(key, shape))(noise_keys)
+
+        def predict(x, t, y):
+            return model.apply({"params": params}, x, t, y)
+
+        predict_guided = guidance.guided(
+            predict,
+            label,
+            model.num_classes,
+            scale=config.sampler.cfg_scale,
+            channels=config.sampler.cfg_channels,
+            interval=config.sampler.cfg_interval,
+        )
+        return sampler.sample(predict_guided, x0, sde_keys, config.sampler, config.diffusion)
+
+    batch = sharding.batch_sharding(mesh)
+    return jax.jit(draw, in_shardings=(None, batch, batch), out_shardings=batch)
+
+
+def sample_images(
+    draw: Callable, params: dict, labels: np.ndarray, batch_size: int, mesh: Mesh, *, first_index: int = 0
+):
+    """Yields uint8 images [b, H, W, C], b <= batch_size, for samples first_index, first_index + 1, ... of `labels`.
+
+    Every process gets all images. The last batch is filled up to batch_size, so that one program serves all.
+    """
+    sharded = sharding.batch_sharding(mesh)
+    for start in range(0, len(labels), batch_size):
+        label = np.asarray(labels[start : start + batch_size], np.int32)
+        count = len(label)
+        label = np.pad(label, (0, batch_size - count), mode="edge")
+        index = np.arange(batch_size, dtype=np.int32) + first_index + start
+        images = to_uint8(draw(params, jax.device_put(index, sharded), jax.device_put(label, sharded)))
+        yield np.asarray(multihost_utils.process_allgather(images, tiled=True))[:count]
+
+
+@jax.jit
+def to_uint8(x: Array) -> Array:
+    """[-1, 1] -> uint8, clamp(127.5 x + 128) as the official samplers write it."""
+    return jnp.clip(127.5 * x + 128, 0, 255).astype(jnp.uint8)
+
+
+def sample_to_file(
+    config: ConfigDict, workdir: str, step: int | None, labels: list[str] | None, num_per_label: int, out: str
+) -> None:
+    """Draws `num_per_label` samples of each label from a run's EMA and writes a .png grid (a column is a label) or
+    an .npz in the ADM layout. Raises UserError for a label, file type or checkpoint that does not exist."""
+    num_classes = config.model.num_classes
+    if pathlib.Path(out).suffix not in (".png", ".npz"):
+        raise UserError(f'--out = "{out}" must end in .png or .npz.')
+    labels = [str(i) for i in range(min(num_classes, 10))] if labels is None else labels
+    for label in labels:
+        if not label.isdigit() or int(label) >= num_classes:
+            raise UserError(f"--labels: {label} is no class; the model has classes 0 to {num_classes - 1}.")
+    validate(config)
+    mesh = sharding.make_mesh(config.mesh)
+    sharding.check_batch(mesh, "--batch_size", config.eval.batch_size)
+    model = models.build(config.model)
+    with sharding.use(mesh):
+        ema, _ = restore_ema(workdir, abstract_params(config, model, mesh), step)
+        columns = np.tile(np.asarray(labels, np.int32), num_per_label)
+        draw = make_sampler(config, model, mesh)
+        images = np.concatenate(list(sample_images(draw, ema, columns, config.eval.batch_size, mesh)))
+    path = pathlib.Path(out)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix == ".png":
+        save_grid(path, images, columns=len(labels))
+    else:
+        np.savez(path, images, columns.astype(np.int64))

@@ -1,0 +1,23 @@
+"""Trains a model: python -m dar_jax.main --config=configs/digits.py --workdir=runs/digits
+
+Any field of the config can be overridden: --config.train.num_steps=100. A workdir that holds checkpoints resumes.
+"""
+
+from absl import flags
+from ml_collections import config_flags
+
+from dar_jax import errors
+
+CONFIG = config_flags.DEFINE_config_file("config", None, "Experiment, and its variant: configs/digits.py:static_t")
+WORKDIR = flags.DEFINE_string("workdir", None, "Directory of checkpoints, samples and metrics; created if missing")
+
+
+def main(_):
+    errors.require_flags(config=CONFIG.value, workdir=WORKDIR.value)
+    from dar_jax.training.loop import train
+
+    train(CONFIG.value, WORKDIR.value)
+
+
+if __name__ == "__main__":
+    errors.run(main)

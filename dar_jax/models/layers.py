@@ -1,0 +1,163 @@
+"""The parts of a SiT: embedders, attention, MLP, the adaLN-Zero block and the head. Facts as in willisma/SiT."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+logical = nn.with_logical_partitioning
+xavier, normal, zeros = nn.initializers.xavier_uniform(), nn.initializers.normal(0.02), nn.initializers.zeros
+
+
+def dense(features: int, axes: tuple[str, str], *, kernel_init=xavier, dtype, name: str | None) -> nn.Dense:
+    """A linear map with zero bias whose kernel carries logical axis names; the last one names the bias."""
+    kernel_init, bias_init = logical(kernel_init, axes), logical(zeros, axes[1:])
+    return nn.Dense(features, kernel_init=kernel_init, bias_init=bias_init, dtype=dtype, name=name)
+
+
+def layer_norm(x: Array) -> Array:
+    """Scale-free LayerNorm over the last axis, eps 1e-6, float32 statistics; keeps shape and dtype."""
+    y = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    y = y - jnp.mean(y, axis=-1, keepdims=True)
+    y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + 1e-6)
+    return y.astype(x.dtype)
+
+
+def modulate(x: Array, shift: Array, scale: Array) -> Array:
+    """x * (1 + scale) + shift with x `[B, T, D]` and shift, scale `[B, 1, D]`."""
+    return x * (1 + scale) + shift
+
+
+def position_table(grid: int, size: int) -> np.ndarray:
+    """Fixed 2-D sin-cos table `[grid * grid, size]`, float32; the first half of the features encodes the column."""
+    frequencies = 1.0 / 10000 ** (np.arange(size // 4, dtype=np.float64) / (size // 4))
+    row, column = np.meshgrid(np.arange(grid), np.arange(grid), indexing="ij")
+    angles = [position.reshape(-1, 1) * frequencies for position in (column, row)]
+    return np.concatenate([f(a) for a in angles for f in (np.sin, np.cos)], axis=1).astype(np.float32)
+
+
+def patchify(x: Array, patch: int) -> Array:
+    """`[B, H, W, C]` -> `[B, T, p*p*C]`, tokens row by row, features in order (p, q, c)."""
+    b, h, w, c = x.shape
+    x = x.reshape(b, h // patch, patch, w // patch, patch, c).transpose(0, 1, 3, 2, 4, 5)
+    return x.reshape(b, (h // patch) * (w // patch), patch * patch * c)
+
+
+def unpatchify(x: Array, patch: int, grid: int) -> Array:
+    """`[B, T, p*p*C]` -> `[B, H, W, C]`, the inverse of `patchify` for a square of grid * grid tokens."""
+    b, c = x.shape[0], x.shape[-1] // patch**2
+    x = x.reshape(b, grid, grid, patch, patch, c).transpose(0, 1, 3, 2, 4, 5)
+    return x.reshape(b, grid * patch, grid * patch, c)
+
+
+class TimestepEmbedder(nn.Module):
+    """t in [0, 1] `[B]` -> `[B, D]`: 256 features [cos, sin] with max period 10000, then a two-layer SiLU MLP.
+
+    `zero_last` zero-initialises the last layer: DAR's static_t query adds the embedding and starts at static.
+    """
+
+    size: int
+    zero_last: bool
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, t: Array) -> Array:
+        frequencies = jnp.exp(-jnp.log(10000.0) * jnp.arange(128, dtype=jnp.float32) / 128)
+        angles = t.astype(jnp.float32)[:, None] * frequencies
+        x = jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
+        x = dense(self.size, ("features", "embed"), kernel_init=normal, dtype=self.dtype, name="dense_0")(x)
+        last_init = zeros if self.zero_last else normal
+        return dense(self.size, ("embed", "condition"), kernel_init=last_init, dtype=self.dtype, name="dense_1")(
+            nn.silu(x)
+        )
+
+
+class LabelEmbedder(nn.Module):
+    """Labels `[B]` in 0..num_classes (the last is the null label of guidance) -> `[B, D]`."""
+
+    num_classes: int
+    size: int
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, y: Array) -> Array:
+        table = self.param("table", logical(normal, ("classes", "embed")), (self.num_classes + 1, self.size))
+        return jnp.take(table, y, axis=0).astype(self.dtype)
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention over `[B, T, D]`; q, k and v come from one matrix of fan-out 3D."""
+
+    num_heads: int
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        b, tokens, size = x.shape
+        qkv = dense(3 * size, ("embed", "qkv"), dtype=self.dtype, name="qkv")(x)
+        qkv = qkv.reshape(b, tokens, 3, self.num_heads, size // self.num_heads)
+        out = jax.nn.dot_product_attention(qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2])  # [B, T, heads, head_dim]
+        return dense(size, ("heads", "embed"), dtype=self.dtype, name="out")(out.reshape(b, tokens, size))
+
+
+class Mlp(nn.Module):
+    """Linear D -> ratio * D, tanh-GELU, Linear back."""
+
+    ratio: float
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        hidden = dense(int(x.shape[-1] * self.ratio), ("embed", "mlp"), dtype=self.dtype, name="dense_0")(x)
+        hidden = nn.gelu(hidden, approximate=True)
+        return dense(x.shape[-1], ("mlp", "embed"), dtype=self.dtype, name="dense_1")(hidden)
+
+
+class Block(nn.Module):
+    """An adaLN-Zero transformer block as two branches without the residual add: each is one sublayer f_l(h; t)."""
+
+    hidden_size: int
+    num_heads: int
+    mlp_ratio: float
+    dtype: jnp.dtype
+
+    def setup(self):
+        self.adaln = dense(6 * self.hidden_size, ("embed", "mlp"), kernel_init=zeros, dtype=self.dtype, name=None)
+        self.attention = Attention(self.num_heads, self.dtype)
+        self.mlp = Mlp(self.mlp_ratio, self.dtype)
+
+    def modulation(self, condition: Array) -> list[Array]:
+        """Shift, scale and gate of the attention and then of the MLP: six `[B, 1, D]` from `[B, D]`."""
+        return jnp.split(self.adaln(nn.silu(condition))[:, None], 6, axis=-1)
+
+    def attention_branch(self, h: Array, modulation: list[Array]) -> Array:
+        """gate * attention(modulate(LayerNorm(h))), `[B, T, D]`."""
+        shift, scale, gate = modulation[:3]
+        return gate * self.attention(modulate(layer_norm(h).astype(self.dtype), shift, scale))
+
+    def mlp_branch(self, h: Array, modulation: list[Array]) -> Array:
+        """gate * MLP(modulate(LayerNorm(h))), `[B, T, D]`."""
+        shift, scale, gate = modulation[3:]
+        return gate * self.mlp(modulate(layer_norm(h).astype(self.dtype), shift, scale))
+
+    def branches(self):
+        """The block's sublayers in order."""
+        return [self.attention_branch, self.mlp_branch]
+
+
+class Head(nn.Module):
+    """LayerNorm, adaLN shift and scale, and a zero-initialised linear map to `[B, T, features]`."""
+
+    features: int
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, h: Array, condition: Array) -> Array:
+        size = h.shape[-1]
+        modulation = dense(2 * size, ("embed", "mlp"), kernel_init=zeros, dtype=self.dtype, name="adaln")(
+            nn.silu(condition)
+        )
+        shift, scale = jnp.split(modulation[:, None], 2, axis=-1)
+        x = modulate(layer_norm(h).astype(self.dtype), shift, scale)
+        return dense(self.features, ("embed", "patch"), kernel_init=zeros, dtype=self.dtype, name="dense")(x)

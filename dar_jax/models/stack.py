@@ -1,0 +1,184 @@
+"""The stack of blocks under `nn.scan`: the residual stream, or routing over a history buffer.
+
+The routed scan carries the history as one buffer `[K, B, T, D]`. Plain autodiff would save the whole buffer in every
+iteration, which is quadratic in depth. The buffer is append-only, so its final value holds every prefix: the forward
+pass keeps only that, and the backward pass runs the steps in reverse, recomputes each from the prefix it saw, and
+accumulates the cotangent of the buffer.
+"""
+
+from typing import NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from dar_jax.models.layers import Block
+from dar_jax.routing import Layout, Query, inverse_rms, merge, read, statistics_dtype
+
+
+def constrain(x: Array) -> Array:
+    """Shards tokens `[B, T, D]` (or a stack of them) over the mesh by the logical rules."""
+    return nn.with_logical_constraint(x, (None,) * (x.ndim - 3) + ("batch", "tokens", "hidden"))
+
+
+class History(NamedTuple):
+    """What the routed scan carries.
+
+    Attributes:
+      sources: the buffer, `[K, B, T, D]`; rows not yet appended are zero.
+      inv_rms: 1 / rms of every row, `[K, B, T]` float32.
+      recent: all outputs of the latest step, `[P, B, T, D]`: the final aggregator reads them in full.
+    """
+
+    sources: Array
+    inv_rms: Array
+    recent: Array
+
+
+class ResidualStep(nn.Module):
+    """One block of the ordinary residual stream."""
+
+    block: dict
+
+    @nn.compact
+    def __call__(self, h: Array, condition: Array) -> tuple[Array, None]:
+        block = Block(**self.block, name="block_0")
+        modulation = block.modulation(condition)
+        for branch in block.branches():
+            h = constrain(h + branch(h, modulation))
+        return h, None
+
+
+class RoutedStep(nn.Module):
+    """P sublayers, each fed by its own aggregator over the history and the recent outputs of this step."""
+
+    block: dict
+    layout: Layout
+    query: str
+
+    def setup(self):
+        self.blocks = [Block(**self.block, name=f"block_{i}") for i in range(self.layout.sublayers_per_step // 2)]
+        self.queries = [
+            Query(self.query, self.block["dtype"], name=f"query_{i}")
+            for i in range(self.layout.sublayers_per_step)
+        ]
+
+    def outputs(self, sources: Array, inv_rms: Array, step: Array, condition: Array, e_t: Array) -> Array:
+        """The sublayer outputs of this step, `[P, B, T, D]`, from the history before it."""
+        count = self.layout.count(step)
+        newest = sources[count - 1]
+        early = self.query != "dynamic"
+        if early:  # every query of the step is known: one pass over the history serves them all
+            u = jnp.stack([jnp.broadcast_to(q(e_t, newest), (len(e_t), 1, newest.shape[-1])) for q in self.queries])
+            aggregates, log_sums = read(u, sources, inv_rms, count)
+        recent = []
+        for i, block in enumerate(self.blocks):
+            modulation = block.modulation(condition)
+            for j, branch in enumerate(block.branches(), start=2 * i):
+                if early:
+                    u_j, aggregate, log_sum = u[j], aggregates[j], log_sums[j]
+                else:
+                    u_j = self.queries[j](e_t, recent[-1] if recent else newest)
+                    aggregate, log_sum = (x[0] for x in read(u_j[None], sources, inv_rms, count))
+                h = constrain(merge(u_j, aggregate, log_sum, recent).astype(self.block["dtype"]))
+                recent.append(constrain(branch(h, modulation)))
+        return jnp.stack(recent)
+
+    def __call__(self, history: History, step: Array, condition: Array, e_t: Array) -> tuple[History, None]:
+        recent = self.outputs(history.sources, history.inv_rms, step, condition, e_t)
+        rows = self.layout.rows(list(recent))
+        count = self.layout.count(step)
+        sources = jax.lax.dynamic_update_slice_in_dim(history.sources, rows, count, axis=0)
+        inv_rms = jax.lax.dynamic_update_slice_in_dim(history.inv_rms, inverse_rms(rows), count, axis=0)
+        return History(sources, inv_rms, recent), None
+
+
+class ResidualStack(nn.Module):
+    """`depth` blocks on a residual stream: `[B, T, D]` and condition `[B, D]` -> `[B, T, D]`."""
+
+    block: dict
+    depth: int
+    remat: str
+
+    @nn.compact
+    def __call__(self, v_0: Array, condition: Array, e_t: Array) -> Array:
+        del e_t
+        step = nn.remat(ResidualStep, prevent_cse=False) if self.remat == "block" else ResidualStep
+        h, _ = _scan(step, self.depth, in_axes=nn.broadcast)(self.block, name="steps")(v_0, condition)
+        return h
+
+
+class RoutedStack(nn.Module):
+    """`layout.depth` blocks routed by DAR and the final aggregator: `[B, T, D]` -> the head's state `[B, T, D]`."""
+
+    block: dict
+    layout: Layout
+    query: str
+
+    @nn.compact
+    def __call__(self, v_0: Array, condition: Array, e_t: Array) -> Array:
+        layout = self.layout
+        steps = _scan(RoutedStep, layout.num_steps, in_axes=(0, nn.broadcast, nn.broadcast))(
+            self.block, layout, self.query, name="steps"
+        )
+        step = RoutedStep(self.block, layout, self.query, parent=None)  # the same, as a function of its parameters
+
+        def forward(steps, v_0, condition, e_t):
+            history = History(
+                jnp.zeros((layout.num_rows, *v_0.shape), v_0.dtype).at[0].set(v_0),
+                jnp.zeros((layout.num_rows, *v_0.shape[:2]), statistics_dtype(v_0)).at[0].set(inverse_rms(v_0)),
+                jnp.zeros((layout.sublayers_per_step, *v_0.shape), v_0.dtype),
+            )
+            history, _ = steps(history, jnp.arange(layout.num_steps), condition, e_t)
+            return history.sources, history.recent, history.inv_rms
+
+        def forward_and_residuals(steps, v_0, condition, e_t):
+            sources, recent, inv_rms = forward(steps, v_0, condition, e_t)
+            return (sources, recent, inv_rms), (steps.variables["params"], sources, inv_rms, condition, e_t)
+
+        def backward(residuals, cotangents):
+            params, sources, inv_rms, condition, e_t = residuals
+            d_sources, d_recent, _ = cotangents
+
+            def reverse(carry, step_input):
+                d_sources, d_recent, d_condition, d_e_t = carry
+                index, step_params = step_input
+                outputs, vjp = jax.vjp(
+                    lambda p, c, e, v: step.apply({"params": p}, v, inv_rms, index, c, e, method="outputs"),
+                    step_params, condition, e_t, sources,
+                )  # fmt: skip
+                d_rows = jax.lax.dynamic_slice_in_dim(d_sources, layout.count(index), layout.rows_per_step)
+                (d_outputs,) = jax.vjp(lambda o: layout.rows(list(o)), outputs)[1](d_rows)
+                d_params, d_c, d_e, d_history = vjp(d_outputs + d_recent)
+                carry = d_sources + d_history, jnp.zeros_like(d_recent), d_condition + d_c, d_e_t + d_e
+                return carry, d_params
+
+            carry = d_sources, d_recent, jnp.zeros_like(condition), jnp.zeros_like(e_t)
+            scanned = jnp.arange(layout.num_steps), params
+            (d_sources, _, d_condition, d_e_t), d_params = jax.lax.scan(reverse, carry, scanned, reverse=True)
+            return {"params": d_params}, d_sources[0], d_condition, d_e_t
+
+        run = nn.custom_vjp(forward, forward_and_residuals, backward)
+        sources, recent, inv_rms = run(steps, v_0, condition, e_t)
+        recent = [] if layout.final == "summaries" else list(recent)
+        newest = recent[-1] if recent else sources[-1]
+        if layout.final == "shared":
+            last = jax.tree.map(lambda p: p[-1], nn.meta.unbox(steps.variables["params"][f"query_{layout.sublayers_per_step - 1}"]))
+            u = Query(self.query, self.block["dtype"], parent=None).apply({"params": last}, e_t, newest)
+        else:
+            u = Query(self.query, self.block["dtype"], name="final_query")(e_t, newest)
+        u = jnp.broadcast_to(u, (len(v_0), u.shape[-2] if u.ndim == 3 else 1, u.shape[-1]))
+        aggregate, log_sum = read(u[None], sources, inv_rms, jnp.int32(layout.num_final_rows))
+        return constrain(merge(u, aggregate[0], log_sum[0], recent).astype(v_0.dtype))
+
+
+def _scan(step, length: int, in_axes) -> nn.Module:
+    return nn.scan(
+        step,
+        variable_axes={"params": 0},
+        split_rngs={"params": True},
+        in_axes=in_axes,
+        length=length,
+        metadata_params={nn.PARTITION_NAME: "layers"},
+    )

@@ -1,0 +1,69 @@
+"""Which sources every aggregator sees (chunks, summaries, the final set) and how the history buffer is laid out.
+
+Sublayers are numbered 1..L as in the paper, `v_0` is the embedded input. The stack runs in *steps* of
+`sublayers_per_step` sublayers. The buffer holds one row per summary: row 0 is `v_0`, and every step appends
+`rows_per_step` rows. Within a step, sublayer outputs are *recent* sources, kept beside the buffer.
+"""
+
+import dataclasses
+
+import jax.numpy as jnp
+from jax import Array
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """The routing structure of a stack of `depth` blocks (paper Eq. 7 and 11).
+
+    Attributes:
+      depth: blocks; L = 2 * depth sublayers.
+      chunk_size: S sublayers per chunk; 1 (dense: every output is its own summary) or an even divisor of L.
+      summary: "last" (a chunk is summarised by its last output) or "sum" (by the sum of its outputs).
+      final: sources of the head's aggregator: "dedicated" and "shared" see {c_0..c_{N-1}} and the last chunk in
+        full, "summaries" sees {c_0..c_N}. "shared" reuses the parameters of the last sublayer's aggregator.
+    """
+
+    depth: int
+    chunk_size: int
+    summary: str = "last"
+    final: str = "dedicated"
+
+    def __post_init__(self):
+        if self.chunk_size != 1 and (self.chunk_size % 2 or 2 * self.depth % self.chunk_size):
+            raise ValueError(f"chunk_size = {self.chunk_size} is neither 1 nor an even divisor of {2 * self.depth}")
+
+    @property
+    def sublayers_per_step(self) -> int:
+        """P: a chunk, or one block when every sublayer is a chunk."""
+        return max(self.chunk_size, 2)
+
+    @property
+    def num_steps(self) -> int:
+        return 2 * self.depth // self.sublayers_per_step
+
+    @property
+    def rows_per_step(self) -> int:
+        return 2 if self.chunk_size == 1 else 1
+
+    @property
+    def num_rows(self) -> int:
+        """K: rows of the buffer."""
+        return 1 + self.num_steps * self.rows_per_step
+
+    @property
+    def num_final_rows(self) -> int:
+        """Rows the final aggregator reads from the buffer; the rest of its sources are recent."""
+        return self.num_rows if self.final == "summaries" else self.num_rows - self.rows_per_step
+
+    def count(self, step):
+        """Filled rows when `step` (0-based, int or traced) starts."""
+        return 1 + step * self.rows_per_step
+
+    def rows(self, outputs: list[Array]) -> Array:
+        """The rows a step appends, `[rows_per_step, B, T, D]`, from its P sublayer outputs `[B, T, D]`."""
+        if self.chunk_size == 1:
+            return jnp.stack(outputs)
+        if self.summary == "sum":
+            wide = jnp.promote_types(outputs[0].dtype, jnp.float32)
+            return sum(output.astype(wide) for output in outputs).astype(outputs[0].dtype)[None]
+        return outputs[-1][None]

@@ -1,0 +1,39 @@
+"""Draws samples: python -m dar_jax.sample --workdir=runs/digits --labels=0,1,2 --cfg_scale=2 --out=grid.png
+
+The weights are the EMA of the latest checkpoint. With --out=x.npz the images are written in the ADM layout: arr_0
+uint8 [N, H, W, C] and, as arr_1, the labels int64 [N].
+"""
+
+from absl import flags
+
+from dar_jax import errors
+
+WORKDIR = flags.DEFINE_string("workdir", None, "A directory that dar_jax.main wrote")
+STEP = flags.DEFINE_integer("step", None, "Checkpoint to load; default: the latest")
+LABELS = flags.DEFINE_list("labels", None, "Class labels, one column of the grid each; default: all, at most 10")
+NUM_PER_LABEL = flags.DEFINE_integer("num_per_label", 8, "Samples per label, the rows of the grid", lower_bound=1)
+SAMPLER = flags.DEFINE_string("sampler", None, "euler | heun | dopri5 | sde_euler | sde_heun; default: the run's")
+STEPS = flags.DEFINE_integer("steps", None, "Steps of the fixed-step samplers; default: the run's")
+CFG_SCALE = flags.DEFINE_float("cfg_scale", None, "Guidance scale, 1 = none; default: the run's")
+SEED = flags.DEFINE_integer("seed", None, "Seed of the noise; default: the run's")
+BATCH_SIZE = flags.DEFINE_integer("batch_size", None, "Samples per batch over all devices; default: eval.batch_size")
+OUT = flags.DEFINE_string("out", "samples.png", "A .png grid or an .npz of images and labels")
+
+
+def main(_):
+    errors.require_flags(workdir=WORKDIR.value)
+    from dar_jax.evaluation.sampling import sample_to_file
+    from dar_jax.training.checkpoint import load_config
+
+    config = load_config(WORKDIR.value)
+    for field, flag in {"method": SAMPLER, "num_steps": STEPS, "cfg_scale": CFG_SCALE}.items():
+        if flag.value is not None:
+            config.sampler[field] = flag.value
+    config.seed = config.seed if SEED.value is None else SEED.value
+    config.eval.batch_size = BATCH_SIZE.value or config.eval.batch_size
+    sample_to_file(config, WORKDIR.value, STEP.value, LABELS.value, NUM_PER_LABEL.value, OUT.value)
+    print(f"wrote {OUT.value}")
+
+
+if __name__ == "__main__":
+    errors.run(main)

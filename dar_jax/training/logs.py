@@ -1,0 +1,72 @@
+"""What a run says: TensorBoard (clu), workdir/metrics.jsonl and a progress line."""
+
+import json
+import os
+import pathlib
+import time
+
+import jax
+
+
+def say(message: str) -> None:
+    """Prints one line on the first process, at once."""
+    if jax.process_index() == 0:
+        print(message, flush=True)
+
+
+class Logs:
+    """Writes scalars of a run that starts after `first_step` steps and is `num_steps` long.
+
+    metrics.jsonl has one object a line: {"step": ..., "loss": ..., ...}. Lines of steps that a resumed run will
+    take again are dropped, so the file reads as one uninterrupted run.
+    """
+
+    def __init__(self, workdir: str, *, first_step: int, num_steps: int, batch_size: int):
+        # clu's writers import tensorflow (seconds), so only a run pays for it.
+        from clu import metric_writers
+
+        is_first = jax.process_index() == 0
+        self.writer = metric_writers.create_default_writer(workdir, just_logging=not is_first)
+        self.path = pathlib.Path(workdir) / "metrics.jsonl" if is_first else None
+        self.num_steps, self.batch_size = num_steps, batch_size
+        self.start_window(first_step)
+        if is_first and self.path.exists():
+            kept = [line for line in self.path.read_text().splitlines() if _step(line) <= first_step]
+            temporary = self.path.with_suffix(".tmp")
+            temporary.write_text("".join(f"{line}\n" for line in kept))
+            os.replace(temporary, self.path)
+
+    def start_window(self, step: int) -> None:
+        """Starts the measurement of speed anew, after time that was not training."""
+        self.window_step, self.window_time = step, time.monotonic()
+
+    def write(self, step: int, scalars: dict[str, float]) -> None:
+        self.writer.write_scalars(step, scalars)
+        if self.path is not None:
+            with open(self.path, "a") as file:
+                file.write(json.dumps({"step": step, **scalars}) + "\n")
+
+    def progress(self, step: int, scalars: dict[str, float]) -> None:
+        """Writes the scalars with the speed since the window started, and prints the progress line."""
+        if step > self.window_step:
+            speed = (step - self.window_step) / (time.monotonic() - self.window_time)
+            scalars = {**scalars, "steps_per_second": speed, "images_per_second": speed * self.batch_size}
+            eta = (self.num_steps - step) / speed
+            clock = f"{int(eta // 3600)}:{int(eta // 60 % 60):02d}:{int(eta % 60):02d}"
+            say(
+                f"step {step}/{self.num_steps}  loss {scalars['loss']:.4f}  {speed:.3g} steps/s  "
+                f"{scalars['images_per_second']:.4g} images/s  ETA {clock}"
+            )
+        self.write(step, scalars)
+        self.start_window(step)
+
+    def close(self) -> None:
+        self.writer.flush()
+        self.writer.close()
+
+
+def _step(line: str) -> float:
+    try:
+        return json.loads(line)["step"]
+    except (ValueError, KeyError):  # a line cut short by a crash
+        return float("inf")

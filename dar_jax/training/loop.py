@@ -1,0 +1,160 @@
+"""The run: build everything, then step, log, evaluate and save until done or told to stop."""
+
+import math
+import signal
+import threading
+
+import jax
+from jax.experimental import multihost_utils
+from ml_collections import ConfigDict
+
+from dar_jax import models, sharding
+from dar_jax.config import validate
+from dar_jax.data.pipeline import train_iterator
+from dar_jax.data.sources import open_source
+from dar_jax.errors import UserError
+from dar_jax.evaluation.metrics import InlineEvaluation
+from dar_jax.training.checkpoint import Checkpoints, claim_workdir
+from dar_jax.training.logs import Logs, say
+from dar_jax.training.optimizer import make_optimizer
+from dar_jax.training.state import make_state
+from dar_jax.training.step import make_train_step
+
+
+def train(config: ConfigDict, workdir: str) -> None:
+    """Trains to config.train.num_steps in `workdir`, from its latest checkpoint if it holds one.
+
+    SIGTERM saves and returns. Raises UserError, before anything is compiled, for what cannot work, and when the
+    loss is no longer finite.
+    """
+    validate(config)
+    mesh = sharding.make_mesh(config.mesh)
+    sharding.check_batch(mesh, "config.train.batch_size / accumulate_steps", _micro_batch(config))
+    if config.eval.every_steps:
+        sharding.check_batch(mesh, "config.eval.batch_size", config.eval.batch_size)
+    num_classes = open_source(config.data, config.data.train_split).num_classes
+    if num_classes > config.model.num_classes:
+        raise UserError(
+            f"config.model.num_classes = {config.model.num_classes} but the data has {num_classes} classes; "
+            f"set it to {num_classes}."
+        )
+    iterator = train_iterator(
+        config.data,
+        channels=config.model.channels,
+        batch_size=config.train.batch_size,
+        seed=config.seed,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+    )
+    claim_workdir(workdir, config)
+    with sharding.use(mesh), _StopSignal() as stop:
+        _run(config, workdir, mesh, iterator, stop)
+
+
+def _run(config, workdir, mesh, iterator, stop) -> None:
+    model = models.build(config.model)
+    optimizer = make_optimizer(config.optimizer, config.train.num_steps)
+    init, abstract = make_state(config, model, optimizer, mesh)
+    checkpoints = Checkpoints(workdir, config.checkpoint.keep)
+    if checkpoints.latest_step is None:
+        state = init()
+        _describe(state.params)
+    else:
+        state = checkpoints.restore(abstract, iterator)
+        say(f"resumed at step {checkpoints.latest_step} from {workdir}/checkpoints")
+    step, num_steps = int(state.step), config.train.num_steps
+    if step >= num_steps:
+        say(f"nothing to do: {workdir} is at step {step} of {num_steps}; raise --config.train.num_steps to go on")
+        return
+
+    evaluation = InlineEvaluation(config, model, mesh, workdir, say) if config.eval.every_steps else None
+    logs = Logs(workdir, first_step=step, num_steps=num_steps, batch_size=config.train.batch_size)
+    batch_sharding = sharding.batch_sharding(mesh)
+    take_step = jax.jit(make_train_step(config, model, optimizer), donate_argnums=0)
+    pending = None  # (step, metrics) of the newest step: fetched only when the next one is on its way
+
+    def settle() -> None:
+        nonlocal pending
+        if pending is None:
+            return
+        (settled, values), pending = pending, None
+        values = {name: float(value) for name, value in values.items()}
+        if not all(math.isfinite(value) for value in values.values()):
+            last = checkpoints.latest_step
+            raise UserError(
+                f"step {settled}: {values} is not finite. "
+                + (f"The last good checkpoint is step {last} in {workdir}." if last else "No checkpoint was saved.")
+                + " Lower config.optimizer.learning_rate, or set config.optimizer.clip_norm."
+            )
+        if settled % config.train.log_every_steps == 0 or settled == num_steps:
+            logs.progress(settled, values)
+
+    say("compiling the train step")
+    try:
+        while step < num_steps and not stop(step):
+            batch = jax.tree.map(
+                lambda x: jax.make_array_from_process_local_data(batch_sharding, x), next(iterator)
+            )
+            state, metrics = take_step(state, batch)
+            step += 1
+            settle()
+            pending = step, metrics
+            evaluate = evaluation and (step % config.eval.every_steps == 0 or step == num_steps)
+            save = step % config.checkpoint.every_steps == 0 or step == num_steps
+            if evaluate or save or step == num_steps:
+                settle()
+            if save:
+                checkpoints.save(state, iterator, step)
+            if evaluate:
+                scalars = evaluation.run(state.ema, step)
+                logs.write(step, scalars)
+                say(f"step {step}: {workdir}/samples/{step:08d}.png  " + _format(scalars))
+            if evaluate or save:
+                logs.start_window(step)
+        if step < num_steps:
+            settle()
+            checkpoints.save(state, iterator, step)
+            say(f"stopped by a signal at step {step}, saved; the same command goes on from here")
+    finally:
+        checkpoints.close()
+        logs.close()
+        iterator.close()
+
+
+def _micro_batch(config: ConfigDict) -> int:
+    return config.train.batch_size // config.train.accumulate_steps
+
+
+def _format(scalars: dict[str, float]) -> str:
+    return "  ".join(f"{name} {value:.4g}" for name, value in scalars.items())
+
+
+def _describe(params) -> None:
+    from clu import parameter_overview
+
+    say(parameter_overview.get_parameter_overview(params, include_stats=False))
+
+
+class _StopSignal:
+    """Within its context SIGTERM and SIGINT ask the loop to stop; calling it says whether they did."""
+
+    def __enter__(self):
+        self.asked = False
+        self.previous = {}
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGTERM, signal.SIGINT):
+                self.previous[number] = signal.signal(number, self._ask)
+        return self
+
+    def __exit__(self, *_):
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)
+
+    def _ask(self, number, frame):
+        self.asked = True
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a second Ctrl-C interrupts at once
+
+    def __call__(self, step: int) -> bool:
+        if jax.process_count() > 1:  # all hosts must stop at the same step
+            return multihost_utils.reached_preemption_sync_point(step)
+        return self.asked

@@ -1,0 +1,119 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy import stats
+
+from dar_jax.config import default
+from dar_jax.diffusion.interpolant import time_range
+from dar_jax.diffusion.objective import draw, loss_per_example
+from dar_jax.errors import UserError
+
+
+def config(**fields):
+    diffusion = default().diffusion
+    diffusion.update(fields)
+    return diffusion
+
+
+def official_loss(output_fn, x1, x0, t, interpolant, prediction, weighting):
+    """The official formulae in float64 NumPy, with d log(alpha) / dt as their building block."""
+    t = t.reshape(-1, 1, 1, 1)
+    if interpolant == "linear":
+        a, s, ds, ratio = t, 1 - t, -np.ones_like(t), 1 / t
+        da = np.ones_like(t)
+    elif interpolant == "gvp":
+        angle = np.pi * t / 2
+        a, s = np.sin(angle), np.cos(angle)
+        da, ds, ratio = np.pi / 2 * np.cos(angle), -np.pi / 2 * np.sin(angle), np.pi / 2 / np.tan(angle)
+    else:
+        log_a = -0.25 * (1 - t) ** 2 * (20 - 0.1) - 0.5 * (1 - t) * 0.1
+        ratio = 0.5 * (1 - t) * (20 - 0.1) + 0.5 * 0.1
+        a = np.exp(log_a)
+        s = np.sqrt(1 - a**2)
+        da, ds = a * ratio, -(a**2) * ratio / s
+    x_t = a * x1 + s * x0
+    m = output_fn(x_t, t)
+    if prediction == "velocity":
+        return np.mean((m - (da * x1 + ds * x0)) ** 2, axis=(1, 2, 3))
+    drift = ratio * s**2 - s * ds
+    w = {"none": np.ones_like(t), "velocity": (drift / s) ** 2, "likelihood": drift / s**2}[weighting]
+    error = m - x0 if prediction == "noise" else m * s + x0
+    return np.mean(w * error**2, axis=(1, 2, 3))
+
+
+@pytest.mark.parametrize("interpolant", ["linear", "gvp", "vp"])
+@pytest.mark.parametrize("prediction", ["velocity", "score", "noise"])
+@pytest.mark.parametrize("weighting", ["none", "velocity", "likelihood"])
+def test_loss_equals_the_official_formulae(interpolant, prediction, weighting):
+    rng = np.random.default_rng(1)
+    x1, x0 = rng.normal(size=(2, 5, 4, 4, 3)).astype(np.float32)
+    t = np.array([0.01, 0.2, 0.5, 0.8, 0.97], np.float32)
+
+    def predict(x_t, t):
+        assert t.shape == (5,)
+        return jnp.sin(2 * x_t) + t.reshape(-1, 1, 1, 1)
+
+    diffusion = config(interpolant=interpolant, prediction=prediction, weighting=weighting)
+    loss = loss_per_example(predict, *map(jnp.asarray, (x1, x0, t)), diffusion)
+    expected = official_loss(
+        lambda x, t: np.sin(2 * x) + t,
+        *(v.astype(np.float64) for v in (x1, x0, t)),
+        interpolant,
+        prediction,
+        weighting,
+    )
+    assert loss.dtype == jnp.float32
+    np.testing.assert_allclose(loss, expected, rtol=2e-5)
+
+
+@pytest.mark.parametrize("interpolant", ["linear", "gvp", "vp"])
+@pytest.mark.parametrize("prediction", ["velocity", "score", "noise"])
+@pytest.mark.parametrize("weighting", ["none", "velocity", "likelihood"])
+def test_loss_and_gradient_are_finite_at_the_ends_of_time(interpolant, prediction, weighting):
+    t = jnp.asarray(time_range(interpolant, prediction, sampling=False), jnp.float32)
+    x1, x0 = jnp.ones((2, 2, 2, 1)), -jnp.ones((2, 2, 2, 1))
+    diffusion = config(interpolant=interpolant, prediction=prediction, weighting=weighting)
+
+    def loss(scale):
+        return loss_per_example(lambda x, t: scale * x, x1, x0, t, diffusion).sum()
+
+    assert np.isfinite(jax.value_and_grad(loss)(0.5)).all()
+
+
+def test_bfloat16_output_gives_a_float32_loss():
+    x = jnp.ones((2, 2, 2, 1))
+    loss = loss_per_example(lambda x, t: x.astype(jnp.bfloat16), x, x, jnp.full(2, 0.5), config())
+    assert loss.dtype == jnp.float32
+
+
+def test_uniform_time_fills_the_training_range():
+    t, x0 = draw(jax.random.key(0), jnp.zeros((20000, 1, 1, 1)), config(prediction="noise"))
+    assert t.dtype == x0.dtype == jnp.float32
+    assert t.min() >= 1e-3 and t.max() <= 1 - 1e-3
+    assert stats.kstest(np.asarray(t), stats.uniform(1e-3, 1 - 2e-3).cdf).pvalue > 1e-3
+    assert stats.kstest(np.asarray(x0).ravel(), stats.norm.cdf).pvalue > 1e-3
+    assert abs(np.corrcoef(t, np.asarray(x0).ravel())[0, 1]) < 0.03
+
+
+@pytest.mark.parametrize("interpolant, end", [("linear", 1.0), ("vp", 1 - 1e-5)])
+def test_logit_normal_time(interpolant, end):
+    diffusion = config(time="logit_normal", time_mean=-0.8, time_std=0.6, interpolant=interpolant)
+    t, _ = draw(jax.random.key(1), jnp.zeros((20000, 1, 1, 1)), diffusion)
+    unit = np.asarray(t, np.float64) / end
+    logit = np.log(unit / (1 - unit))
+    assert stats.kstest(logit, stats.norm(-0.8, 0.6).cdf).pvalue > 1e-3
+
+
+def test_bad_values_are_user_errors():
+    x = jnp.zeros((2, 2, 2, 1))
+    with pytest.raises(UserError, match=r"logit_norm.*logit_normal"):
+        draw(jax.random.key(0), x, config(time="logit_norm"))
+    with pytest.raises(UserError, match="time_std = 0"):
+        draw(jax.random.key(0), x, config(time="logit_normal", time_std=0.0))
+    with pytest.raises(UserError, match="likelyhood"):
+        loss_per_example(
+            lambda x, t: x, x, x, jnp.full(2, 0.5), config(prediction="noise", weighting="likelyhood")
+        )
+    with pytest.raises(ValueError, match="shape"):
+        loss_per_example(lambda x, t: x[..., :0], x, x, jnp.full(2, 0.5), config())
