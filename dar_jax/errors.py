@@ -32,7 +32,9 @@ def require_flags(**values) -> None:
 
 def run(main) -> None:
     """Runs a door under absl. A user's mistake, in a flag or later, is one line on stderr and exit code 2."""
-    from absl import app, flags
+    from absl import app, flags, logging
+
+    logging.set_verbosity(logging.WARNING)  # orbax and clu describe their every move at INFO
 
     def parse(argv):
         try:

@@ -96,8 +96,10 @@ class Attention(nn.Module):
     def __call__(self, x: Array) -> Array:
         b, tokens, size = x.shape
         qkv = dense(3 * size, ("embed", "qkv"), dtype=self.dtype, name="qkv")(x)
-        qkv = qkv.reshape(b, tokens, 3, self.num_heads, size // self.num_heads)
-        out = jax.nn.dot_product_attention(qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2])  # [B, T, heads, head_dim]
+        q, k, v = jnp.moveaxis(qkv.reshape(b, tokens, 3, self.num_heads, size // self.num_heads), 2, 0)
+        scores = jnp.einsum("bqhd,bkhd->bhqk", q, k, preferred_element_type=jnp.promote_types(x.dtype, jnp.float32))
+        weights = jax.nn.softmax(scores * (size // self.num_heads) ** -0.5).astype(x.dtype)
+        out = jnp.einsum("bhqk,bkhd->bqhd", weights, v)
         return dense(size, ("heads", "embed"), dtype=self.dtype, name="out")(out.reshape(b, tokens, size))
 
 

@@ -22,14 +22,29 @@ def inverse_rms(v: Array) -> Array:
     return jax.lax.rsqrt(jnp.mean(jnp.square(v.astype(statistics_dtype(v))), axis=-1) + EPS)
 
 
-def _dot(spec: str, a: Array, b: Array) -> Array:
-    return jnp.einsum(spec, a, b, preferred_element_type=statistics_dtype(b))
+def _dot_sources(u: Array, sources: Array) -> Array:
+    """u `[Q, B or 1, T or 1, D]` . v_k -> `[Q, K, B, T]`: a matmul where u is one vector for all tokens."""
+    dtype = statistics_dtype(sources)
+    if u.shape[2] > 1:
+        return jnp.einsum("qbtd,kbtd->qkbt", u.astype(sources.dtype), sources, preferred_element_type=dtype)
+    k, b, _, d = sources.shape
+    u = jnp.broadcast_to(u[:, :, 0].astype(sources.dtype), (len(u), b, d))
+    return jnp.einsum("kbtd,kbdq->qkbt", sources, jnp.broadcast_to(u.transpose(1, 2, 0), (k, b, d, len(u))),
+                      preferred_element_type=dtype)  # fmt: skip
+
+
+def _weighted_sum(weights: Array, sources: Array) -> Array:
+    """sum_k w_k v_k: `[Q, K, B, T]` and `[K, B, T, D]` -> `[Q, B, T, D]` in float32.
+
+    This is einsum("qkbt,kbtd->qbtd"), written term by term: as a dot it is a batch of B * T tiny matmuls, here one
+    fused pass over the sources (6 times faster on CPU).
+    """
+    return jnp.stack([sum(w[k][..., None] * sources[k] for k in range(len(sources))) for w in weights])
 
 
 def _scores(u: Array, sources: Array, inv_rms: Array, count: Array) -> Array:
-    scores = _dot("kbtd,qbtd->qkbt", sources, u.astype(sources.dtype)) * inv_rms
     filled = jnp.arange(sources.shape[0]) < count
-    return jnp.where(filled[:, None, None], scores, -jnp.inf)
+    return jnp.where(filled[:, None, None], _dot_sources(u, sources) * inv_rms, -jnp.inf)
 
 
 @jax.custom_vjp
@@ -54,7 +69,7 @@ def _read_forward(u, sources, inv_rms, count):
     scores = _scores(u, sources, inv_rms, count)
     log_sum = jax.nn.logsumexp(scores, axis=1)
     alpha = jnp.exp(scores - log_sum[:, None])
-    aggregate = _dot("qkbt,kbtd->qbtd", alpha, sources)
+    aggregate = _weighted_sum(alpha, sources)
     return (aggregate, log_sum), (u, sources, inv_rms, count, aggregate, log_sum)
 
 
@@ -66,18 +81,20 @@ def _read_backward(residuals, cotangents):
     g, l = cotangents
     scores = _scores(u, sources, inv_rms, count)
     alpha = jnp.exp(scores - log_sum[:, None])
-    g_dot_v = _dot("qbtd,kbtd->qkbt", g.astype(sources.dtype), sources)
-    s = alpha * (g_dot_v + (l - jnp.sum(g * aggregate, axis=-1))[:, None])
+    s = alpha * (_dot_sources(g, sources) + (l - jnp.sum(g * aggregate, axis=-1))[:, None])
     s_r = s * inv_rms
     along_v = jnp.sum(jnp.where(alpha > 0, s_r * inv_rms * scores, 0), axis=0) / sources.shape[-1]
-    d_sources = (
-        jnp.einsum("qkbt,qbtd->kbtd", alpha, g)
-        + jnp.einsum("qkbt,qbtd->kbtd", s_r, jnp.broadcast_to(u, g.shape))
-        - along_v[..., None] * sources
-    ).astype(sources.dtype)
-    d_u = _dot("qkbt,kbtd->qbtd", s_r, sources)
-    broadcast = tuple(axis for axis in (1, 2) if u.shape[axis] == 1)
-    return jnp.sum(d_u, axis=broadcast, keepdims=True), d_sources, None, None
+    along_g_and_u = sum(a[..., None] * g_q + b[..., None] * u_q for a, b, g_q, u_q in zip(alpha, s_r, g, u, strict=True))
+    d_sources = (along_g_and_u - along_v[..., None] * sources).astype(sources.dtype)
+    if u.shape[2] == 1:
+        s_r = s_r.astype(sources.dtype)
+        d_u = jnp.einsum("qkbt,kbtd->kbqd", s_r, sources, preferred_element_type=statistics_dtype(sources))
+        d_u = jnp.sum(d_u, axis=0).swapaxes(0, 1)[:, :, None]  # [Q, B, 1, D]
+    else:
+        d_u = _weighted_sum(s_r, sources)
+    if u.shape[1] == 1:
+        d_u = jnp.sum(d_u, axis=1, keepdims=True)
+    return d_u, d_sources, None, None
 
 
 read.defvjp(_read_forward, _read_backward)

@@ -73,7 +73,7 @@ def test_rank_deficient_and_badly_conditioned_covariances(count, size, decay):
 
 
 def test_a_line_against_a_ball_has_a_closed_form():
-    """Covariances r^2 u u^T and I: the root has trace r; rounding in all other directions must not add to it."""
+    """Covariances r^2 u u^T and I: the root has trace r; rounding in other directions must not add to it."""
     direction = np.random.default_rng(0).normal(size=128)
     direction *= 1000 / np.linalg.norm(direction)
     line, ball = np.outer(direction, direction), np.eye(128)

@@ -1,0 +1,93 @@
+"""The routed and the residual stack in PyTorch, unrolled over sublayers with plain autodiff, as the paper writes them.
+
+Shares no code with dar_jax: lists of sources, explicit chunk sets, no buffer. Parameters come as the nested dict of
+linen, with a leading axis for the scan's steps.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+
+
+def source_sets(depth, chunk_size, final):
+    """Source names of every aggregator (paper Eq. 7 and 11): ("c", n) summaries and ("v", l) sublayer outputs."""
+    num_sublayers = 2 * depth
+    sets = []
+    for l in range(1, num_sublayers + 1):
+        n = (l - 1) // chunk_size + 1
+        own = range((n - 1) * chunk_size + 1, l)
+        sets.append([("c", i) for i in range(n)] + [("v", i) for i in own])
+    num_chunks = num_sublayers // chunk_size
+    if final == "summaries":
+        sets.append([("c", i) for i in range(num_chunks + 1)])
+    else:
+        last = range((num_chunks - 1) * chunk_size + 1, num_sublayers + 1)
+        sets.append([("c", i) for i in range(num_chunks)] + [("v", i) for i in last])
+    return sets
+
+
+def index(tree, i):
+    return {k: index(v, i) for k, v in tree.items()} if isinstance(tree, dict) else tree[i]
+
+
+def linear(x, p):
+    return x @ p["kernel"] + p.get("bias", 0)
+
+
+def sublayer(p, h, condition, num_heads, l):
+    """f_l(h; t): the whole adaLN-Zero branch of sublayer l (odd: attention, even: MLP) without the residual add."""
+    modulation = linear(F.silu(condition), p["adaln"])[:, None].chunk(6, dim=-1)
+    shift, scale, gate = modulation[:3] if l % 2 else modulation[3:]
+    x = F.layer_norm(h, h.shape[-1:], eps=1e-6) * (1 + scale) + shift
+    if l % 2:
+        b, t, d = x.shape
+        q, k, v = linear(x, p["attention"]["qkv"]).reshape(b, t, 3, num_heads, d // num_heads).unbind(2)
+        scores = torch.einsum("bqhd,bkhd->bhqk", q, k) / math.sqrt(d // num_heads)
+        out = torch.einsum("bhqk,bkhd->bqhd", scores.softmax(-1), v).reshape(b, t, d)
+        return gate * linear(out, p["attention"]["out"])
+    hidden = F.gelu(linear(x, p["mlp"]["dense_0"]), approximate="tanh")
+    return gate * linear(hidden, p["mlp"]["dense_1"])
+
+
+def attend(sources, p, query, e_t):
+    """Softmax over a list of sources [B, T, D] with RMSNorm keys (Eq. 5, 6): state [B, T, D], weights [K, B, T]."""
+    values = torch.stack(sources)
+    keys = values / torch.sqrt((values**2).mean(-1, keepdim=True) + 1e-6) * p["scale"]
+    if query == "dynamic":
+        q = sources[-1] @ p["project"]["kernel"]
+    else:
+        q = p["weight"] + (e_t[:, None] if query == "static_t" else 0)
+    alpha = ((q * keys).sum(-1) / math.sqrt(values.shape[-1])).softmax(0)
+    return (alpha[..., None] * values).sum(0), alpha
+
+
+def routed_stack(params, layout, query, num_heads, v_0, condition, e_t):
+    """Returns the head's state [B, T, D], all values by source name, and the weights of the L + 1 aggregators."""
+    values, weights = {("c", 0): v_0}, []
+    per_step = max(layout.chunk_size, 2)
+    for l, names in enumerate(source_sets(layout.depth, layout.chunk_size, layout.final), start=1):
+        is_final = l > 2 * layout.depth
+        step, position = divmod(l - 1 - (is_final and layout.final == "shared"), per_step)
+        if is_final and layout.final != "shared":
+            p_query = params["final_query"]
+        else:
+            p_query = index(params["steps"][f"query_{position}"], step)
+        h, alpha = attend([values[name] for name in names], p_query, query, e_t)
+        weights.append(alpha)
+        if is_final:
+            return h, values, weights
+        block = index(params["steps"][f"block_{position // 2}"], step)
+        values["v", l] = sublayer(block, h, condition, num_heads, l)
+        n, rest = divmod(l, layout.chunk_size)
+        if rest == 0:
+            outputs = [values["v", i] for i in range(l - layout.chunk_size + 1, l + 1)]
+            values["c", n] = sum(outputs) if layout.summary == "sum" else outputs[-1]
+
+
+def residual_stack(params, depth, num_heads, h, condition):
+    for k in range(depth):
+        block = index(params["steps"]["block_0"], k)
+        for l in (1, 2):
+            h = h + sublayer(block, h, condition, num_heads, l)
+    return h
