@@ -7,6 +7,14 @@ from ml_collections import ConfigDict
 
 from dar_jax.errors import UserError, check_choice, near_miss
 
+# The published sizes of SiT: config.model.update(**SIZES["XL"]).
+SIZES = {
+    "S": {"depth": 12, "hidden_size": 384, "num_heads": 6},
+    "B": {"depth": 12, "hidden_size": 768, "num_heads": 12},
+    "L": {"depth": 24, "hidden_size": 1024, "num_heads": 16},
+    "XL": {"depth": 28, "hidden_size": 1152, "num_heads": 16},
+}
+
 VARIANTS = ("residual", "static", "static_t", "dynamic")
 
 
@@ -16,7 +24,7 @@ def default() -> ConfigDict:
     config.seed = 0  # parameters, data order, noise: everything random follows from it
 
     config.data = data = ConfigDict()
-    data.source = "digits"  # digits | idx | folder | tfds
+    data.source = "digits"  # digits | idx | folder | tfds | synthetic (random latents of ImageNet's shapes)
     data.path = ""  # idx and folder: the directory; tfds: data_dir ("" = the tfds default)
     data.name = ""  # tfds: the data set, e.g. "imagenet2012"
     data.train_split = "train"
@@ -56,7 +64,7 @@ def default() -> ConfigDict:
 
     config.sampler = sampler = ConfigDict()
     sampler.method = "heun"  # ODE: euler | heun | dopri5; SDE: sde_euler | sde_heun
-    sampler.num_steps = 50  # intervals of the fixed-step solvers
+    sampler.num_steps = 50  # of the fixed-step solvers (heun: two evaluations each); the SDE's last step is one of them
     sampler.atol = 1e-6  # dopri5
     sampler.rtol = 1e-3  # dopri5
     sampler.diffusion_form = "sigma"  # SDE: constant|sbdm|sigma|linear|decreasing|increasing_decreasing
@@ -75,7 +83,7 @@ def default() -> ConfigDict:
     optimizer.b2 = 0.999
     optimizer.weight_decay = 0.0
     optimizer.clip_norm = 0.0  # global norm, 0 = off
-    optimizer.ema_decay = 0.9999  # per step; early steps use min(ema_decay, (1 + step) / (10 + step))
+    optimizer.ema_decay = 0.9999  # per step
 
     config.train = train = ConfigDict()
     train.num_steps = 1000
@@ -127,7 +135,7 @@ def validate(config: ConfigDict) -> None:
     _check_keys(config, default(), "config.")
     model, routing, data = config.model, config.model.routing, config.data
     choices = {
-        "config.data.source": ("digits", "idx", "folder", "tfds"),
+        "config.data.source": ("digits", "idx", "folder", "tfds", "synthetic"),
         "config.model.dtype": ("float32", "bfloat16"),
         "config.model.remat": ("none", "block"),
         "config.model.routing.kind": ("residual", "dar"),

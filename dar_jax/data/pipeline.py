@@ -60,7 +60,8 @@ def train_iterator(
       UserError: the split cannot be opened, or channels or batch_size do not fit. `next` raises it for a
         damaged image.
     """
-    _check_channels(channels)
+    if data.source != "synthetic":
+        _check_channels(channels)
     if batch_size % process_count:
         raise UserError(
             f"config.train.batch_size = {batch_size} must be divisible by the number of processes, "
@@ -71,13 +72,16 @@ def train_iterator(
     def load(place: int, rng: np.random.Generator) -> dict[str, Any]:
         epoch, i = divmod(place, len(source))
         example = source[int(_epoch_order(seed, epoch, len(source))[i])]
-        image = center_crop(to_channels(example["image"], channels), size)
+        image = example["image"]
+        if image.dtype == np.uint8:
+            image = center_crop(to_channels(image, channels), size)
         if flip and rng.random() < 0.5:
             image = image[:, ::-1]
         return {"image": image, "label": np.int32(example["label"])}
 
     def scale(batch: dict[str, Any]) -> dict[str, Any]:
-        return {"image": to_float(batch["image"]), "label": batch["label"]}
+        image = batch["image"]
+        return {"image": to_float(image) if image.dtype == np.uint8 else image, "label": batch["label"]}
 
     # Slicing comes after everything random, so that order and flips do not depend on the process count.
     stream = grain.MapDataset.range(sys.maxsize).seed(seed).random_map(load)[process_index::process_count]

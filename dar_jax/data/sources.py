@@ -78,6 +78,22 @@ class TfdsSource:
         return {"image": image, "label": int(record["label"]) if self.labelled else 0}
 
 
+class SyntheticSource:
+    """Standard-normal latents, float32 [size, size, 4], of ImageNet's number and classes: for speed, not for learning."""
+
+    num_classes = 1000
+
+    def __init__(self, size: int):
+        self.size = size
+
+    def __len__(self) -> int:
+        return 1_281_167
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        rng = np.random.default_rng(index)
+        return {"image": rng.standard_normal((self.size, self.size, 4), np.float32), "label": index % 1000}
+
+
 def _open_digits(split: str) -> Source:
     check_choice("split of digits", split, ("train", "test"))
     from sklearn.datasets import load_digits  # takes 2 s, which only this source should cost
@@ -219,6 +235,7 @@ def open_source(data: ConfigDict, split: str) -> Source:
     tfds: any split expression of the set `data.name`, prepared as array_record in `data.path`; its features
       are "image" and, if it has one, the class label "label". Nothing is downloaded, and tensorflow is not
       imported.
+    synthetic: random latents of ImageNet's shapes, whatever the split; not uint8 but float32, and not cropped.
 
     Args:
       data: `config.data`.
@@ -230,11 +247,13 @@ def open_source(data: ConfigDict, split: str) -> Source:
     Raises:
       UserError: a path, file, set or split is missing, empty or damaged.
     """
-    check_choice("config.data.source", data.source, ("digits", "idx", "folder", "tfds"))
+    check_choice("config.data.source", data.source, ("digits", "idx", "folder", "tfds", "synthetic"))
     if data.source == "digits":
         source = _open_digits(split)
     elif data.source == "idx":
         source = _open_idx(data.path, split)
+    elif data.source == "synthetic":
+        source = SyntheticSource(data.image_size)
     elif data.source == "folder":
         source = _open_folder(data.path, split)
     else:

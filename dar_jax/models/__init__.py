@@ -3,10 +3,10 @@
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from dar_jax.models.sit import SIZES, SiT
+from dar_jax.models.sit import SiT
 from dar_jax.routing import Layout
 
-__all__ = ["SIZES", "SiT", "build"]
+__all__ = ["SiT", "build"]
 
 
 def build(model: ConfigDict) -> SiT:

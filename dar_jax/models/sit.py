@@ -9,14 +9,6 @@ from dar_jax.models import layers
 from dar_jax.models.stack import ResidualStack, RoutedStack, constrain
 from dar_jax.routing import Layout
 
-SIZES = {
-    "S": {"depth": 12, "hidden_size": 384, "num_heads": 6},
-    "B": {"depth": 12, "hidden_size": 768, "num_heads": 12},
-    "L": {"depth": 24, "hidden_size": 1024, "num_heads": 16},
-    "XL": {"depth": 28, "hidden_size": 1152, "num_heads": 16},
-}
-
-
 class SiT(nn.Module):
     """Maps x_t `[B, H, W, C]`, t `[B]` in [0, 1] and labels y `[B]` to the prediction `[B, H, W, C]` in float32.
 
