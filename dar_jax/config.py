@@ -95,7 +95,7 @@ def default() -> ConfigDict:
     evaluation.every_steps = 0  # sample grid and Frechet distance on the EMA; 0 = off
     evaluation.num_samples = 1000  # for the Frechet distance; 0 = grid only
     evaluation.batch_size = 250  # samples per device batch
-    evaluation.grid_size = 8  # rows = columns of the grid; a column is a class
+    evaluation.grid_size = 10  # rows = columns of the grid; sample i is of class i % num_classes
 
     config.checkpoint = checkpoint = ConfigDict()
     checkpoint.every_steps = 500

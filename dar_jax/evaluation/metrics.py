@@ -33,28 +33,28 @@ class InlineEvaluation:
 
         images, labels = load(config.data.train_split, MAX_TRAINING_IMAGES)
         self.features = convnet_features(
-            images, labels, model.num_classes, seed=config.seed, cache=self.workdir / "convnet.npz", log=log
+            images, labels, model.num_classes, seed=0, cache=self.workdir / "convnet.npz", log=log
         )
-        self.extract = jax.jit(self.features.extract)
         images, _ = load(config.data.eval_split, MAX_REFERENCE_IMAGES)
-        self.reference = self._statistics(images[i : i + 500] for i in range(0, len(images), 500))
+        self.reference = self._statistics(images)
 
-    def _statistics(self, batches):
+    def _statistics(self, images: np.ndarray):
         accumulator = Accumulator()
-        for images in batches:
-            accumulator.update(np.asarray(self.extract(images)))
+        for start in range(0, len(images), 500):
+            accumulator.update(np.asarray(self.features.extract(images[start : start + 500])))
         return accumulator.statistics()
 
     def run(self, ema: dict, step: int) -> dict[str, float]:
-        """Writes samples/<step>.png and returns {"fd_<features>": distance}, or {} when num_samples is 0."""
-        size, num_classes = self.config.eval.grid_size, self.config.model.num_classes
-        labels = np.tile(np.arange(size) % num_classes, size)  # a column is a class
-        count, batch_size = self.config.eval.num_samples, self.config.eval.batch_size
-        grid = np.concatenate(list(sample_images(self.draw, ema, labels, batch_size, self.mesh)))
+        """Writes samples/<step>.png and returns {"fd_<features>": distance}, or {} when num_samples is 0.
+
+        Sample i has label i % num_classes; the first grid_size^2 of them are the grid, row by row.
+        """
+        grid_size, num_samples = self.config.eval.grid_size, self.config.eval.num_samples
+        labels = np.arange(max(num_samples, grid_size**2)) % self.config.model.num_classes
+        images = sample_images(self.draw, ema, labels, self.config.eval.batch_size, self.mesh)
+        images = np.concatenate(list(images))
         if jax.process_index() == 0:
-            save_grid(self.workdir / "samples" / f"{step:08d}.png", grid, columns=size)
-        if not count:
+            save_grid(self.workdir / "samples" / f"{step:08d}.png", images[: grid_size**2], columns=grid_size)
+        if not num_samples:
             return {}
-        balanced = np.arange(count) % num_classes
-        images = sample_images(self.draw, ema, balanced, batch_size, self.mesh, first_index=len(labels))
-        return {f"fd_{self.features.name}": frechet_distance(self.reference, self._statistics(images))}
+        return {f"fd_{self.features.name}": frechet_distance(self.reference, self._statistics(images[:num_samples]))}

@@ -87,7 +87,7 @@ def test_initialisation_follows_the_official_bounds():
     assert all(not jnp.any(leaf) for leaf in jax.tree.leaves(zero))
 
 
-def tiny(variant="static_t", **fields):
+def tiny(variant="residual", **fields):
     config = config_lib.route(config_lib.default(), variant)
     config.model.update(depth=2, hidden_size=16, num_heads=2, **fields)
     return models.build(config.model)
@@ -104,14 +104,14 @@ def test_prediction_has_the_shape_of_x_and_learn_sigma_keeps_the_first_half():
     model = tiny(channels=2, learn_sigma=True)
     params = random_params(model)
     x, t, y = jax.random.normal(jax.random.key(1), (3, 8, 8, 2)), jnp.array([0.0, 0.5, 1.0]), jnp.array([0, 9, 10])
-    out = model.apply({"params": params}, x, t, y)
+    out = jax.jit(model.apply)({"params": params}, x, t, y)
     assert out.shape == x.shape and out.dtype == jnp.float32
 
     # The head's features are ordered (p, q, c): without the sigma columns the same prediction comes out.
     plain = dict(params, head=dict(params["head"]))
     keep = lambda a: a.reshape(*a.shape[:-1], 4, 4)[..., :2].reshape(*a.shape[:-1], 8)  # noqa: E731
     plain["head"]["dense"] = jax.tree.map(keep, params["head"]["dense"])
-    np.testing.assert_allclose(tiny(channels=2).apply({"params": plain}, x, t, y), out, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(jax.jit(tiny(channels=2).apply)({"params": plain}, x, t, y), out, rtol=1e-5, atol=1e-6)
 
 
 def test_patches_round_trip_in_the_official_order():
@@ -123,7 +123,7 @@ def test_patches_round_trip_in_the_official_order():
 
 
 def test_labels_are_dropped_to_the_null_label_in_training_only():
-    model = tiny("residual", label_dropout=0.5)
+    model = tiny(label_dropout=0.5)
     params = random_params(model)
     n = 64
     x, t, y = jnp.ones((n, 8, 8, 1)), jnp.full(n, 0.5), jnp.full(n, 3)
@@ -142,6 +142,6 @@ def test_bfloat16_model_keeps_float32_parameters_and_output():
     params = random_params(model)
     assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(params))
     x, t, y = jax.random.normal(jax.random.key(1), (4, 8, 8, 1)), jnp.linspace(0, 1, 4), jnp.arange(4)
-    half, full = (m.apply({"params": params}, x, t, y) for m in (model, reference))
+    half, full = (jax.jit(m.apply)({"params": params}, x, t, y) for m in (model, reference))
     assert half.dtype == jnp.float32
     assert 0 < jnp.linalg.norm(half - full) / jnp.linalg.norm(full) < 0.05
