@@ -31,7 +31,7 @@ setup(
         "tensorflow-datasets>=4.9.10",
     ],
     extras_require={
-        "test": ["hypothesis", "pytest", "ruff", "scipy", TORCH],
+        "test": ["hypothesis", "pytest", "pytest-xdist", "ruff", "scipy", TORCH],
         "tpu": ["jax[tpu]"],
         "gpu": ["jax[cuda13]"],
         "plan": ["libtpu"],

@@ -118,59 +118,61 @@ class RoutedStack(nn.Module):
 
     @nn.compact
     def __call__(self, v_0: Array, condition: Array, e_t: Array) -> Array:
-        layout = self.layout
-        steps = _scan(RoutedStep, layout.num_steps, in_axes=(0, nn.broadcast, nn.broadcast))(
-            self.block, layout, self.query, name="steps"
-        )
-        step = RoutedStep(self.block, layout, self.query, parent=None)  # the same, as a function of its parameters
+        layout, last = self.layout, f"query_{self.layout.sublayers_per_step - 1}"
+        in_axes = (0, nn.broadcast, nn.broadcast)
+        steps = _scan(RoutedStep, layout.num_steps, in_axes)(self.block, layout, self.query, name="steps")
+        run = nn.custom_vjp(self._forward, self._forward_and_residuals, self._backward)
+        history = run(steps, v_0, condition, e_t)
 
-        def forward(steps, v_0, condition, e_t):
-            history = History(
-                jnp.zeros((layout.num_rows, *v_0.shape), v_0.dtype).at[0].set(v_0),
-                jnp.zeros((layout.num_rows, *v_0.shape[:2]), statistics_dtype(v_0)).at[0].set(inverse_rms(v_0)),
-                jnp.zeros((layout.sublayers_per_step, *v_0.shape), v_0.dtype),
-            )
-            history, _ = steps(history, jnp.arange(layout.num_steps), condition, e_t)
-            return history.sources, history.recent, history.inv_rms
-
-        def forward_and_residuals(steps, v_0, condition, e_t):
-            sources, recent, inv_rms = forward(steps, v_0, condition, e_t)
-            return (sources, recent, inv_rms), (steps.variables["params"], sources, inv_rms, condition, e_t)
-
-        def backward(residuals, cotangents):
-            params, sources, inv_rms, condition, e_t = residuals
-            d_sources, d_recent, _ = cotangents
-
-            def reverse(carry, step_input):
-                d_sources, d_recent, d_condition, d_e_t = carry
-                index, step_params = step_input
-                outputs, vjp = jax.vjp(
-                    lambda p, c, e, v: step.apply({"params": p}, v, inv_rms, index, c, e, method="outputs"),
-                    step_params, condition, e_t, sources,
-                )  # fmt: skip
-                d_rows = jax.lax.dynamic_slice_in_dim(d_sources, layout.count(index), layout.rows_per_step)
-                (d_outputs,) = jax.vjp(lambda o: layout.rows(list(o)), outputs)[1](d_rows)
-                d_params, d_c, d_e, d_history = vjp(d_outputs + d_recent)
-                carry = d_sources + d_history, jnp.zeros_like(d_recent), d_condition + d_c, d_e_t + d_e
-                return carry, d_params
-
-            carry = d_sources, d_recent, jnp.zeros_like(condition), jnp.zeros_like(e_t)
-            scanned = jnp.arange(layout.num_steps), params
-            (d_sources, _, d_condition, d_e_t), d_params = jax.lax.scan(reverse, carry, scanned, reverse=True)
-            return {"params": d_params}, d_sources[0], d_condition, d_e_t
-
-        run = nn.custom_vjp(forward, forward_and_residuals, backward)
-        sources, recent, inv_rms = run(steps, v_0, condition, e_t)
-        recent = [] if layout.final == "summaries" else list(recent)
-        newest = recent[-1] if recent else sources[-1]
+        recent = [] if layout.final == "summaries" else list(history.recent)
+        newest = recent[-1] if recent else history.sources[-1]
         if layout.final == "shared":
-            last = jax.tree.map(lambda p: p[-1], nn.meta.unbox(steps.variables["params"][f"query_{layout.sublayers_per_step - 1}"]))
-            u = Query(self.query, self.block["dtype"], parent=None).apply({"params": last}, e_t, newest)
+            params = jax.tree.map(lambda p: p[-1], nn.meta.unbox(steps.variables["params"][last]))
+            u = Query(self.query, self.block["dtype"], parent=None).apply({"params": params}, e_t, newest)
         else:
             u = Query(self.query, self.block["dtype"], name="final_query")(e_t, newest)
         u = jnp.broadcast_to(u, (len(v_0), u.shape[-2] if u.ndim == 3 else 1, u.shape[-1]))
-        aggregate, log_sum = read(u[None], sources, inv_rms, jnp.int32(layout.num_final_rows))
+        count = jnp.int32(layout.num_final_rows)
+        aggregate, log_sum = read(u[None], history.sources, history.inv_rms, count)
         return constrain(merge(u, aggregate[0], log_sum[0], recent).astype(v_0.dtype))
+
+    def _forward(self, steps: nn.Module, v_0: Array, condition: Array, e_t: Array) -> History:
+        layout = self.layout
+        history = History(
+            jnp.zeros((layout.num_rows, *v_0.shape), v_0.dtype).at[0].set(v_0),
+            jnp.zeros((layout.num_rows, *v_0.shape[:2]), statistics_dtype(v_0)).at[0].set(inverse_rms(v_0)),
+            jnp.zeros((layout.sublayers_per_step, *v_0.shape), v_0.dtype),
+        )
+        return steps(history, jnp.arange(layout.num_steps), condition, e_t)[0]
+
+    def _forward_and_residuals(self, steps: nn.Module, v_0: Array, condition: Array, e_t: Array):
+        history = self._forward(steps, v_0, condition, e_t)
+        return history, (steps.variables["params"], history, condition, e_t)
+
+    def _backward(self, residuals, d_final: History):
+        layout = self.layout
+        params, history, condition, e_t = residuals
+        step = RoutedStep(self.block, layout, self.query, parent=None)  # a pure function of its parameters
+
+        def reverse(carry, index_and_params):
+            d_sources, d_recent, d_condition, d_e_t = carry
+            index, step_params = index_and_params
+
+            def outputs(params, condition, e_t, sources):
+                inputs = sources, history.inv_rms, index, condition, e_t
+                return step.apply({"params": params}, *inputs, method="outputs")
+
+            values, vjp = jax.vjp(outputs, step_params, condition, e_t, history.sources)
+            d_rows = jax.lax.dynamic_slice_in_dim(d_sources, layout.count(index), layout.rows_per_step)
+            (d_values,) = jax.vjp(lambda v: layout.rows(list(v)), values)[1](d_rows)
+            d_params, d_c, d_e, d_read = vjp(d_values + d_recent)
+            # Only the last step's outputs are read outside the scan (by the final aggregator).
+            return (d_sources + d_read, jnp.zeros_like(d_recent), d_condition + d_c, d_e_t + d_e), d_params
+
+        carry = d_final.sources, d_final.recent, jnp.zeros_like(condition), jnp.zeros_like(e_t)
+        scanned = jnp.arange(layout.num_steps), params
+        (d_sources, _, d_condition, d_e_t), d_params = jax.lax.scan(reverse, carry, scanned, reverse=True)
+        return {"params": d_params}, d_sources[0], d_condition, d_e_t
 
 
 def _scan(step, length: int, in_axes) -> nn.Module:

@@ -23,6 +23,7 @@ class Logs:
 
     def __init__(self, workdir: str, *, first_step: int, num_steps: int, batch_size: int):
         # clu's writers import tensorflow (seconds), so only a run pays for it.
+        os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
         from clu import metric_writers
 
         is_first = jax.process_index() == 0
