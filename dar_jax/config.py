@@ -3,6 +3,9 @@
 `default()` is the schema: a config with a key that is not here is an error that names the near miss.
 """
 
+import os
+import re
+
 from ml_collections import ConfigDict
 
 from dar_jax.errors import UserError, check_choice, near_miss
@@ -22,6 +25,7 @@ def default() -> ConfigDict:
     """Returns the locked config of all fields. Sizes are for 8x8 digits; experiments override what they mean."""
     config = ConfigDict()
     config.seed = 0  # parameters, data order, noise: everything random follows from it
+    config.init_from = ""  # workdir whose EMA weights to start from: of the same model, or residual to any routing
 
     config.data = data = ConfigDict()
     data.source = "digits"  # digits | idx | folder | tfds | synthetic (random latents of ImageNet's shapes)
@@ -118,21 +122,44 @@ def route(config: ConfigDict, variant: str | None) -> ConfigDict:
     return config
 
 
+def check_flags(args: list[str]) -> None:
+    """Raises UserError for a --config file that does not exist and for a --config.x.y that is no field."""
+    for arg, following in zip(args, [*args[1:], ""], strict=True):
+        if match := re.match(r"--?config(?:=(.*))?$", arg):
+            path = (following if match[1] is None else match[1]).split(":")[0]
+            if not os.path.isfile(path):
+                raise UserError(f'--config = "{path}" is no file; name one like configs/digits.py.')
+        elif match := re.match(r"--?(?:no)?config\.([^=]*)", arg):
+            schema, prefix = default(), "config"
+            for key in match[1].split("."):
+                if not isinstance(schema, ConfigDict):
+                    raise UserError(f'flag "{arg}": {prefix} is a value, not a section.')
+                _check_key(key, schema, prefix)
+                schema, prefix = schema[key], f"{prefix}.{key}"
+
+
+def _check_key(key: str, schema: ConfigDict, prefix: str) -> None:
+    if key not in schema:
+        raise UserError(f'config key "{prefix}.{key}" is unknown.{near_miss(key, schema)}')
+
+
 def _check_keys(config: ConfigDict, schema: ConfigDict, prefix: str) -> None:
     for key in config:
-        if key not in schema:
-            raise UserError(f'config key "{prefix}{key}" is unknown.{near_miss(key, schema)}')
-    for key in schema:
-        value = schema[key]
+        _check_key(key, schema, prefix)
+    for key, value in schema.items():
+        name = f"{prefix}.{key}"
         if key not in config:
-            raise UserError(f'config key "{prefix}{key}" is missing; start from dar_jax.config.default().')
+            raise UserError(f'config key "{name}" is missing; start from dar_jax.config.default().')
+        kinds = (int, float) if isinstance(value, float) else type(value)
+        if not isinstance(config[key], kinds):
+            raise UserError(f"{name} = {config[key]!r} must be of type {type(value).__name__}.")
         if isinstance(value, ConfigDict):
-            _check_keys(config[key], value, f"{prefix}{key}.")
+            _check_keys(config[key], value, name)
 
 
 def validate(config: ConfigDict) -> None:
     """Raises UserError, in one line, for the first value that cannot work. Touches no device and no file."""
-    _check_keys(config, default(), "config.")
+    _check_keys(config, default(), "config")
     model, routing, data = config.model, config.model.routing, config.data
     choices = {
         "config.data.source": ("digits", "idx", "folder", "tfds", "synthetic"),
@@ -200,9 +227,35 @@ def validate(config: ConfigDict) -> None:
         f"config.train.batch_size = {config.train.batch_size} must be divisible by "
         f"accumulate_steps = {config.train.accumulate_steps}.",
     )
+    for field, value in (
+        ("seed", config.seed),
+        ("data.num_workers", data.num_workers),
+        ("optimizer.warmup_steps", config.optimizer.warmup_steps),
+        ("eval.every_steps", config.eval.every_steps),
+    ):
+        require(value >= 0, f"config.{field} = {value} must not be negative.")
+    require(config.diffusion.time_std > 0, f"config.diffusion.time_std = {config.diffusion.time_std} must be positive.")
+    low, high = config.sampler.cfg_interval
     require(
-        0 <= model.label_dropout < 1, f"config.model.label_dropout = {model.label_dropout} must be in [0, 1)."
+        0 <= low <= high <= 1,
+        f"config.sampler.cfg_interval = ({low}, {high}) must satisfy 0 <= low <= high <= 1.",
     )
+    require(
+        0 <= config.sampler.cfg_channels <= model.channels,
+        f"config.sampler.cfg_channels = {config.sampler.cfg_channels} must be in 0 (all) to "
+        f"config.model.channels = {model.channels}.",
+    )
+    num_samples = config.eval.num_samples
+    require(
+        num_samples == 0 or num_samples >= 2,
+        f"config.eval.num_samples = {num_samples} must be 0 (no Frechet distance) or at least 2.",
+    )
+    require(
+        not (config.eval.every_steps and num_samples) or 8 <= data.image_size <= 64,
+        f"config.data.image_size = {data.image_size} is not in 8..64, as the inline Frechet distance needs; "
+        "set config.eval.num_samples = 0 to draw grids only.",
+    )
+    require(0 <= model.label_dropout < 1, f"config.model.label_dropout = {model.label_dropout} must be in [0, 1).")
     require(
         config.mesh.fsdp >= 1 and (config.mesh.data == -1 or config.mesh.data >= 1),
         f"config.mesh = ({config.mesh.data}, {config.mesh.fsdp}): fsdp must be >= 1 and data >= 1 or -1.",

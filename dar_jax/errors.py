@@ -1,6 +1,8 @@
 """One way for a user's mistake to reach the user: a single clear line and exit code 2."""
 
+import contextlib
 import difflib
+import os
 import sys
 from collections.abc import Iterable
 
@@ -34,12 +36,23 @@ def run(main) -> None:
     """Runs a door under absl. A user's mistake, in a flag or later, is one line on stderr and exit code 2."""
     from absl import app, flags, logging
 
+    from dar_jax.config import check_flags
+
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # tensorflow, which clu's writers import, greets on stderr
     logging.set_verbosity(logging.WARNING)  # orbax and clu describe their every move at INFO
 
     def parse(argv):
+        if {"--help", "-help", "--helpshort", "--helpfull"} & set(argv):
+            with contextlib.suppress(SystemExit):  # absl leaves with 1
+                flags.FLAGS(argv)
+            sys.exit(0)
         try:
-            return flags.FLAGS(argv)
-        except (flags.Error, UserError, OSError, AttributeError, KeyError, TypeError, ValueError) as error:
+            check_flags(argv[1:])
+            rest = flags.FLAGS(argv)[1:]
+            if rest:
+                raise UserError(f'"{rest[0]}" is not understood; a flag is written --name=value, see --help.')
+            return argv[:1]
+        except (flags.Error, OSError, AttributeError, KeyError, TypeError, ValueError) as error:
             _exit(error)
 
     def guarded(argv):
@@ -52,6 +65,11 @@ def run(main) -> None:
 
 
 def _exit(error: Exception) -> None:
+    if "Traceback" in str(error):  # ml_collections hides what a config file raised in the text of another error
+        while error.__cause__ or error.__context__:
+            error = error.__cause__ or error.__context__
+    while error.args and isinstance(error.args[0], Exception):
+        error = error.args[0]
     text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
     print(f"error: {' '.join(text.split())}", file=sys.stderr, flush=True)
     sys.exit(2)

@@ -3,6 +3,9 @@
 Any field of the config can be overridden: --config.train.num_steps=100. A workdir that holds checkpoints resumes.
 """
 
+import signal
+import sys
+
 from absl import flags
 from ml_collections import config_flags
 
@@ -14,9 +17,15 @@ WORKDIR = flags.DEFINE_string("workdir", None, "Directory of checkpoints, sample
 
 def main(_):
     errors.require_flags(config=CONFIG.value, workdir=WORKDIR.value)
+    signal.signal(signal.SIGTERM, _stop)  # until the loop listens; the next import takes seconds
     from dar_jax.training.loop import train
 
     train(CONFIG.value, WORKDIR.value)
+
+
+def _stop(*_):
+    print("stopped by a signal before the first step; the same command starts again", flush=True)
+    sys.exit(0)
 
 
 if __name__ == "__main__":

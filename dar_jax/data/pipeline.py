@@ -20,9 +20,7 @@ _MAX_THREADS = 16
 
 def _check_channels(channels: int) -> None:
     if channels not in (1, 3):
-        raise UserError(
-            f"config.model.channels = {channels} does not suit images; take 1 (grey) or 3 (RGB) channels."
-        )
+        raise UserError(f"config.model.channels = {channels} does not suit images; take 1 (grey) or 3 (RGB) channels.")
 
 
 @functools.lru_cache(maxsize=4)
@@ -64,8 +62,7 @@ def train_iterator(
         _check_channels(channels)
     if batch_size % process_count:
         raise UserError(
-            f"config.train.batch_size = {batch_size} must be divisible by the number of processes, "
-            f"{process_count}."
+            f"config.train.batch_size = {batch_size} must be divisible by the number of processes, {process_count}."
         )
     source, size, flip = open_source(data, data.train_split), data.image_size, data.flip
 

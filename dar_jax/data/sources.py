@@ -72,9 +72,7 @@ class TfdsSource:
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         record = self.records[index]
-        image = decode_image(
-            io.BytesIO(record["image"]), f"record {index} of {self.records.dataset_info.name}"
-        )
+        image = decode_image(io.BytesIO(record["image"]), f"record {index} of {self.records.dataset_info.name}")
         return {"image": image, "label": int(record["label"]) if self.labelled else 0}
 
 
@@ -206,9 +204,7 @@ def _open_tfds(name: str, path: str, split: str) -> Source:
     features = dict(builder.info.features.items())
     image, label = features.get("image"), features.get("label")
     if not (isinstance(image, tfds.features.Image) and image.np_dtype == np.uint8):
-        raise UserError(
-            f'config.data.name = "{name}" has no 8-bit "image" (features: {", ".join(features)}).'
-        )
+        raise UserError(f'config.data.name = "{name}" has no 8-bit "image" (features: {", ".join(features)}).')
     try:
         # PIL decodes the bytes, as for folders: tfds's own decoder does not convert CMYK or palettes.
         records = builder.as_data_source(split, decoders={"image": tfds.decode.SkipDecoding()})
@@ -259,7 +255,5 @@ def open_source(data: ConfigDict, split: str) -> Source:
     else:
         source = _open_tfds(data.name, data.path, split)
     if len(source) == 0:
-        raise UserError(
-            f'split "{split}" of config.data.source = "{data.source}" has no images; choose another.'
-        )
+        raise UserError(f'split "{split}" of config.data.source = "{data.source}" has no images; choose another.')
     return source

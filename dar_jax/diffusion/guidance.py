@@ -47,9 +47,7 @@ def guided(
 
     def predict_guided(x: Array, t: Array) -> Array:
         if channels > x.shape[-1]:
-            raise UserError(
-                f"config.sampler.cfg_channels = {channels} must be at most {x.shape[-1]}, the model's."
-            )
+            raise UserError(f"config.sampler.cfg_channels = {channels} must be at most {x.shape[-1]}, the model's.")
         # A sample's two rows are neighbours, so that they stay on its device when the batch is sharded.
         labels = jnp.stack([y, jnp.full_like(y, num_classes)], axis=1).reshape(-1)  # [2B]
         output = predict(jnp.repeat(x, 2, axis=0), jnp.repeat(t, 2), labels)  # [2B, H, W, C]

@@ -79,9 +79,7 @@ def loss_per_example(
 
     output = predict(alpha_t * x1 + sigma_t * x0, t)
     if output.shape != x1.shape:
-        raise ValueError(
-            f"the network returned {output.shape} for data of shape {x1.shape}; they must be equal."
-        )
+        raise ValueError(f"the network returned {output.shape} for data of shape {x1.shape}; they must be equal.")
     output = output.astype(jnp.float32)
 
     axes = tuple(range(1, x1.ndim))

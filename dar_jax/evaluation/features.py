@@ -114,9 +114,7 @@ def convnet_features(
     return Features("convnet", jax.jit(extract))
 
 
-def _train(
-    net: ConvNet, images: np.ndarray, labels: np.ndarray, seed: int, log: Callable[[str], None]
-) -> dict:
+def _train(net: ConvNet, images: np.ndarray, labels: np.ndarray, seed: int, log: Callable[[str], None]) -> dict:
     """Returns {"params": tree, "scale": float32 []} in NumPy and logs the accuracy on training images."""
     start = time.monotonic()
     optimizer = optax.adamw(optax.cosine_decay_schedule(2e-3, NUM_STEPS), weight_decay=1e-2)

@@ -21,13 +21,7 @@ def save_grid(path: pathlib.Path, images: np.ndarray, columns: int, *, min_side:
       ValueError: the images are not uint8, there are none, C is neither 1 nor 3, or columns < 1.
     """
     images = np.asarray(images)
-    if (
-        images.dtype != np.uint8
-        or images.ndim != 4
-        or not len(images)
-        or images.shape[3] not in (1, 3)
-        or columns < 1
-    ):
+    if images.dtype != np.uint8 or images.ndim != 4 or not len(images) or images.shape[3] not in (1, 3) or columns < 1:
         raise ValueError(
             f"a grid takes uint8 images [N >= 1, H, W, 1 or 3] in at least one column, "
             f"not {images.dtype} {list(images.shape)} in {columns}."

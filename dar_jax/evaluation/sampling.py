@@ -1,5 +1,6 @@
 """Samples from a model on all devices: sample i depends on the seed and i alone, not on its batch."""
 
+import math
 import pathlib
 from collections.abc import Callable
 
@@ -79,13 +80,22 @@ def sample_to_file(
     """Draws `num_per_label` samples of each label from a run's EMA and writes a .png grid (a column is a label) or
     an .npz in the ADM layout. Raises UserError for a label, file type or checkpoint that does not exist."""
     num_classes = config.model.num_classes
-    if pathlib.Path(out).suffix not in (".png", ".npz"):
+    path = pathlib.Path(out)
+    if path.suffix not in (".png", ".npz"):
         raise UserError(f'--out = "{out}" must end in .png or .npz.')
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f'--out = "{out}" cannot be written: {error.strerror}; take another.') from error
     labels = [str(i) for i in range(min(num_classes, 10))] if labels is None else labels
+    if not labels:
+        raise UserError("--labels is empty; name classes, as in --labels=0,1,2.")
     for label in labels:
-        if not label.isdigit() or int(label) >= num_classes:
+        if not label.isdecimal() or int(label) >= num_classes:
             raise UserError(f"--labels: {label} is no class; the model has classes 0 to {num_classes - 1}.")
+    config.mesh.update(data=-1, fsdp=math.gcd(config.mesh.fsdp, jax.device_count()))  # the run may have had more
     validate(config)
+    sampler.check(config.sampler)
     mesh = sharding.make_mesh(config.mesh)
     sharding.check_batch(mesh, "--batch_size", config.eval.batch_size)
     model = models.build(config.model)
@@ -94,8 +104,6 @@ def sample_to_file(
         columns = np.tile(np.asarray(labels, np.int32), num_per_label)
         draw = make_sampler(config, model, mesh)
         images = np.concatenate(list(sample_images(draw, ema, columns, config.eval.batch_size, mesh)))
-    path = pathlib.Path(out)
-    path.parent.mkdir(parents=True, exist_ok=True)
     if path.suffix == ".png":
         save_grid(path, images, columns=len(labels))
     else:

@@ -59,9 +59,7 @@ class Accumulator:
             _check_sizes(self.mean, other.mean)
         total = self.count + other.count
         delta = other.mean - self.mean  # [F]
-        self.scatter = (
-            self.scatter + other.scatter + np.outer(delta, delta) * (self.count * other.count / total)
-        )
+        self.scatter = self.scatter + other.scatter + np.outer(delta, delta) * (self.count * other.count / total)
         self.mean = self.mean + delta * (other.count / total)
         self.count = total
 
@@ -72,9 +70,7 @@ class Accumulator:
           UserError: there are fewer than 2 samples.
         """
         if self.count < 2:
-            raise UserError(
-                f"a covariance needs at least 2 samples, not {self.count}; raise config.eval.num_samples."
-            )
+            raise UserError(f"a covariance needs at least 2 samples, not {self.count}; raise config.eval.num_samples.")
         return Statistics(self.count, self.mean, self.scatter / (self.count - 1))
 
 
@@ -98,9 +94,7 @@ def frechet_distance(a: Statistics, b: Statistics) -> float:
     _check_sizes(a.mean, b.mean)
     for array in (a.mean, a.covariance, b.mean, b.covariance):
         if not np.isfinite(array).all():
-            raise UserError(
-                "statistics with NaN or infinite entries have no Frechet distance: compute them again."
-            )
+            raise UserError("statistics with NaN or infinite entries have no Frechet distance: compute them again.")
     overlap = np.linalg.svd(_root(a.covariance).T @ _root(b.covariance), compute_uv=False).sum()
     distance = np.sum((a.mean - b.mean) ** 2) + np.trace(a.covariance) + np.trace(b.covariance) - 2 * overlap
     return max(float(distance), 0.0)  # equal sets may come out a rounding error below zero

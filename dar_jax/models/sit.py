@@ -9,6 +9,7 @@ from dar_jax.models import layers
 from dar_jax.models.stack import ResidualStack, RoutedStack, constrain
 from dar_jax.routing import Layout
 
+
 class SiT(nn.Module):
     """Maps x_t `[B, H, W, C]`, t `[B]` in [0, 1] and labels y `[B]` to the prediction `[B, H, W, C]` in float32.
 

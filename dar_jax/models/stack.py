@@ -60,8 +60,7 @@ class RoutedStep(nn.Module):
     def setup(self):
         self.blocks = [Block(**self.block, name=f"block_{i}") for i in range(self.layout.sublayers_per_step // 2)]
         self.queries = [
-            Query(self.query, self.block["dtype"], name=f"query_{i}")
-            for i in range(self.layout.sublayers_per_step)
+            Query(self.query, self.block["dtype"], name=f"query_{i}") for i in range(self.layout.sublayers_per_step)
         ]
 
     def outputs(self, sources: Array, inv_rms: Array, step: Array, condition: Array, e_t: Array) -> Array:

@@ -84,7 +84,9 @@ def _read_backward(residuals, cotangents):
     s = alpha * (_dot_sources(g, sources) + (l - jnp.sum(g * aggregate, axis=-1))[:, None])
     s_r = s * inv_rms
     along_v = jnp.sum(jnp.where(alpha > 0, s_r * inv_rms * scores, 0), axis=0) / sources.shape[-1]
-    along_g_and_u = sum(a[..., None] * g_q + b[..., None] * u_q for a, b, g_q, u_q in zip(alpha, s_r, g, u, strict=True))
+    along_g_and_u = sum(
+        a[..., None] * g_q + b[..., None] * u_q for a, b, g_q, u_q in zip(alpha, s_r, g, u, strict=True)
+    )
     d_sources = (along_g_and_u - along_v[..., None] * sources).astype(sources.dtype)
     if u.shape[2] == 1:
         s_r = s_r.astype(sources.dtype)

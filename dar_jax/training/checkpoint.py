@@ -1,21 +1,28 @@
 """Checkpoints of a run: workdir/checkpoints/<step> by orbax, workdir/config.json beside them.
 
-A checkpoint holds three items: "train" (step, params, optimizer state), "ema", and "data" (the iterator). A step's
-directory appears under its final name only when it is whole, so a crash while saving leaves the last good one.
+A checkpoint holds three items: "train" (step, params, optimizer state), "ema", and "data" (the iterator); one of
+converted weights "ema" alone. A step's directory appears under its final name only when it is whole, so a crash while
+saving leaves the last good one.
 """
 
 import json
 import os
 import pathlib
+import time
 from typing import Any
 
 import jax
 import orbax.checkpoint.experimental.v1 as ocp
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from dar_jax import models
 from dar_jax.config import default
 from dar_jax.errors import UserError
-from dar_jax.training.state import TrainState
+from dar_jax.routing.warm_start import keeps_function, warm_start
+from dar_jax.training.logs import say
+from dar_jax.training.state import TrainState, abstract_params
 
 
 def _items(state: TrainState) -> dict[str, Any]:
@@ -29,6 +36,7 @@ class Checkpoints:
     """The checkpoints of one workdir; saves in the background, keeps the latest `checkpoint.keep`."""
 
     def __init__(self, workdir: str, keep: int):
+        _set_incomplete_aside(workdir)
         self._checkpointer = ocp.training.Checkpointer(
             _directory(workdir),
             save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),
@@ -37,9 +45,13 @@ class Checkpoints:
         )
 
     @property
+    def steps(self) -> list[int]:
+        """Steps of the checkpoints there are, also of one whose save is under way; ascending."""
+        return [checkpoint.step for checkpoint in self._checkpointer.checkpoints]
+
+    @property
     def latest_step(self) -> int | None:
-        latest = self._checkpointer.latest
-        return None if latest is None else latest.step
+        return max(self.steps, default=None)
 
     def save(self, state: TrainState, iterator, step: int) -> None:
         """Starts saving; returns when the state may be donated. A step that is already saved is left alone."""
@@ -61,16 +73,50 @@ def _directory(workdir: str) -> pathlib.Path:
     return pathlib.Path(workdir).absolute() / "checkpoints"
 
 
+def _parts(path: pathlib.Path) -> set[str]:
+    """The items of a step directory, as its metadata lists them; empty unless all of them are there."""
+    try:
+        names = set(json.loads((path / "_CHECKPOINT_METADATA").read_text())["item_handlers"])
+    except (OSError, ValueError, KeyError):
+        return set()
+    return names if all((path / name).exists() for name in names) else set()
+
+
+def _is_whole(path: pathlib.Path) -> bool:
+    return _parts(path) in ({"train", "ema", "data"}, {"ema"})
+
+
+def _steps(workdir: str) -> list[int]:
+    """Steps of the whole checkpoints, ascending."""
+    return sorted(int(p.name) for p in _directory(workdir).glob("*") if p.name.isdigit() and _is_whole(p))
+
+
+def has_checkpoint(workdir: str) -> bool:
+    """Whether `workdir` holds a whole checkpoint, which a run there resumes."""
+    return bool(_steps(workdir))
+
+
+def _set_incomplete_aside(workdir: str) -> None:
+    """Renames step directories that lack a part (of a copy cut short, say), which orbax would take for the latest."""
+    if jax.process_index() == 0:
+        for path in _directory(workdir).glob("*"):
+            if path.name.isdigit() and not _is_whole(path):
+                aside = path.with_name(f"incomplete-{path.name}-{time.time_ns()}")
+                path.rename(aside)
+                say(f"{path} is incomplete: renamed to {aside.name} and not used")
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices("incomplete checkpoints set aside")
+
+
 def restore_ema(workdir: str, abstract_params, step: int | None = None) -> tuple[Any, int]:
     """Returns (EMA weights, step) of a checkpoint, the latest by default. Raises UserError if there is none."""
-    directory = _directory(workdir)
-    steps = sorted(int(p.name) for p in directory.glob("*") if p.name.isdigit())
+    steps = _steps(workdir)
     if not steps:
         raise UserError(f'workdir "{workdir}" holds no checkpoint; train with python -m dar_jax.main first.')
     step = steps[-1] if step is None else step
     if step not in steps:
         raise UserError(f'workdir "{workdir}" has no checkpoint of step {step}; it has {steps}.')
-    items = ocp.load_checkpointables(directory / str(step), {"ema": abstract_params})
+    items = ocp.load_checkpointables(_directory(workdir) / str(step), {"ema": abstract_params})
     return items["ema"], step
 
 
@@ -91,7 +137,12 @@ def claim_workdir(workdir: str, config: ConfigDict) -> None:
     The model, its objective and the seed must be those of the run; lengths, learning rate, logging and evaluation may change.
     """
     path = pathlib.Path(workdir)
-    if any(_directory(workdir).glob("[0-9]*")):
+    if steps := _steps(workdir):
+        if "train" not in _parts(_directory(workdir) / str(steps[-1])):
+            raise UserError(
+                f'workdir "{workdir}" holds converted weights, not a run; take another --workdir, and start from them '
+                f"with --config.init_from={workdir}."
+            )
         stored = json.loads(load_config(workdir).to_json())
         wanted = json.loads(config.to_json())
         for section in ("model", "diffusion", "seed"):
@@ -107,7 +158,64 @@ def claim_workdir(workdir: str, config: ConfigDict) -> None:
             temporary.write_text(config.to_json(indent=2) + "\n")
             os.replace(temporary, path / "config.json")
         except OSError as error:
-            raise UserError(f'--workdir = "{workdir}" cannot be written: {error.strerror}.') from error
+            raise UserError(f'--workdir = "{workdir}" cannot be written: {error.strerror}; take another.') from error
+
+
+def write_weights(workdir: str, config: ConfigDict, params: dict) -> None:
+    """Makes a workdir of converted weights: config.json and, as the EMA of step 0, `params`.
+
+    Raises UserError if the workdir holds checkpoints or cannot be written.
+    """
+    if _steps(workdir):
+        raise UserError(f'--output = "{workdir}" holds checkpoints; take another.')
+    claim_workdir(workdir, config)
+    ocp.save_checkpointables(_directory(workdir) / "0", {"ema": params})
+
+
+def check_init_from(config: ConfigDict) -> ConfigDict:
+    """The config of the run that `config.init_from` names.
+
+    Raises UserError unless its weights suit the model of `config`: they must be of the same shapes and objective, and
+    of the same routing or of none.
+    """
+    path = pathlib.Path(config.init_from)
+    if not (path / "config.json").exists() or not _steps(config.init_from):
+        raise UserError(
+            f'config.init_from = "{path}" has no config.json and checkpoint; name a workdir that dar_jax.main or '
+            "dar_jax.convert wrote."
+        )
+    source = load_config(config.init_from)
+    stored, wanted = json.loads(source.to_json()), json.loads(config.to_json())
+    fields = [f"model.{name}" for name in stored["model"] if name not in ("label_dropout", "dtype", "remat", "routing")]
+    fields += ["diffusion.interpolant", "diffusion.prediction"]
+    if source.model.routing.kind != "residual":
+        fields += [f"model.routing.{name}" for name in stored["model"]["routing"]]
+    for field in fields:
+        a, b = stored, wanted
+        for name in field.split("."):
+            a, b = a[name], b[name]
+        if difference := _first_difference(a, b, f"config.{field}"):
+            raise UserError(
+                f'config.init_from = "{path}" is of {difference}; make them equal, or start without it. (A residual run '
+                "may start any routing.)"
+            )
+    return source
+
+
+def restore_initial(config: ConfigDict, abstract, mesh: Mesh) -> Any:
+    """The EMA weights of `config.init_from` on the shardings of `abstract`; uniform routing if they are residual."""
+    source, model = check_init_from(config), models.build(config.model)
+    ema, step = restore_ema(config.init_from, abstract_params(source, models.build(source.model), mesh))
+    say(f"started from the EMA weights of step {step} of {config.init_from}")
+    if source.model.routing.kind != "residual" or model.layout is None:
+        return ema
+    if not keeps_function(model.layout):
+        say(
+            f"warning: these are residual weights, and chunks of {model.layout.chunk_size} summarised by their last output "
+            "change their function; config.model.routing.summary = sum or chunk_size = 1 keep it"
+        )
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
+    return jax.jit(lambda params: warm_start(params, model.layout, model.query), out_shardings=shardings)(ema)
 
 
 def _first_difference(stored, wanted, name: str) -> str | None:

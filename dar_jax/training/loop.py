@@ -3,8 +3,10 @@
 import math
 import signal
 import threading
+from contextlib import closing
 
 import jax
+import jax.numpy as jnp
 from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
@@ -12,9 +14,10 @@ from dar_jax import models, sharding
 from dar_jax.config import validate
 from dar_jax.data.pipeline import train_iterator
 from dar_jax.data.sources import open_source
+from dar_jax.diffusion import sampler
 from dar_jax.errors import UserError
 from dar_jax.evaluation.metrics import InlineEvaluation
-from dar_jax.training.checkpoint import Checkpoints, claim_workdir
+from dar_jax.training.checkpoint import Checkpoints, check_init_from, claim_workdir, has_checkpoint, restore_initial
 from dar_jax.training.logs import Logs, say
 from dar_jax.training.optimizer import make_optimizer
 from dar_jax.training.state import make_state
@@ -22,12 +25,13 @@ from dar_jax.training.step import make_train_step
 
 
 def train(config: ConfigDict, workdir: str) -> None:
-    """Trains to config.train.num_steps in `workdir`, from its latest checkpoint if it holds one.
+    """Trains to config.train.num_steps in `workdir`, from its latest checkpoint if it holds one, else from `config.init_from`.
 
-    SIGTERM saves and returns. Raises UserError, before anything is compiled, for what cannot work, and when the
-    loss is no longer finite.
+    SIGTERM and Ctrl-C save and return. Raises UserError, before anything is compiled, for what cannot work, and
+    when the loss, the gradient or the weights are no longer finite.
     """
     validate(config)
+    sampler.check(config.sampler)
     mesh = sharding.make_mesh(config.mesh)
     sharding.check_batch(mesh, "config.train.batch_size / accumulate_steps", _micro_batch(config))
     if config.eval.every_steps:
@@ -46,18 +50,24 @@ def train(config: ConfigDict, workdir: str) -> None:
         process_index=jax.process_index(),
         process_count=jax.process_count(),
     )
-    claim_workdir(workdir, config)
-    with sharding.use(mesh), _StopSignal() as stop:
-        _run(config, workdir, mesh, iterator, stop)
+    with sharding.use(mesh), _StopSignal() as stop, closing(iterator):
+        if config.init_from and not has_checkpoint(workdir):
+            check_init_from(config)
+        claim_workdir(workdir, config)
+        with closing(Checkpoints(workdir, config.checkpoint.keep)) as checkpoints:
+            _run(config, workdir, mesh, iterator, checkpoints, stop)
 
 
-def _run(config, workdir, mesh, iterator, stop) -> None:
+def _run(config, workdir, mesh, iterator, checkpoints, stop) -> None:
     model = models.build(config.model)
     optimizer = make_optimizer(config.optimizer, config.train.num_steps)
     init, abstract = make_state(config, model, optimizer, mesh)
-    checkpoints = Checkpoints(workdir, config.checkpoint.keep)
     if checkpoints.latest_step is None:
         state = init()
+        if config.init_from:
+            params = restore_initial(config, abstract.params, mesh)
+            # Copies, because the step donates the state and no buffer twice.
+            state = state.replace(params=params, ema=jax.tree.map(jnp.copy, params))
         _describe(state.params)
     else:
         state = checkpoints.restore(abstract, iterator)
@@ -80,21 +90,14 @@ def _run(config, workdir, mesh, iterator, stop) -> None:
         (settled, values), pending = pending, None
         values = {name: float(value) for name, value in values.items()}
         if not all(math.isfinite(value) for value in values.values()):
-            last = checkpoints.latest_step
-            raise UserError(
-                f"step {settled}: {values} is not finite. "
-                + (f"The last good checkpoint is step {last} in {workdir}." if last else "No checkpoint was saved.")
-                + " Lower config.optimizer.learning_rate, or set config.optimizer.clip_norm."
-            )
+            raise UserError(_diverged(settled, values, checkpoints.steps, workdir))
         if settled % config.train.log_every_steps == 0 or settled == num_steps:
             logs.progress(settled, values)
 
     say("compiling the train step")
     try:
         while step < num_steps and not stop(step):
-            batch = jax.tree.map(
-                lambda x: jax.make_array_from_process_local_data(batch_sharding, x), next(iterator)
-            )
+            batch = jax.tree.map(lambda x: jax.make_array_from_process_local_data(batch_sharding, x), next(iterator))
             state, metrics = take_step(state, batch)
             step += 1
             settle()
@@ -116,9 +119,22 @@ def _run(config, workdir, mesh, iterator, stop) -> None:
             checkpoints.save(state, iterator, step)
             say(f"stopped by a signal at step {step}, saved; the same command goes on from here")
     finally:
-        checkpoints.close()
         logs.close()
-        iterator.close()
+
+
+def _diverged(step: int, values: dict[str, float], steps: list[int], workdir: str) -> str:
+    """What to say and do when `values` of `step` are not all finite."""
+    # The loss of a step is of the weights before it: a checkpoint of these weights would fail again.
+    bad = step - 1 if not math.isfinite(values["loss"] + values["grad_norm"]) else step
+    good = max((s for s in steps if s < bad), default=None)
+    text = f"step {step} is not finite: {_format(values)}. "
+    text += (
+        "No good checkpoint was saved. " if good is None else f"The last good checkpoint is step {good} in {workdir}. "
+    )
+    for s in steps:
+        if s >= bad:
+            text += f"Remove {workdir}/checkpoints/{s}, which leads here. "
+    return text + "Lower config.optimizer.learning_rate, or set config.optimizer.clip_norm, and start again."
 
 
 def _micro_batch(config: ConfigDict) -> int:
@@ -141,7 +157,8 @@ class _StopSignal:
     def __enter__(self):
         self.asked = False
         self.previous = {}
-        if threading.current_thread() is threading.main_thread():
+        # With several processes jax.distributed listens for SIGTERM, and a handler here would silence it.
+        if jax.process_count() == 1 and threading.current_thread() is threading.main_thread():
             for number in (signal.SIGTERM, signal.SIGINT):
                 self.previous[number] = signal.signal(number, self._ask)
         return self

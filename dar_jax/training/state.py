@@ -36,7 +36,9 @@ def abstract_params(config: ConfigDict, model: SiT, mesh: Mesh):
     """Shapes, dtypes and shardings of the parameters: the target of a restore."""
     boxed = jax.eval_shape(lambda: init_params(model, config.seed))
     shardings = sharding.tree_shardings(mesh, boxed)
-    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), sharding.unbox(boxed), shardings)
+    return jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), sharding.unbox(boxed), shardings
+    )
 
 
 def make_state(config: ConfigDict, model: SiT, optimizer: optax.GradientTransformation, mesh: Mesh):

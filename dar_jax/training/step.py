@@ -16,7 +16,7 @@ def make_train_step(config: ConfigDict, model: SiT, optimizer: optax.GradientTra
     """Returns step(state, batch) -> (state, metrics), a pure function to jit.
 
     batch: {"image": float32 [B, H, W, C] in [-1, 1], "label": int32 [B]}. metrics: float32 scalars "loss" (mean over
-    the batch) and "grad_norm" (before clipping). Randomness follows from config.seed and state.step alone.
+    the batch), "grad_norm" (before clipping) and "param_norm" (of the new weights). Randomness follows from config.seed and state.step alone.
     """
     num_micro = config.train.accumulate_steps
 
@@ -35,9 +35,7 @@ def make_train_step(config: ConfigDict, model: SiT, optimizer: optax.GradientTra
             loss, grads = jax.value_and_grad(loss_fn)(state.params, x1, x0, t, y, label_key)
         else:
             # Every num_micro-th example, so that each microbatch stays spread over all devices.
-            micro = jax.tree.map(
-                lambda a: jnp.moveaxis(a.reshape(-1, num_micro, *a.shape[1:]), 1, 0), (x1, x0, t, y)
-            )
+            micro = jax.tree.map(lambda a: jnp.moveaxis(a.reshape(-1, num_micro, *a.shape[1:]), 1, 0), (x1, x0, t, y))
 
             def accumulate(total, inputs):
                 micro_batch, key = inputs
@@ -50,7 +48,11 @@ def make_train_step(config: ConfigDict, model: SiT, optimizer: optax.GradientTra
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         ema = optax.incremental_update(params, state.ema, 1 - config.optimizer.ema_decay)
-        metrics = {"loss": loss, "grad_norm": optax.global_norm(grads)}
+        metrics = {
+            "loss": loss,
+            "grad_norm": optax.global_norm(grads),
+            "param_norm": optax.global_norm(params),
+        }
         return TrainState(state.step + 1, params, ema, opt_state), metrics
 
     return step

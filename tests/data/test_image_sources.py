@@ -52,9 +52,7 @@ def test_unknown_split_of_fixed_splits(source, tmp_path):
 def write_idx(path, images=None, labels=None, prefix="train", suffix=""):
     write = gzip.compress if suffix else bytes
     if images is not None:
-        content = (
-            b"\x00\x00\x08\x03" + struct.pack(">III", len(images), 2, 3) + bytes(np.ravel(images).tolist())
-        )
+        content = b"\x00\x00\x08\x03" + struct.pack(">III", len(images), 2, 3) + bytes(np.ravel(images).tolist())
         (path / f"{prefix}-images-idx3-ubyte{suffix}").write_bytes(write(content))
     if labels is not None:
         content = b"\x00\x00\x08\x01" + struct.pack(">I", len(labels)) + bytes(labels)
@@ -76,9 +74,7 @@ def test_idx_bytes(tmp_path, suffix):
 
 def test_idx_missing_files_are_named(tmp_path):
     write_idx(tmp_path, [[0] * 6])
-    with pytest.raises(
-        UserError, match=r"no train-labels-idx1-ubyte.*apt-get install dataset-fashion-mnist"
-    ) as error:
+    with pytest.raises(UserError, match=r"no train-labels-idx1-ubyte.*apt-get install dataset-fashion-mnist") as error:
         open_source(data_config("idx", tmp_path), "train")
     assert "images-idx3" not in str(error.value)
     with pytest.raises(UserError, match=r"no t10k-images-idx3-ubyte.* and no t10k-labels-idx1-ubyte"):
@@ -199,9 +195,7 @@ class TinyShapes(tfds.core.GeneratorBasedBuilder):
         for i in range(6):
             buffer = io.BytesIO()
             mode = {1: "L", 2: "CMYK"}.get(i, "RGB")
-            Image.new("RGB", (5, 4 + i), (40 * i,) * 3).convert(mode).save(
-                buffer, "TIFF" if i == 2 else "PNG"
-            )
+            Image.new("RGB", (5, 4 + i), (40 * i,) * 3).convert(mode).save(buffer, "TIFF" if i == 2 else "PNG")
             # Encoded bytes: to encode arrays, tensorflow-datasets would import tensorflow.
             yield i, {"image": io.BytesIO(buffer.getvalue()), "label": i % 3, "note": "x"}
 

@@ -84,9 +84,7 @@ def test_channels():
     assert rgb.shape == (5, 4, 3) and (rgb == grey).all()
     np.testing.assert_array_equal(to_channels(rgb, 1), grey)
     primaries = np.array([[[255, 0, 0], [0, 255, 0], [0, 0, 255]]], np.uint8)
-    np.testing.assert_allclose(
-        to_channels(primaries, 1)[0, :, 0], [0.299 * 255, 0.587 * 255, 0.114 * 255], atol=1
-    )
+    np.testing.assert_allclose(to_channels(primaries, 1)[0, :, 0], [0.299 * 255, 0.587 * 255, 0.114 * 255], atol=1)
     assert to_channels(grey, 1) is grey
 
 

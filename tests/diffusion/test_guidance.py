@@ -30,9 +30,7 @@ def by_hand(x, t, y, scale):
 def test_all_channels():
     x, t, y = inputs()
     _, expected = by_hand(x, t, y, 2.5)
-    np.testing.assert_allclose(
-        guided(predict, y, NUM_CLASSES, scale=2.5)(x, t), expected, rtol=1e-5, atol=1e-5
-    )
+    np.testing.assert_allclose(guided(predict, y, NUM_CLASSES, scale=2.5)(x, t), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_official_three_channels():

@@ -112,8 +112,6 @@ def test_bad_values_are_user_errors():
     with pytest.raises(UserError, match="time_std = 0"):
         draw(jax.random.key(0), x, config(time="logit_normal", time_std=0.0))
     with pytest.raises(UserError, match="likelyhood"):
-        loss_per_example(
-            lambda x, t: x, x, x, jnp.full(2, 0.5), config(prediction="noise", weighting="likelyhood")
-        )
+        loss_per_example(lambda x, t: x, x, x, jnp.full(2, 0.5), config(prediction="noise", weighting="likelyhood"))
     with pytest.raises(ValueError, match="shape"):
         loss_per_example(lambda x, t: x[..., :0], x, x, jnp.full(2, 0.5), config())

@@ -251,9 +251,7 @@ def test_number_of_network_calls(method, last_step):
 
     jax.jit(lambda x0: sample(counted, x0, keys, sampler, diffusion))(x0).block_until_ready()
     jax.effects_barrier()
-    expected = {"euler": 6, "heun": 12, "sde_euler": 6, "sde_heun": 11 if last_step == "mean" else 12}.get(
-        method
-    )
+    expected = {"euler": 6, "heun": 12, "sde_euler": 6, "sde_heun": 11 if last_step == "mean" else 12}.get(method)
     assert num_evaluations(sampler) == expected
     if method == "dopri5":
         _, evaluations = dopri5(bumpy, x0, 0.0, 1.0, atol=sampler.atol, rtol=sampler.rtol)

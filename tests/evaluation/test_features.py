@@ -120,9 +120,7 @@ def test_the_cache_gives_the_same_features_without_training(digits, trained, tra
 
 
 @pytest.mark.parametrize("change", ["seed", "num_classes", "images", "labels", "count", "version"])
-def test_a_cache_of_other_arguments_is_not_used_but_replaced(
-    digits, trained, training, monkeypatch, tmp_path, change
-):
+def test_a_cache_of_other_arguments_is_not_used_but_replaced(digits, trained, training, monkeypatch, tmp_path, change):
     cache = tmp_path / "convnet.npz"
     cache.write_bytes(trained[1].read_bytes())
     images, labels = digits[0].copy(), digits[1].copy()
@@ -180,9 +178,7 @@ def test_odd_sides_and_colours_train_too(monkeypatch):
     monkeypatch.setattr(module, "NUM_STEPS", 1)
     monkeypatch.setattr(module, "NUM_MEASURED", 1)
     images = np.random.default_rng(0).integers(0, 256, (10, 25, 25, 3)).astype(np.uint8)
-    features = convnet_features(images, np.arange(10, dtype=np.int32) % 3, 3, seed=0, cache=None).extract(
-        images
-    )
+    features = convnet_features(images, np.arange(10, dtype=np.int32) % 3, 3, seed=0, cache=None).extract(images)
     assert features.shape == (10, 64)
     assert np.isfinite(features).all() and np.var(features, axis=0).max() > 0
 

@@ -34,9 +34,7 @@ def test_pixels(tmp_path, count, height, width, channels, columns, min_side, fac
         left, top = i % columns * (tile_width + GAP), i // columns * (tile_height + GAP)
         got = picture.crop((left, top, left + tile_width, top + tile_height))
         expected = Image.fromarray(image[:, :, 0] if channels == 1 else image)
-        np.testing.assert_array_equal(
-            got, expected.resize((tile_width, tile_height), Image.Resampling.NEAREST)
-        )
+        np.testing.assert_array_equal(got, expected.resize((tile_width, tile_height), Image.Resampling.NEAREST))
     white = np.sum(np.all(np.array(picture).reshape(*picture.size[::-1], channels) == 255, axis=-1))
     assert white == picture.size[0] * picture.size[1] - count * tile_width * tile_height
 

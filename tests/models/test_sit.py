@@ -48,7 +48,9 @@ def test_dynamic_xl_has_57_query_matrices():
     residual, dynamic = (shapes(sit_config("XL", variant)) for variant in ("residual", "dynamic"))
     d = 1152
     matrices = [
-        leaf.size // d**2 for path, leaf in jax.tree_util.tree_leaves_with_path(dynamic["stack"]) if "project" in str(path)
+        leaf.size // d**2
+        for path, leaf in jax.tree_util.tree_leaves_with_path(dynamic["stack"])
+        if "project" in str(path)
     ]
     assert sum(matrices) == 57
     assert count(dynamic) - count(residual) == 57 * (d**2 + d)  # the matrix and the norm's scale
@@ -68,9 +70,7 @@ def test_initialisation_follows_the_official_bounds():
     config = sit_config("XL", "static_t")
     config.depth, config.routing.chunk_size = 2, 4
     model = models.build(config)
-    params = jax.jit(model.init)(
-        jax.random.key(0), jnp.zeros((1, 32, 32, 4)), jnp.zeros(1), jnp.zeros(1, jnp.int32)
-    )
+    params = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 32, 32, 4)), jnp.zeros(1), jnp.zeros(1, jnp.int32))
     params = nn.meta.unbox(params["params"])
     block = params["stack"]["steps"]["block_1"]
     for kernel, bound in (
@@ -97,7 +97,9 @@ def random_params(model, seed=0):
     rng = np.random.default_rng(seed)
     x = jnp.zeros((1, model.input_size, model.input_size, model.channels))
     abstract = jax.eval_shape(lambda: model.init(jax.random.key(0), x, jnp.zeros(1), jnp.zeros(1, jnp.int32)))
-    return jax.tree.map(lambda p: jnp.asarray(0.3 * rng.normal(size=p.shape), p.dtype), nn.meta.unbox(abstract)["params"])
+    return jax.tree.map(
+        lambda p: jnp.asarray(0.3 * rng.normal(size=p.shape), p.dtype), nn.meta.unbox(abstract)["params"]
+    )
 
 
 def test_prediction_has_the_shape_of_x_and_learn_sigma_keeps_the_first_half():

@@ -134,7 +134,9 @@ def test_sublayer_reads_only_its_sources(chunk_size, summary):
 
         closed = jax.tree.map(jnp.asarray, params)
         for i in range(per_step // 2):
-            closed["steps"][f"block_{i}"]["adaln"] = jax.tree.map(jnp.zeros_like, params["steps"][f"block_{i}"]["adaln"])
+            closed["steps"][f"block_{i}"]["adaln"] = jax.tree.map(
+                jnp.zeros_like, params["steps"][f"block_{i}"]["adaln"]
+            )
         apply = jax.jit(final_state)
         base = apply(closed)
         for m in range(1, 2 * depth + 1):

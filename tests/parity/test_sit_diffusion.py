@@ -121,8 +121,7 @@ def test_samplers_equal_the_formulae(interpolant, prediction, sde_choices, monke
     x0 = np.random.default_rng(0).normal(size=SHAPE).astype(np.float32)
     keys = jax.random.split(jax.random.key(3), SHAPE[0])
     noise = [
-        np.stack([jax.random.normal(jax.random.fold_in(key, k), SHAPE[1:]) for key in keys])
-        for k in range(NUM_STEPS)
+        np.stack([jax.random.normal(jax.random.fold_in(key, k), SHAPE[1:]) for key in keys]) for k in range(NUM_STEPS)
     ]
     for method, form, last in [("euler", "sigma", "none"), ("heun", "sigma", "none"), *sde_choices]:
         config = default()

@@ -1,0 +1,42 @@
+"""Converts weights: python -m dar_jax.convert --kind=sit --input=SiT-XL-2-256x256.pt --output=runs/sit_xl
+
+--input is a PyTorch state dict under the official names of willisma/SiT, bare or in a training checkpoint (its EMA is
+taken), or the same arrays as .npz. --output becomes a workdir: config.json and the weights as the EMA of step 0.
+dar_jax.sample draws from it; dar_jax.main starts from it, also with routing, by --config.init_from=runs/sit_xl.
+"""
+
+from absl import flags
+
+from dar_jax import errors
+
+KIND = flags.DEFINE_string("kind", None, "What the weights are: sit (residual, any size)")
+INPUT = flags.DEFINE_string("input", None, "A .pt or .npz file of weights")
+OUTPUT = flags.DEFINE_string("output", None, "The workdir to write; must hold no checkpoint")
+NUM_HEADS = flags.DEFINE_integer("num_heads", None, "Attention heads; default: those of the published size")
+
+
+def main(_):
+    errors.require_flags(kind=KIND.value, input=INPUT.value, output=OUTPUT.value)
+    errors.check_choice("--kind", KIND.value, ("sit",))
+    from dar_jax import config as config_lib
+    from dar_jax.pretrained import sit
+    from dar_jax.training.checkpoint import write_weights
+
+    state_dict = sit.read_state_dict(INPUT.value)
+    config = config_lib.default()
+    config.model.update(sit.infer_model(state_dict, NUM_HEADS.value))
+    config.model.routing.kind = "residual"
+    config.data.update(source="synthetic", image_size=config.model.input_size)  # the weights do not tell their data
+    config.eval.batch_size = 64
+    config_lib.validate(config)
+    write_weights(OUTPUT.value, config, sit.params_from_torch(state_dict))
+    model = config.model
+    print(
+        f"wrote {OUTPUT.value}: SiT of {model.depth} blocks x {model.hidden_size}, {model.num_heads} heads, patch "
+        f"{model.patch_size}, {model.input_size}x{model.input_size}x{model.channels}, {model.num_classes} classes, "
+        f"learn_sigma = {model.learn_sigma}"
+    )
+
+
+if __name__ == "__main__":
+    errors.run(main)

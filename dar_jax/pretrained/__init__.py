@@ -1,0 +1,1 @@
+"""Published weights: their files read, checked and renamed into the trees of dar_jax.models, and back."""

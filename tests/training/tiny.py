@@ -1,0 +1,52 @@
+"""The smallest run that has every part: a routed SiT of 4 tokens and 16 features, and random batches for it."""
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh
+
+from dar_jax import config as config_lib
+from dar_jax import models, sharding
+from dar_jax.training.optimizer import make_optimizer
+from dar_jax.training.state import make_state
+from dar_jax.training.step import make_train_step
+
+
+def make_config():
+    config = config_lib.default()
+    config.model.update(patch_size=4, depth=2, hidden_size=16, num_heads=2)
+    config.optimizer.update(learning_rate=1e-2, ema_decay=0.9)
+    config.train.update(num_steps=12, batch_size=16, log_every_steps=1)
+    config.checkpoint.every_steps = 4
+    config.sampler.update(method="euler", num_steps=2)
+    config.eval.batch_size = 8
+    return config
+
+
+def make_mesh(data: int, fsdp: int) -> Mesh:
+    """A mesh over the first data * fsdp of the eight host devices."""
+    devices = np.array(jax.devices()[: data * fsdp]).reshape(data, fsdp)
+    return Mesh(devices, ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2)
+
+
+def batches(config, count: int):
+    rng = np.random.default_rng(0)
+    size, shape = config.train.batch_size, (config.data.image_size,) * 2 + (config.model.channels,)
+    for _ in range(count):
+        image = rng.uniform(-1, 1, (size, *shape)).astype(np.float32)
+        yield {"image": image, "label": rng.integers(0, config.model.num_classes, size, dtype=np.int32)}
+
+
+def run(config, mesh: Mesh, steps: int):
+    """Returns the states before the first and after every step, and the metrics, of `steps` train steps."""
+    model = models.build(config.model)
+    optimizer = make_optimizer(config.optimizer, config.train.num_steps)
+    with sharding.use(mesh):
+        init, _ = make_state(config, model, optimizer, mesh)
+        step = jax.jit(make_train_step(config, model, optimizer))
+        states, metrics = [init()], []
+        for batch in batches(config, steps):
+            batch = jax.device_put(batch, sharding.batch_sharding(mesh))
+            state, values = step(states[-1], batch)
+            states.append(state)
+            metrics.append(jax.device_get(values))
+    return states, metrics
