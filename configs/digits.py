@@ -15,9 +15,9 @@ def get_config(variant=None):
     config.model.update(input_size=8, channels=1, num_classes=10, patch_size=2)
     config.model.update(depth=6, hidden_size=96, num_heads=4)
     config.model.routing.chunk_size = 4
-    config.train.update(num_steps=1500, batch_size=64, log_every_steps=100)
-    config.optimizer.update(learning_rate=1e-3, warmup_steps=100, schedule="cosine", ema_decay=0.995)
-    config.sampler.update(method="heun", num_steps=15, cfg_scale=1.0)
+    config.train.update(num_steps=1000, batch_size=64, log_every_steps=100)
+    config.optimizer.update(learning_rate=2e-3, warmup_steps=50, schedule="cosine", ema_decay=0.995)
+    config.sampler.update(method="heun", num_steps=15, cfg_scale=1.5)
     config.eval.update(every_steps=250, num_samples=512, batch_size=256)
-    config.checkpoint.every_steps = 500
+    config.checkpoint.every_steps = 250
     return config_lib.route(config, variant)

@@ -124,7 +124,7 @@ def route(config: ConfigDict, variant: str | None) -> ConfigDict:
 
 def check_flags(args: list[str]) -> None:
     """Raises UserError for a --config file that does not exist and for a --config.x.y that is no field."""
-    for arg, following in zip(args, [*args[1:], ""], strict=True):
+    for arg, following in zip(args, [*args, ""][1:], strict=True):
         if match := re.match(r"--?config(?:=(.*))?$", arg):
             path = (following if match[1] is None else match[1]).split(":")[0]
             if not os.path.isfile(path):

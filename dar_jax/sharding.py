@@ -29,16 +29,18 @@ RULES = (
 )
 
 
-def make_mesh(mesh: ConfigDict) -> Mesh:
-    """The (data, fsdp) mesh of `config.mesh` over all devices; -1 is the rest. Raises UserError if it cannot be."""
-    devices = jax.device_count()
-    data = devices // mesh.fsdp if mesh.data == -1 else mesh.data
-    if data * mesh.fsdp != devices:
+def make_mesh(mesh: ConfigDict, devices: list | None = None) -> Mesh:
+    """The (data, fsdp) mesh of `config.mesh` over `devices`, None for all here; -1 is the rest.
+
+    Raises UserError if it cannot be."""
+    devices = jax.devices() if devices is None else devices
+    data = len(devices) // mesh.fsdp if mesh.data == -1 else mesh.data
+    if data * mesh.fsdp != len(devices):
         raise UserError(
-            f"config.mesh data = {mesh.data}, fsdp = {mesh.fsdp} does not fill the {devices} devices; "
+            f"config.mesh data = {mesh.data}, fsdp = {mesh.fsdp} does not fill the {len(devices)} devices; "
             "set data = -1 and fsdp to a divisor."
         )
-    return jax.make_mesh((data, mesh.fsdp), ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2)
+    return jax.make_mesh((data, mesh.fsdp), ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2, devices=devices)
 
 
 @contextlib.contextmanager

@@ -134,7 +134,8 @@ def load_config(workdir: str) -> ConfigDict:
 def claim_workdir(workdir: str, config: ConfigDict) -> None:
     """Writes config.json, or raises UserError if the workdir holds a run that `config` cannot continue.
 
-    The model, its objective and the seed must be those of the run; lengths, learning rate, logging and evaluation may change.
+    The model, its objective and the seed must be those of the run; lengths, learning rate, logging and evaluation
+    may change.
     """
     path = pathlib.Path(workdir)
     if steps := _steps(workdir):
@@ -149,7 +150,8 @@ def claim_workdir(workdir: str, config: ConfigDict) -> None:
             difference = _first_difference(stored[section], wanted[section], f"config.{section}")
             if difference:
                 raise UserError(
-                    f'workdir "{workdir}" holds a run with {difference}; take another --workdir, or the config of that run.'
+                    f'workdir "{workdir}" holds a run with {difference}; take another --workdir, or the config '
+                    "of that run."
                 )
     if jax.process_index() == 0:
         try:
@@ -196,8 +198,8 @@ def check_init_from(config: ConfigDict) -> ConfigDict:
             a, b = a[name], b[name]
         if difference := _first_difference(a, b, f"config.{field}"):
             raise UserError(
-                f'config.init_from = "{path}" is of {difference}; make them equal, or start without it. (A residual run '
-                "may start any routing.)"
+                f'config.init_from = "{path}" is of {difference}; make them equal, or start without it. (A residual '
+                "run may start any routing.)"
             )
     return source
 
@@ -211,8 +213,8 @@ def restore_initial(config: ConfigDict, abstract, mesh: Mesh) -> Any:
         return ema
     if not keeps_function(model.layout):
         say(
-            f"warning: these are residual weights, and chunks of {model.layout.chunk_size} summarised by their last output "
-            "change their function; config.model.routing.summary = sum or chunk_size = 1 keep it"
+            f"warning: these are residual weights, and chunks of {model.layout.chunk_size} summarised by their last "
+            "output change their function; config.model.routing.summary = sum or chunk_size = 1 keep it"
         )
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
     return jax.jit(lambda params: warm_start(params, model.layout, model.query), out_shardings=shardings)(ema)

@@ -25,7 +25,7 @@ from dar_jax.training.step import make_train_step
 
 
 def train(config: ConfigDict, workdir: str) -> None:
-    """Trains to config.train.num_steps in `workdir`, from its latest checkpoint if it holds one, else from `config.init_from`.
+    """Trains to config.train.num_steps in `workdir`, from its latest checkpoint, else from config.init_from, if given.
 
     SIGTERM and Ctrl-C save and return. Raises UserError, before anything is compiled, for what cannot work, and
     when the loss, the gradient or the weights are no longer finite.

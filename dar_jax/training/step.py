@@ -16,7 +16,8 @@ def make_train_step(config: ConfigDict, model: SiT, optimizer: optax.GradientTra
     """Returns step(state, batch) -> (state, metrics), a pure function to jit.
 
     batch: {"image": float32 [B, H, W, C] in [-1, 1], "label": int32 [B]}. metrics: float32 scalars "loss" (mean over
-    the batch), "grad_norm" (before clipping) and "param_norm" (of the new weights). Randomness follows from config.seed and state.step alone.
+    the batch), "grad_norm" (before clipping) and "param_norm" (of the new weights, which overflows before they do).
+    Randomness follows from config.seed and state.step alone.
     """
     num_micro = config.train.accumulate_steps
 

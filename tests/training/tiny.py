@@ -14,7 +14,7 @@ from dar_jax.training.step import make_train_step
 def make_config():
     config = config_lib.default()
     config.model.update(patch_size=4, depth=2, hidden_size=16, num_heads=2)
-    config.optimizer.update(learning_rate=1e-2, ema_decay=0.9)
+    config.optimizer.update(learning_rate=1e-3, ema_decay=0.9)
     config.train.update(num_steps=12, batch_size=16, log_every_steps=1)
     config.checkpoint.every_steps = 4
     config.sampler.update(method="euler", num_steps=2)

@@ -1,0 +1,104 @@
+"""What routing costs: the train step and one sampling evaluation, residual against routed, interleaved in one run.
+
+    python benchmarks/step_time.py --size=S --batch_size=4 --cases=residual,static_t:4,dynamic:4,static_t:1
+
+Prints medians, their ratios to the first case and the compiled step's temporary memory; --json writes the same.
+Quiet the machine first: anything else that runs shows up as routing.
+"""
+
+import json
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import app, flags
+
+from dar_jax import config as config_lib
+from dar_jax import models, sharding
+from dar_jax.training.optimizer import make_optimizer
+from dar_jax.training.state import make_state
+from dar_jax.training.step import make_train_step
+
+SIZE = flags.DEFINE_enum("size", "S", [*config_lib.SIZES], "Published size, patch 2, latents 32x32x4")
+BATCH_SIZE = flags.DEFINE_integer("batch_size", 4, "Images per step")
+CASES = flags.DEFINE_list(
+    "cases",
+    ["residual", "static:4", "static_t:4", "dynamic:4", "static_t:1", "static_t:8"],
+    "variant or variant:chunk_size; ratios are to the first",
+)
+DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Of the computation")
+ROUNDS = flags.DEFINE_integer("rounds", 7, "Timed rounds over all cases, after one to warm up")
+JSON = flags.DEFINE_string("json", None, "Where to write the result")
+
+
+def make_case(case: str) -> dict:
+    variant, _, chunk_size = case.partition(":")
+    config = config_lib.route(config_lib.default(), variant)
+    config.model.update(input_size=32, channels=4, num_classes=1000, dtype=DTYPE.value, **config_lib.SIZES[SIZE.value])
+    config.model.routing.chunk_size = int(chunk_size or 4)
+    model, mesh = models.build(config.model), sharding.make_mesh(config.mesh)
+    optimizer = make_optimizer(config.optimizer, 1000)
+    init, _ = make_state(config, model, optimizer, mesh)
+    state = init()
+    x = jax.random.normal(jax.random.key(0), (BATCH_SIZE.value, 32, 32, 4))
+    batch = {"image": x, "label": jnp.zeros(len(x), jnp.int32)}
+    start = time.monotonic()
+    step = jax.jit(make_train_step(config, model, optimizer), donate_argnums=0).lower(state, batch).compile()
+    seconds = time.monotonic() - start
+    evaluate = jax.jit(lambda p, x, y: model.apply({"params": p}, x, jnp.full(len(x), 0.5), y))
+    return {
+        "step": step,
+        "evaluate": evaluate,
+        "state": state,
+        "batch": batch,
+        "compile_seconds": seconds,
+        "temp_bytes": step.memory_analysis().temp_size_in_bytes,
+        "step_seconds": [],
+        "evaluation_seconds": [],
+    }
+
+
+def run_once(case: dict) -> None:
+    start = time.monotonic()
+    case["state"], metrics = case["step"](case["state"], case["batch"])
+    jax.block_until_ready((case["state"], metrics))
+    case["step_seconds"].append(time.monotonic() - start)
+    start = time.monotonic()
+    jax.block_until_ready(case["evaluate"](case["state"].params, case["batch"]["image"], case["batch"]["label"]))
+    case["evaluation_seconds"].append(time.monotonic() - start)
+
+
+def main(_):
+    cases = {name: make_case(name) for name in CASES.value}
+    for _ in range(ROUNDS.value + 1):
+        for case in cases.values():
+            run_once(case)
+    rows = []
+    for name, case in cases.items():
+        step, evaluation = (float(np.median(case[k][1:])) for k in ("step_seconds", "evaluation_seconds"))
+        rows.append(
+            {
+                "case": name,
+                "step_ms": 1e3 * step,
+                "step_ratio": 1e3 * step / (rows[0]["step_ms"] if rows else 1e3 * step),
+                "evaluation_ms": 1e3 * evaluation,
+                "evaluation_ratio": 1e3 * evaluation / (rows[0]["evaluation_ms"] if rows else 1e3 * evaluation),
+                "temp_bytes": case["temp_bytes"],
+                "compile_seconds": case["compile_seconds"],
+            }
+        )
+    print(f"SiT-{SIZE.value}/2, batch {BATCH_SIZE.value}, {DTYPE.value}, {jax.devices()[0].device_kind}")
+    print(f"{'case':14}{'step':>9}{'ratio':>7}{'evaluation':>12}{'ratio':>7}{'temporaries':>13}{'compile':>9}")
+    for row in rows:
+        print(
+            f"{row['case']:14}{row['step_ms']:6.0f} ms{row['step_ratio']:7.2f}{row['evaluation_ms']:9.0f} ms"
+            f"{row['evaluation_ratio']:7.2f}{row['temp_bytes'] / 1e6:10.0f} MB{row['compile_seconds']:7.1f} s"
+        )
+    if JSON.value:
+        with open(JSON.value, "w") as file:
+            json.dump(rows, file, indent=2)
+
+
+if __name__ == "__main__":
+    app.run(main)

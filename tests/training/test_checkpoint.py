@@ -1,0 +1,145 @@
+"""Checkpoints survive crashes in the middle of a save, and a workdir keeps to one model."""
+
+import os
+import shutil
+
+import grain
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dar_jax.config import default
+from dar_jax.errors import UserError
+from dar_jax.training.checkpoint import Checkpoints, claim_workdir, load_config, restore_ema
+from dar_jax.training.state import TrainState
+
+
+def make_iterator():
+    return iter(grain.MapDataset.range(100).to_iter_dataset())
+
+
+def make_state(step):
+    weights = {"w": jnp.arange(4.0) + step}
+    return TrainState(jnp.int32(step), weights, {"w": -weights["w"]}, ({"mu": weights["w"] * 2},))
+
+
+def abstract(tree):
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), tree)
+
+
+def save(workdir, *steps, keep=9):
+    checkpoints, iterator = Checkpoints(str(workdir), keep), make_iterator()
+    for step in steps:
+        while iterator.get_state()["next_index"] < step:
+            next(iterator)
+        checkpoints.save(make_state(step), iterator, step)
+    checkpoints.close()
+
+
+def restore(workdir):
+    """Returns what a new process sees: the latest state and the next example."""
+    checkpoints, iterator = Checkpoints(str(workdir), 9), make_iterator()
+    state = checkpoints.restore(abstract(make_state(0)), iterator)
+    checkpoints.close()
+    return state, next(iterator)
+
+
+def test_restores_state_and_data_position(tmp_path):
+    save(tmp_path, 3, 5)
+    state, example = restore(tmp_path)
+    jax.tree.map(np.testing.assert_array_equal, state, make_state(5))
+    assert example == 5
+
+
+def test_keeps_the_latest(tmp_path):
+    save(tmp_path, 1, 2, 3, 4, keep=2)
+    assert sorted(os.listdir(tmp_path / "checkpoints")) == ["3", "4"]
+
+
+def test_saving_a_step_again_leaves_it_alone(tmp_path):
+    save(tmp_path, 3)
+    checkpoints = Checkpoints(str(tmp_path), 9)
+    checkpoints.save(make_state(99), make_iterator(), 3)
+    checkpoints.close()
+    assert restore(tmp_path)[0].step == 3
+
+
+def cut_short(path, missing):
+    source = path.parent / "5"
+    if missing == "all":
+        path.mkdir()
+    else:
+        shutil.copytree(source, path)
+        gone = path / missing
+        shutil.rmtree(gone) if gone.is_dir() else gone.unlink()
+
+
+@pytest.mark.parametrize(
+    ("name", "missing"),
+    [("7.orbax-checkpoint-tmp", "ema"), ("7", "all"), ("7", "ema"), ("7", "data"), ("7", "_CHECKPOINT_METADATA")],
+)
+def test_half_written_checkpoint_is_not_used(tmp_path, name, missing):
+    """The last whole one is restored and sampled from, and the step can be saved anew."""
+    save(tmp_path, 3, 5)
+    cut_short(tmp_path / "checkpoints" / name, missing)
+    assert restore_ema(str(tmp_path), abstract(make_state(0).ema))[1] == 5
+    state, example = restore(tmp_path)
+    assert (state.step, example) == (5, 5)
+    save(tmp_path, 7)
+    assert restore(tmp_path)[0].step == 7
+
+
+def test_restore_ema_takes_the_named_step(tmp_path):
+    save(tmp_path, 3, 5)
+    ema, step = restore_ema(str(tmp_path), abstract(make_state(0).ema), 3)
+    assert step == 3
+    np.testing.assert_array_equal(ema["w"], make_state(3).ema["w"])
+    with pytest.raises(UserError, match=r"no checkpoint of step 4; it has \[3, 5\]"):
+        restore_ema(str(tmp_path), abstract(make_state(0).ema), 4)
+    with pytest.raises(UserError, match="holds no checkpoint"):
+        restore_ema(str(tmp_path / "elsewhere"), abstract(make_state(0).ema))
+
+
+def test_config_survives_the_workdir(tmp_path):
+    """Every field comes back with its value and its type."""
+    config = default()
+    config.seed, config.sampler.cfg_interval, config.model.learn_sigma = 7, (0.25, 1.0), True
+    config.optimizer.update(learning_rate=1.0, weight_decay=1e-30)
+    config.data.path = 'a "b"'
+    claim_workdir(str(tmp_path), config)
+    restored = load_config(str(tmp_path))
+
+    def flatten(config):
+        return {k: flatten(v) if hasattr(v, "items") else (type(v), v) for k, v in config.items()}
+
+    assert flatten(restored) == flatten(config)
+    assert restored.is_locked
+
+
+def test_workdir_of_another_model_is_refused(tmp_path):
+    """Before anything is written; what does not change the run's identity may change."""
+    claim_workdir(str(tmp_path), default())
+    save(tmp_path, 3)
+    written = (tmp_path / "config.json").read_bytes()
+    for section, field, value in (("model", "depth", 8), ("diffusion", "prediction", "noise"), (None, "seed", 1)):
+        config = default()
+        (config[section] if section else config)[field] = value
+        with pytest.raises(UserError, match=rf"config\..*{field} = .*, not {value}; take another --workdir"):
+            claim_workdir(str(tmp_path), config)
+    assert (tmp_path / "config.json").read_bytes() == written
+    config = default()
+    config.train.num_steps = 5000
+    claim_workdir(str(tmp_path), config)
+    assert load_config(str(tmp_path)).train.num_steps == 5000
+
+
+def test_workdir_that_cannot_be_written(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot be written: Not a directory"):
+        claim_workdir(str(tmp_path / "file" / "run"), default())
+
+
+def test_workdir_without_config(tmp_path):
+    with pytest.raises(UserError, match=r"config.json\" does not exist; --workdir must be"):
+        load_config(str(tmp_path))
