@@ -1,6 +1,6 @@
 """SiT-XL/2 with Diffusion-Adaptive Routing, the paper's recipe at ImageNet 256x256 (latents 32x32x4, batch 1024).
 
-    python -m dar_jax.main --config=configs/sit_xl_dar.py --workdir=gs://BUCKET/sit_xl_dar     # on every host
+    python -m dar_jax.main --config=configs/sit_xl_dar.py --config.mesh.fsdp=4 --workdir=runs/sit_xl_dar
 
 Variants: residual | static | static_t (default) | dynamic, all with chunks of 4 sublayers ("c4"). The paper reports
 FID 7.56 (static_t, ODE, 600K steps, no guidance) against 9.67 for the residual SiT at 1.75M steps, at 0.59 s a step
