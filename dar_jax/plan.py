@@ -40,6 +40,7 @@ def _set_environment(topology: str) -> None:
     if kind == "cpu" and size.isdecimal():
         flag = f"--xla_force_host_platform_device_count={size}"
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flag}".strip()
+    os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"  # no TPU is opened, so plans may run side by side
     os.environ["TPU_SKIP_MDS_QUERY"] = "1"
     os.environ["TPU_WORKER_HOSTNAMES"] = "localhost"
     os.environ["TPU_WORKER_ID"] = "0"

@@ -35,12 +35,13 @@ class Chip(NamedTuple):
     peak_flops: float  # bfloat16, per second
     clock: float  # Hz
     axes: int  # dimensions of a topology's name
+    mode: str = "default"  # megacore: the two cores of a chip are one device
 
 
 CHIPS = {
-    "v4": Chip(32 * 2**30, 1228e9, 275e12, 1.05e9, 3),
+    "v4": Chip(32 * 2**30, 1228e9, 275e12, 1.05e9, 3, "megacore"),
     "v5e": Chip(16 * 2**30, 819e9, 197e12, 1.5e9, 2),
-    "v5p": Chip(95 * 2**30, 2765e9, 459e12, 1.75e9, 3),
+    "v5p": Chip(95 * 2**30, 2765e9, 459e12, 1.75e9, 3, "megacore"),
     "v6e": Chip(32 * 2**30, 1640e9, 918e12, 1.75e9, 2),
 }
 RESERVED_HBM = 2**28  # the compiler gives a program 15.75 of v5e's 16 GiB; taken for the other chips as well
@@ -121,7 +122,7 @@ def read_schedule(text: str, chip: Chip) -> Schedule:
             operands = re.findall(r"%([\w.\-]+)", call.rest.split(")")[0])
             cost = {"bytes_accessed": sum(_shape_bytes(shapes.get(o, "")) for o in operands)}
             cost["bytes_accessed"] += _shape_bytes(call.shape)
-        seconds = max(cost.get("flops", 0) / chip.peak_flops, cost["bytes_accessed"] / chip.hbm_bandwidth)
+        seconds = max(cost.get("flops", 0) / chip.peak_flops, cost.get("bytes_accessed", 0) / chip.hbm_bandwidth)
         total.kernel_calls += times
         total.kernel_seconds += times * seconds
 
@@ -269,7 +270,7 @@ def parse_topology(topology: str) -> tuple[str, tuple[int, ...]]:
     return kind, tuple(int(n) for n in size.split("x"))
 
 
-def _devices(topology: str) -> list:
+def _devices(topology: str):
     kind, size = parse_topology(topology)
     if kind == "cpu":
         devices = jax.devices("cpu")
@@ -283,7 +284,8 @@ def _devices(topology: str) -> list:
     except ImportError as error:
         raise UserError(f'--topology = "{topology}" needs the TPU compiler: pip install -e ".[plan]"') from error
     try:
-        return list(topologies.get_topology_desc(platform="tpu", topology_name=topology).devices)
+        mode = CHIPS[kind].mode
+        return topologies.get_topology_desc(platform="tpu", topology_name=topology, chip_config_name=mode).devices
     except jax.errors.JaxRuntimeError as error:
         raise UserError(f'--topology = "{topology}" is refused by libtpu: {str(error).splitlines()[0]}') from error
 

@@ -1,7 +1,7 @@
 """Draws samples: python -m dar_jax.sample --workdir=runs/digits --labels=0,1,2 --cfg_scale=2 --out=grid.png
 
 The weights are the EMA of the latest checkpoint. With --out=x.npz the images are written in the ADM layout: arr_0
-uint8 [N, H, W, C] and, as arr_1, the labels int64 [N].
+uint8 [N, H, W, C] (float32 latents of a latent model) and, as arr_1, the labels int64 [N].
 """
 
 from absl import flags

@@ -1,6 +1,7 @@
 """The device mesh, the table of logical-axis rules, and the shardings of states and batches."""
 
 import contextlib
+from collections.abc import Sequence
 
 import flax.linen as nn
 import jax
@@ -29,7 +30,7 @@ RULES = (
 )
 
 
-def make_mesh(mesh: ConfigDict, devices: list | None = None) -> Mesh:
+def make_mesh(mesh: ConfigDict, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """The (data, fsdp) mesh of `config.mesh` over `devices`, None for all here; -1 is the rest.
 
     Raises UserError if it cannot be."""

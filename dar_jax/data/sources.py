@@ -77,7 +77,7 @@ class TfdsSource:
 
 
 class SyntheticSource:
-    """Standard-normal latents, float32 [size, size, 4], of ImageNet's number and classes: for speed, not for learning."""
+    """Standard-normal latents, float32 [size, size, 4], as many and of as many classes as ImageNet: to time a run."""
 
     num_classes = 1000
 

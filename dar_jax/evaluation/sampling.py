@@ -52,9 +52,9 @@ def make_sampler(config: ConfigDict, model: SiT, mesh: Mesh) -> Callable[[dict, 
 
 
 def sample_images(
-    draw: Callable, params: dict, labels: np.ndarray, batch_size: int, mesh: Mesh, *, first_index: int = 0
+    draw: Callable, params: dict, labels: np.ndarray, batch_size: int, mesh: Mesh, *, as_uint8: bool = True
 ):
-    """Yields uint8 images [b, H, W, C], b <= batch_size, for samples first_index, first_index + 1, ... of `labels`.
+    """Yields samples 0, 1, ... of `labels` in batches [b, H, W, C], b <= batch_size: uint8, or float32 as drawn.
 
     Every process gets all images. The last batch is filled up to batch_size, so that one program serves all.
     """
@@ -63,8 +63,9 @@ def sample_images(
         label = np.asarray(labels[start : start + batch_size], np.int32)
         count = len(label)
         label = np.pad(label, (0, batch_size - count), mode="edge")
-        index = np.arange(batch_size, dtype=np.int32) + first_index + start
-        images = to_uint8(draw(params, jax.device_put(index, sharded), jax.device_put(label, sharded)))
+        index = np.arange(batch_size, dtype=np.int32) + start
+        images = draw(params, jax.device_put(index, sharded), jax.device_put(label, sharded))
+        images = to_uint8(images) if as_uint8 else images
         yield np.asarray(multihost_utils.process_allgather(images, tiled=True))[:count]
 
 
@@ -77,12 +78,18 @@ def to_uint8(x: Array) -> Array:
 def sample_to_file(
     config: ConfigDict, workdir: str, step: int | None, labels: list[str] | None, num_per_label: int, out: str
 ) -> None:
-    """Draws `num_per_label` samples of each label from a run's EMA and writes a .png grid (a column is a label) or
-    an .npz in the ADM layout. Raises UserError for a label, file type or checkpoint that does not exist."""
+    """Draws `num_per_label` samples of each label from a run's EMA and writes them to `out`.
+
+    A .png is a grid with a column per label; an .npz is in the ADM layout, or holds float32 latents as they are.
+    Raises UserError for a label, file type or checkpoint that does not exist.
+    """
     num_classes = config.model.num_classes
     path = pathlib.Path(out)
     if path.suffix not in (".png", ".npz"):
         raise UserError(f'--out = "{out}" must end in .png or .npz.')
+    is_image = config.model.channels in (1, 3)
+    if path.suffix == ".png" and not is_image:
+        raise UserError(f'--out = "{out}": the model makes latents of {config.model.channels} channels; write an .npz.')
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -103,7 +110,8 @@ def sample_to_file(
         ema, _ = restore_ema(workdir, abstract_params(config, model, mesh), step)
         columns = np.tile(np.asarray(labels, np.int32), num_per_label)
         draw = make_sampler(config, model, mesh)
-        images = np.concatenate(list(sample_images(draw, ema, columns, config.eval.batch_size, mesh)))
+        batches = sample_images(draw, ema, columns, config.eval.batch_size, mesh, as_uint8=is_image)
+        images = np.concatenate(list(batches))
     if path.suffix == ".png":
         save_grid(path, images, columns=len(labels))
     else:

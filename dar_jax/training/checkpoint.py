@@ -9,20 +9,21 @@ import json
 import os
 import pathlib
 import time
+from collections.abc import Iterable
 from typing import Any
 
 import jax
 import orbax.checkpoint.experimental.v1 as ocp
 from jax.experimental import multihost_utils
-from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from dar_jax import models
 from dar_jax.config import default
 from dar_jax.errors import UserError
-from dar_jax.routing.warm_start import keeps_function, warm_start
 from dar_jax.training.logs import say
-from dar_jax.training.state import TrainState, abstract_params
+from dar_jax.training.state import TrainState
+
+# What a run keeps for life: its function, its randomness, and what its data position counts.
+FIXED = ("model", "diffusion", "seed", "data.source", "data.name", "data.train_split", "train.batch_size")
 
 
 def _items(state: TrainState) -> dict[str, Any]:
@@ -144,15 +145,10 @@ def claim_workdir(workdir: str, config: ConfigDict) -> None:
                 f'workdir "{workdir}" holds converted weights, not a run; take another --workdir, and start from them '
                 f"with --config.init_from={workdir}."
             )
-        stored = json.loads(load_config(workdir).to_json())
-        wanted = json.loads(config.to_json())
-        for section in ("model", "diffusion", "seed"):
-            difference = _first_difference(stored[section], wanted[section], f"config.{section}")
-            if difference:
-                raise UserError(
-                    f'workdir "{workdir}" holds a run with {difference}; take another --workdir, or the config '
-                    "of that run."
-                )
+        if difference := first_difference(load_config(workdir), config, FIXED):
+            raise UserError(
+                f'workdir "{workdir}" holds a run with {difference}; take another --workdir, or the config of that run.'
+            )
     if jax.process_index() == 0:
         try:
             path.mkdir(parents=True, exist_ok=True)
@@ -174,57 +170,18 @@ def write_weights(workdir: str, config: ConfigDict, params: dict) -> None:
     ocp.save_checkpointables(_directory(workdir) / "0", {"ema": params})
 
 
-def check_init_from(config: ConfigDict) -> ConfigDict:
-    """The config of the run that `config.init_from` names.
-
-    Raises UserError unless its weights suit the model of `config`: they must be of the same shapes and objective, and
-    of the same routing or of none.
-    """
-    path = pathlib.Path(config.init_from)
-    if not (path / "config.json").exists() or not _steps(config.init_from):
-        raise UserError(
-            f'config.init_from = "{path}" has no config.json and checkpoint; name a workdir that dar_jax.main or '
-            "dar_jax.convert wrote."
-        )
-    source = load_config(config.init_from)
-    stored, wanted = json.loads(source.to_json()), json.loads(config.to_json())
-    fields = [f"model.{name}" for name in stored["model"] if name not in ("label_dropout", "dtype", "remat", "routing")]
-    fields += ["diffusion.interpolant", "diffusion.prediction"]
-    if source.model.routing.kind != "residual":
-        fields += [f"model.routing.{name}" for name in stored["model"]["routing"]]
+def first_difference(stored: ConfigDict, wanted: ConfigDict, fields: Iterable[str]) -> str | None:
+    """`config.<field> = <stored>, not <wanted>` for the first of `fields` ("model.depth", "seed") that differs."""
+    stored, wanted = json.loads(stored.to_json()), json.loads(wanted.to_json())
     for field in fields:
         a, b = stored, wanted
         for name in field.split("."):
             a, b = a[name], b[name]
-        if difference := _first_difference(a, b, f"config.{field}"):
-            raise UserError(
-                f'config.init_from = "{path}" is of {difference}; make them equal, or start without it. (A residual '
-                "run may start any routing.)"
-            )
-    return source
-
-
-def restore_initial(config: ConfigDict, abstract, mesh: Mesh) -> Any:
-    """The EMA weights of `config.init_from` on the shardings of `abstract`; uniform routing if they are residual."""
-    source, model = check_init_from(config), models.build(config.model)
-    ema, step = restore_ema(config.init_from, abstract_params(source, models.build(source.model), mesh))
-    say(f"started from the EMA weights of step {step} of {config.init_from}")
-    if source.model.routing.kind != "residual" or model.layout is None:
-        return ema
-    if not keeps_function(model.layout):
-        say(
-            f"warning: these are residual weights, and chunks of {model.layout.chunk_size} summarised by their last "
-            "output change their function; config.model.routing.summary = sum or chunk_size = 1 keep it"
-        )
-    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
-    return jax.jit(lambda params: warm_start(params, model.layout, model.query), out_shardings=shardings)(ema)
-
-
-def _first_difference(stored, wanted, name: str) -> str | None:
-    if isinstance(stored, dict) and isinstance(wanted, dict):
-        for key in stored:
-            difference = _first_difference(stored[key], wanted.get(key), f"{name}.{key}")
-            if difference:
+        if isinstance(a, dict):
+            if difference := first_difference(
+                ConfigDict(stored), ConfigDict(wanted), [f"{field}.{name}" for name in a]
+            ):
                 return difference
-        return None
-    return None if stored == wanted else f"{name} = {stored}, not {wanted}"
+        elif a != b:
+            return f"config.{field} = {a}, not {b}"
+    return None

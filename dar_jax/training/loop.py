@@ -17,7 +17,8 @@ from dar_jax.data.sources import open_source
 from dar_jax.diffusion import sampler
 from dar_jax.errors import UserError
 from dar_jax.evaluation.metrics import InlineEvaluation
-from dar_jax.training.checkpoint import Checkpoints, check_init_from, claim_workdir, has_checkpoint, restore_initial
+from dar_jax.training.checkpoint import Checkpoints, claim_workdir, has_checkpoint
+from dar_jax.training.init_from import check_init_from, restore_initial
 from dar_jax.training.logs import Logs, say
 from dar_jax.training.optimizer import make_optimizer
 from dar_jax.training.state import make_state
@@ -72,7 +73,8 @@ def _run(config, workdir, mesh, iterator, checkpoints, stop) -> None:
     else:
         state = checkpoints.restore(abstract, iterator)
         say(f"resumed at step {checkpoints.latest_step} from {workdir}/checkpoints")
-    step, num_steps = int(state.step), config.train.num_steps
+    step = first_step = int(state.step)
+    num_steps = config.train.num_steps
     if step >= num_steps:
         say(f"nothing to do: {workdir} is at step {step} of {num_steps}; raise --config.train.num_steps to go on")
         return
@@ -93,6 +95,8 @@ def _run(config, workdir, mesh, iterator, checkpoints, stop) -> None:
             raise UserError(_diverged(settled, values, checkpoints.steps, workdir))
         if settled % config.train.log_every_steps == 0 or settled == num_steps:
             logs.progress(settled, values)
+        if settled == first_step + 1:
+            logs.start_window(settled)  # speed without the time of compiling
 
     say("compiling the train step")
     try:
