@@ -38,7 +38,7 @@ def run(main) -> None:
 
     from dar_jax.config import check_flags
 
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # tensorflow, which clu's writers import, greets on stderr
+    os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")  # else tensorflow, which clu imports, greets on stderr
     logging.set_verbosity(logging.WARNING)  # orbax and clu describe their every move at INFO
 
     def parse(argv):

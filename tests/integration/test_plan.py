@@ -208,6 +208,25 @@ def test_plan_of_host_devices(cpu_plan):
     assert planning.report(cpu_plan).count("\n") > 8
 
 
+def test_plan_that_the_compiler_refuses(cpu_plan, monkeypatch):
+    """The message is libtpu's (0.0.52); its figure holds the arguments as well."""
+    message = (
+        "RESOURCE_EXHAUSTED: E1000: CompileTimeHbmOom: Ran out of memory on HBM, the total memory required for HLO "
+        "temporaries (24.00G) exceeds available HBM (15.75G). HLO module: jit_step."
+    )
+
+    def refuse(lowered):
+        raise jax.errors.JaxRuntimeError(message)
+
+    monkeypatch.setattr(jax.stages.Lowered, "compile", refuse)
+    plan = planning.make_plan(tiny(), "cpu:8")
+    assert not plan.fits
+    assert plan.hbm_total_bytes == 24 * 2**30 == plan.hbm_argument_bytes + plan.hbm_temp_bytes
+    assert plan.hbm_argument_bytes == cpu_plan.hbm_argument_bytes
+    assert plan.estimated_step_ms is None and plan.flops_per_step == cpu_plan.flops_per_step
+    assert "no" in planning.report(plan)
+
+
 def test_suggestion_fits_and_is_the_largest():
     # 4 images per chip on 8 chips: 100 bytes of gradient and 10 per image.
     suggest = planning.suggest_batch_size
