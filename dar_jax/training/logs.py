@@ -22,9 +22,7 @@ class Logs:
     """
 
     def __init__(self, workdir: str, *, first_step: int, num_steps: int, batch_size: int):
-        # clu's writers import tensorflow, which takes seconds (so only a run does it) and talks at start-up.
-        os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-        os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
+        # clu's writers import tensorflow (seconds), so only a run pays for it.
         from clu import metric_writers
 
         is_first = jax.process_index() == 0
