@@ -72,7 +72,7 @@ def test_options_of_other_doors_exist(words):
     # The text is read, because importing two doors would define --workdir twice.
     source = pathlib.Path(importlib.util.find_spec(words[2]).origin).read_text()
     defined = set(re.findall(r'flags\.DEFINE_\w+\(\s*"(\w+)"', source))
-    used = {word.removeprefix("--").split("=")[0] for word in words[3:]}
+    used = {re.split("[=.]", word.removeprefix("--"))[0] for word in words[3:]}  # --config.x.y is of --config
     assert used <= defined, used - defined
 
 
