@@ -56,10 +56,6 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
 
 
-def replicated(mesh: Mesh) -> NamedSharding:
-    return NamedSharding(mesh, PartitionSpec())
-
-
 def check_batch(mesh: Mesh, field: str, size: int) -> None:
     """Raises UserError unless a batch of `size` splits evenly over the devices."""
     if size % mesh.size:

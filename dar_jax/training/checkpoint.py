@@ -135,8 +135,7 @@ def load_config(workdir: str) -> ConfigDict:
 def claim_workdir(workdir: str, config: ConfigDict) -> None:
     """Writes config.json, or raises UserError if the workdir holds a run that `config` cannot continue.
 
-    The model, its objective and the seed must be those of the run; lengths, learning rate, logging and evaluation
-    may change.
+    The fields in `FIXED` must be those of the run; lengths, learning rate, logging and evaluation may change.
     """
     path = pathlib.Path(workdir)
     if steps := _steps(workdir):
@@ -172,16 +171,18 @@ def write_weights(workdir: str, config: ConfigDict, params: dict) -> None:
 
 def first_difference(stored: ConfigDict, wanted: ConfigDict, fields: Iterable[str]) -> str | None:
     """`config.<field> = <stored>, not <wanted>` for the first of `fields` ("model.depth", "seed") that differs."""
-    stored, wanted = json.loads(stored.to_json()), json.loads(wanted.to_json())
+    a, b = json.loads(stored.to_json()), json.loads(wanted.to_json())  # tuples and lists alike
     for field in fields:
-        a, b = stored, wanted
+        x, y = a, b
         for name in field.split("."):
-            a, b = a[name], b[name]
-        if isinstance(a, dict):
-            if difference := first_difference(
-                ConfigDict(stored), ConfigDict(wanted), [f"{field}.{name}" for name in a]
-            ):
-                return difference
-        elif a != b:
-            return f"config.{field} = {a}, not {b}"
+            x, y = x[name], y[name]
+        if difference := _difference(x, y, f"config.{field}"):
+            return difference
     return None
+
+
+def _difference(a, b, name: str) -> str | None:
+    if isinstance(a, dict):
+        found = (_difference(a[key], b[key], f"{name}.{key}") for key in a)
+        return next(filter(None, found), None)
+    return None if a == b else f"{name} = {a}, not {b}"

@@ -34,7 +34,11 @@ def init_params(model: SiT, seed: int):
 
 def abstract_params(config: ConfigDict, model: SiT, mesh: Mesh):
     """Shapes, dtypes and shardings of the parameters: the target of a restore."""
-    boxed = jax.eval_shape(lambda: init_params(model, config.seed))
+    return _place(mesh, jax.eval_shape(lambda: init_params(model, config.seed)))
+
+
+def _place(mesh: Mesh, boxed):
+    """Abstract boxed arrays -> unboxed ones with their shardings."""
     shardings = sharding.tree_shardings(mesh, boxed)
     return jax.tree.map(
         lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), sharding.unbox(boxed), shardings
@@ -49,9 +53,6 @@ def make_state(config: ConfigDict, model: SiT, optimizer: optax.GradientTransfor
         ema = jax.tree.map(jnp.copy, params)
         return TrainState(jnp.int32(0), params, ema, optimizer.init(params))
 
-    boxed = jax.eval_shape(init)
-    shardings = sharding.tree_shardings(mesh, boxed)
-    abstract = jax.tree.map(
-        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), sharding.unbox(boxed), shardings
-    )
+    abstract = _place(mesh, jax.eval_shape(init))
+    shardings = jax.tree.map(lambda x: x.sharding, abstract)
     return jax.jit(lambda: sharding.unbox(init()), out_shardings=shardings), abstract
