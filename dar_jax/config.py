@@ -57,6 +57,7 @@ def default() -> ConfigDict:
     routing.chunk_size = 4  # sublayers per chunk, S: 1 (dense) or an even divisor of 2 * depth
     routing.summary = "last"  # a chunk's summary: last (the paper) | sum (Attention Residuals)
     routing.final = "dedicated"  # the head's aggregator: dedicated | shared (with the last MLP) | summaries
+    routing.implementation = "auto"  # auto (kernels on TPU and GPU) | xla | pallas; all compute the same
 
     config.diffusion = diffusion = ConfigDict()
     diffusion.interpolant = "linear"  # linear | gvp | vp
@@ -169,6 +170,7 @@ def validate(config: ConfigDict) -> None:
         "config.model.routing.query": ("static", "static_t", "dynamic"),
         "config.model.routing.summary": ("last", "sum"),
         "config.model.routing.final": ("dedicated", "shared", "summaries"),
+        "config.model.routing.implementation": ("auto", "xla", "pallas"),
         "config.diffusion.interpolant": ("linear", "gvp", "vp"),
         "config.diffusion.prediction": ("velocity", "score", "noise"),
         "config.diffusion.weighting": ("none", "velocity", "likelihood"),

@@ -15,4 +15,10 @@ def build(model: ConfigDict) -> SiT:
     routing = model.routing
     routed = routing.kind == "dar"
     layout = Layout(model.depth, routing.chunk_size, routing.summary, routing.final) if routed else None
-    return SiT(**fields, dtype=jnp.dtype(model.dtype), layout=layout, query=routing.query)
+    return SiT(
+        **fields,
+        dtype=jnp.dtype(model.dtype),
+        layout=layout,
+        query=routing.query,
+        implementation=routing.implementation,
+    )

@@ -31,6 +31,7 @@ class SiT(nn.Module):
     remat: str
     layout: Layout | None  # None: residual
     query: str
+    implementation: str
 
     @nn.compact
     def __call__(self, x: Array, t: Array, y: Array, train: bool = False) -> Array:
@@ -51,7 +52,7 @@ class SiT(nn.Module):
         if self.layout is None:
             stack = ResidualStack(block, self.depth, self.remat, name="stack")
         else:
-            stack = RoutedStack(block, self.layout, self.query, name="stack")
+            stack = RoutedStack(block, self.layout, self.query, self.implementation, name="stack")
         h = stack(v_0, condition, e_t)
 
         out_channels = self.channels * (2 if self.learn_sigma else 1)

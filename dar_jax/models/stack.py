@@ -14,12 +14,19 @@ import jax.numpy as jnp
 from jax import Array
 
 from dar_jax.models.layers import Block
-from dar_jax.routing import Layout, Query, inverse_rms, merge, read, statistics_dtype
+from dar_jax.routing import Execution, Layout, Query, add_cotangent, inverse_rms, merge, read, statistics_dtype
 
 
 def constrain(x: Array) -> Array:
     """Shards tokens `[B, T, D]` (or a stack of them) over the mesh by the logical rules."""
     return nn.with_logical_constraint(x, (None,) * (x.ndim - 3) + ("batch", "tokens", "hidden"))
+
+
+def execution(implementation: str, mean_count: float) -> Execution:
+    """How aggregations run on the current mesh: samples are split as the logical rules split "batch"."""
+    axes = nn.logical_to_mesh_axes(("batch",))[0] if not jax.sharding.get_abstract_mesh().empty else None
+    axes = (axes,) if isinstance(axes, str) else axes or ()
+    return Execution(implementation, axes, mean_count)
 
 
 class History(NamedTuple):
@@ -50,12 +57,20 @@ class ResidualStep(nn.Module):
         return h, None
 
 
+class Read(NamedTuple):
+    """What the backward pass needs of a read of Q queries for the cotangent of the sources."""
+
+    u: Array  # [Q, B, 1 or T, D]
+    log_sum: Array  # [Q, B, T]
+
+
 class RoutedStep(nn.Module):
     """P sublayers, each fed by its own aggregator over the history and the recent outputs of this step."""
 
     block: dict
     layout: Layout
     query: str
+    implementation: str
 
     def setup(self):
         self.blocks = [Block(**self.block, name=f"block_{i}") for i in range(self.layout.sublayers_per_step // 2)]
@@ -63,14 +78,27 @@ class RoutedStep(nn.Module):
             Query(self.query, self.block["dtype"], name=f"query_{i}") for i in range(self.layout.sublayers_per_step)
         ]
 
-    def outputs(self, sources: Array, inv_rms: Array, step: Array, condition: Array, e_t: Array) -> Array:
-        """The sublayer outputs of this step, `[P, B, T, D]`, from the history before it."""
-        count = self.layout.count(step)
-        newest = sources[count - 1]
+    def outputs(
+        self, sources: Array, inv_rms: Array, count: Array, newest: Array, condition: Array, e_t: Array, taps=None
+    ) -> tuple[Array, list[Read]]:
+        """The sublayer outputs of this step, `[P, B, T, D]`, and its reads.
+
+        The first `count` rows of the history are filled; `newest` is the last of them, which dynamic queries project.
+        With `taps`, one per read, the history gets no cotangent (see `routing.read`).
+        """
+        how = execution(self.implementation, self.layout.mean_count)
+        reads = []
+
+        def read_history(u):
+            tap = taps[len(reads)] if taps else None
+            aggregates, log_sums = read(how, u, sources, inv_rms, count, tap)
+            reads.append(Read(u, log_sums))
+            return aggregates, log_sums
+
         early = self.query != "dynamic"
         if early:  # every query of the step is known: one pass over the history serves them all
             u = jnp.stack([jnp.broadcast_to(q(e_t, newest), (len(e_t), 1, newest.shape[-1])) for q in self.queries])
-            aggregates, log_sums = read(u, sources, inv_rms, count)
+            aggregates, log_sums = read_history(u)
         recent = []
         for i, block in enumerate(self.blocks):
             modulation = block.modulation(condition)
@@ -79,15 +107,22 @@ class RoutedStep(nn.Module):
                     u_j, aggregate, log_sum = u[j], aggregates[j], log_sums[j]
                 else:
                     u_j = self.queries[j](e_t, recent[-1] if recent else newest)
-                    aggregate, log_sum = (x[0] for x in read(u_j[None], sources, inv_rms, count))
+                    aggregate, log_sum = (x[0] for x in read_history(u_j[None]))
                 h = constrain(merge(u_j, aggregate, log_sum, recent).astype(self.block["dtype"]))
                 recent.append(constrain(branch(h, modulation)))
-        return jnp.stack(recent)
+        return jnp.stack(recent), reads
+
+    def taps(self, v_0: Array) -> list[tuple[Array, Array]]:
+        """Zeros for every read of a step: `[Q, B, T, D]` and `[Q, B, T]`."""
+        num_reads = self.layout.sublayers_per_step if self.query == "dynamic" else 1
+        shape = (self.layout.sublayers_per_step // num_reads, *v_0.shape)
+        return num_reads * [(jnp.zeros(shape, v_0.dtype), jnp.zeros(shape[:-1], statistics_dtype(v_0)))]
 
     def __call__(self, history: History, step: Array, condition: Array, e_t: Array) -> tuple[History, None]:
-        recent = self.outputs(history.sources, history.inv_rms, step, condition, e_t)
-        rows = self.layout.rows(list(recent))
         count = self.layout.count(step)
+        newest = history.sources[count - 1]
+        recent, _ = self.outputs(history.sources, history.inv_rms, count, newest, condition, e_t)
+        rows = self.layout.rows(list(recent))
         sources = jax.lax.dynamic_update_slice_in_dim(history.sources, rows, count, axis=0)
         inv_rms = jax.lax.dynamic_update_slice_in_dim(history.inv_rms, inverse_rms(rows), count, axis=0)
         return History(sources, inv_rms, recent), None
@@ -114,12 +149,15 @@ class RoutedStack(nn.Module):
     block: dict
     layout: Layout
     query: str
+    implementation: str
 
     @nn.compact
     def __call__(self, v_0: Array, condition: Array, e_t: Array) -> Array:
         layout, last = self.layout, f"query_{self.layout.sublayers_per_step - 1}"
         in_axes = (0, nn.broadcast, nn.broadcast)
-        steps = _scan(RoutedStep, layout.num_steps, in_axes)(self.block, layout, self.query, name="steps")
+        steps = _scan(RoutedStep, layout.num_steps, in_axes)(
+            self.block, layout, self.query, self.implementation, name="steps"
+        )  # fmt: skip
         run = nn.custom_vjp(self._forward, self._forward_and_residuals, self._backward)
         history = run(steps, v_0, condition, e_t)
 
@@ -131,8 +169,9 @@ class RoutedStack(nn.Module):
         else:
             u = Query(self.query, self.block["dtype"], name="final_query")(e_t, newest)
         u = jnp.broadcast_to(u, (len(v_0), u.shape[-2] if u.ndim == 3 else 1, u.shape[-1]))
+        how = execution(self.implementation, layout.num_final_rows)
         count = jnp.int32(layout.num_final_rows)
-        aggregate, log_sum = read(u[None], history.sources, history.inv_rms, count)
+        aggregate, log_sum = read(how, u[None], history.sources, history.inv_rms, count)
         return constrain(merge(u, aggregate[0], log_sum[0], recent).astype(v_0.dtype))
 
     def _forward(self, steps: nn.Module, v_0: Array, condition: Array, e_t: Array) -> History:
@@ -151,22 +190,30 @@ class RoutedStack(nn.Module):
     def _backward(self, residuals, d_final: History):
         layout = self.layout
         params, history, condition, e_t = residuals
-        step = RoutedStep(self.block, layout, self.query, parent=None)  # a pure function of its parameters
+        step = RoutedStep(self.block, layout, self.query, self.implementation, parent=None)  # a pure function
+        how = execution(self.implementation, layout.mean_count)
 
         def reverse(carry, index_and_params):
             d_sources, d_recent, d_condition, d_e_t = carry
             index, step_params = index_and_params
 
-            def outputs(params, condition, e_t, sources):
-                inputs = sources, history.inv_rms, index, condition, e_t
+            count = layout.count(index)
+
+            def outputs(params, *inputs):
+                inputs = history.sources, history.inv_rms, count, *inputs
                 return step.apply({"params": params}, *inputs, method="outputs")
 
-            values, vjp = jax.vjp(outputs, step_params, condition, e_t, history.sources)
-            d_rows = jax.lax.dynamic_slice_in_dim(d_sources, layout.count(index), layout.rows_per_step)
+            newest, taps = history.sources[count - 1], step.taps(history.sources[0])
+            values, vjp, reads = jax.vjp(outputs, step_params, newest, condition, e_t, taps, has_aux=True)
+            d_rows = jax.lax.dynamic_slice_in_dim(d_sources, count, layout.rows_per_step)
             (d_values,) = jax.vjp(lambda v: layout.rows(list(v)), values)[1](d_rows)
-            d_params, d_c, d_e, d_read = vjp(d_values + d_recent)
+            d_params, d_newest, d_c, d_e, d_taps = vjp(d_values + d_recent)
+            u, log_sum = (jnp.concatenate(x) for x in zip(*reads, strict=True))
+            g, l = (jnp.concatenate(x) for x in zip(*d_taps, strict=True))
+            d_sources = add_cotangent(how, d_sources, u, history.sources, history.inv_rms, count, log_sum, g, l)
+            d_sources = d_sources.at[count - 1].add(d_newest) if self.query == "dynamic" else d_sources
             # Only the last step's outputs are read outside the scan (by the final aggregator).
-            return (d_sources + d_read, jnp.zeros_like(d_recent), d_condition + d_c, d_e_t + d_e), d_params
+            return (d_sources, jnp.zeros_like(d_recent), d_condition + d_c, d_e_t + d_e), d_params
 
         carry = d_final.sources, d_final.recent, jnp.zeros_like(condition), jnp.zeros_like(e_t)
         scanned = jnp.arange(layout.num_steps), params

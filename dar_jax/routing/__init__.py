@@ -1,8 +1,19 @@
 """Diffusion-Adaptive Routing for any transformer: sources, queries and the softmax over depth. Knows arrays only."""
 
-from dar_jax.routing.aggregate import inverse_rms, merge, read, statistics_dtype
+from dar_jax.routing.aggregate import Execution, add_cotangent, inverse_rms, merge, read, statistics_dtype
 from dar_jax.routing.queries import Query
 from dar_jax.routing.sources import Layout
 from dar_jax.routing.warm_start import keeps_function, warm_start
 
-__all__ = ["Layout", "Query", "inverse_rms", "keeps_function", "merge", "read", "statistics_dtype", "warm_start"]
+__all__ = [
+    "Execution",
+    "Layout",
+    "Query",
+    "add_cotangent",
+    "inverse_rms",
+    "keeps_function",
+    "merge",
+    "read",
+    "statistics_dtype",
+    "warm_start",
+]

@@ -59,6 +59,11 @@ class Layout:
         """Filled rows when `step` (0-based, int or traced) starts."""
         return 1 + step * self.rows_per_step
 
+    @property
+    def mean_count(self) -> float:
+        """Filled rows when a step starts, on average over the steps."""
+        return 1 + self.rows_per_step * (self.num_steps - 1) / 2
+
     def rows(self, outputs: list[Array]) -> Array:
         """The rows a step appends, `[rows_per_step, B, T, D]`, from its P sublayer outputs `[B, T, D]`."""
         if self.chunk_size == 1:

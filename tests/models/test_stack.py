@@ -29,7 +29,7 @@ def make(stack, dtype):
 
 def routed(layout, query, dtype=jnp.float32):
     block = {"hidden_size": SIZE, "num_heads": HEADS, "mlp_ratio": 2.0, "dtype": dtype}
-    return RoutedStack(block, layout, query)
+    return RoutedStack(block, layout, query, "auto")
 
 
 def value_and_gradients(stack, params, inputs, probe):
@@ -154,7 +154,7 @@ def test_sublayer_reads_only_its_sources(chunk_size, summary):
 
 def temp_bytes(depth, chunk_size, query="static_t"):
     block = {"hidden_size": 64, "num_heads": 2, "mlp_ratio": 4.0, "dtype": jnp.float32}
-    stack = RoutedStack(block, Layout(depth, chunk_size), query)
+    stack = RoutedStack(block, Layout(depth, chunk_size), query, "auto")
     inputs = [jax.ShapeDtypeStruct(s, jnp.float32) for s in ((8, 64, 64), (8, 64), (8, 64))]
     params = nn.meta.unbox(jax.eval_shape(stack.init, jax.random.key(0), *inputs)["params"])
     loss = lambda p, *i: jnp.sum(stack.apply({"params": p}, *i))  # noqa: E731
