@@ -35,12 +35,12 @@ class History(NamedTuple):
     Attributes:
       sources: the buffer, `[K, B, T, D]`; rows not yet appended are zero.
       inv_rms: 1 / rms of every row, `[K, B, T]` float32.
-      recent: all outputs of the latest step, `[P, B, T, D]`: the final aggregator reads them in full.
+      recent: all outputs of the latest step, P times `[B, T, D]`: the final aggregator reads them in full.
     """
 
     sources: Array
     inv_rms: Array
-    recent: Array
+    recent: tuple[Array, ...]
 
 
 class ResidualStep(nn.Module):
@@ -57,10 +57,10 @@ class ResidualStep(nn.Module):
         return h, None
 
 
-class Read(NamedTuple):
-    """What the backward pass needs of a read of Q queries for the cotangent of the sources."""
+class Reads(NamedTuple):
+    """What the cotangent of the sources takes from all reads of a step, of Q queries together."""
 
-    u: Array  # [Q, B, 1 or T, D]
+    u: tuple[Array, ...]  # Q times [B, 1 or T, D]
     log_sum: Array  # [Q, B, T]
 
 
@@ -80,8 +80,8 @@ class RoutedStep(nn.Module):
 
     def outputs(
         self, sources: Array, inv_rms: Array, count: Array, newest: Array, condition: Array, e_t: Array, taps=None
-    ) -> tuple[Array, list[Read]]:
-        """The sublayer outputs of this step, `[P, B, T, D]`, and its reads.
+    ) -> tuple[tuple[Array, ...], list[Reads]]:
+        """The sublayer outputs of this step, P times `[B, T, D]`, and its reads.
 
         The first `count` rows of the history are filled; `newest` is the last of them, which dynamic queries project.
         With `taps`, one per read, the history gets no cotangent (see `routing.read`).
@@ -89,40 +89,41 @@ class RoutedStep(nn.Module):
         how = execution(self.implementation, self.layout.mean_count)
         reads = []
 
-        def read_history(u):
+        def read_history(*u):
             tap = taps[len(reads)] if taps else None
             aggregates, log_sums = read(how, u, sources, inv_rms, count, tap)
-            reads.append(Read(u, log_sums))
-            return aggregates, log_sums
+            reads.append(Reads(u, log_sums))
+            return list(zip(u, aggregates, log_sums, strict=True))
 
         early = self.query != "dynamic"
         if early:  # every query of the step is known: one pass over the history serves them all
-            u = jnp.stack([jnp.broadcast_to(q(e_t, newest), (len(e_t), 1, newest.shape[-1])) for q in self.queries])
-            aggregates, log_sums = read_history(u)
+            shape = len(e_t), 1, newest.shape[-1]
+            aggregated = read_history(*(jnp.broadcast_to(query(e_t, newest), shape) for query in self.queries))
         recent = []
         for i, block in enumerate(self.blocks):
             modulation = block.modulation(condition)
             for j, branch in enumerate(block.branches(), start=2 * i):
                 if early:
-                    u_j, aggregate, log_sum = u[j], aggregates[j], log_sums[j]
+                    u, aggregate, log_sum = aggregated[j]
                 else:
-                    u_j = self.queries[j](e_t, recent[-1] if recent else newest)
-                    aggregate, log_sum = (x[0] for x in read_history(u_j[None]))
-                h = constrain(merge(u_j, aggregate, log_sum, recent).astype(self.block["dtype"]))
+                    newest = recent[-1] if recent else newest
+                    ((u, aggregate, log_sum),) = read_history(self.queries[j](e_t, newest))
+                h = constrain(merge(u, aggregate, log_sum, recent).astype(self.block["dtype"]))
                 recent.append(constrain(branch(h, modulation)))
-        return jnp.stack(recent), reads
+        return tuple(recent), reads
 
-    def taps(self, v_0: Array) -> list[tuple[Array, Array]]:
-        """Zeros for every read of a step: `[Q, B, T, D]` and `[Q, B, T]`."""
+    def taps(self, v_0: Array) -> list[tuple[tuple[Array, ...], Array]]:
+        """Zeros in the shape of what every read of a step returns."""
         num_reads = self.layout.sublayers_per_step if self.query == "dynamic" else 1
-        shape = (self.layout.sublayers_per_step // num_reads, *v_0.shape)
-        return num_reads * [(jnp.zeros(shape, v_0.dtype), jnp.zeros(shape[:-1], statistics_dtype(v_0)))]
+        q = self.layout.sublayers_per_step // num_reads
+        tap = q * (jnp.zeros_like(v_0),), jnp.zeros((q, *v_0.shape[:-1]), statistics_dtype(v_0))
+        return num_reads * [tap]
 
     def __call__(self, history: History, step: Array, condition: Array, e_t: Array) -> tuple[History, None]:
         count = self.layout.count(step)
         newest = history.sources[count - 1]
         recent, _ = self.outputs(history.sources, history.inv_rms, count, newest, condition, e_t)
-        rows = self.layout.rows(list(recent))
+        rows = self.layout.rows(recent)
         sources = jax.lax.dynamic_update_slice_in_dim(history.sources, rows, count, axis=0)
         inv_rms = jax.lax.dynamic_update_slice_in_dim(history.inv_rms, inverse_rms(rows), count, axis=0)
         return History(sources, inv_rms, recent), None
@@ -171,15 +172,15 @@ class RoutedStack(nn.Module):
         u = jnp.broadcast_to(u, (len(v_0), u.shape[-2] if u.ndim == 3 else 1, u.shape[-1]))
         how = execution(self.implementation, layout.num_final_rows)
         count = jnp.int32(layout.num_final_rows)
-        aggregate, log_sum = read(how, u[None], history.sources, history.inv_rms, count)
-        return constrain(merge(u, aggregate[0], log_sum[0], recent).astype(v_0.dtype))
+        (aggregate,), (log_sum,) = read(how, (u,), history.sources, history.inv_rms, count)
+        return constrain(merge(u, aggregate, log_sum, recent).astype(v_0.dtype))
 
     def _forward(self, steps: nn.Module, v_0: Array, condition: Array, e_t: Array) -> History:
         layout = self.layout
         history = History(
             jnp.zeros((layout.num_rows, *v_0.shape), v_0.dtype).at[0].set(v_0),
             jnp.zeros((layout.num_rows, *v_0.shape[:2]), statistics_dtype(v_0)).at[0].set(inverse_rms(v_0)),
-            jnp.zeros((layout.sublayers_per_step, *v_0.shape), v_0.dtype),
+            layout.sublayers_per_step * (jnp.zeros_like(v_0),),
         )
         return steps(history, jnp.arange(layout.num_steps), condition, e_t)[0]
 
@@ -194,9 +195,8 @@ class RoutedStack(nn.Module):
         how = execution(self.implementation, layout.mean_count)
 
         def reverse(carry, index_and_params):
-            d_sources, d_recent, d_condition, d_e_t = carry
+            d_sources, d_condition, d_e_t = carry
             index, step_params = index_and_params
-
             count = layout.count(index)
 
             def outputs(params, *inputs):
@@ -206,19 +206,29 @@ class RoutedStack(nn.Module):
             newest, taps = history.sources[count - 1], step.taps(history.sources[0])
             values, vjp, reads = jax.vjp(outputs, step_params, newest, condition, e_t, taps, has_aux=True)
             d_rows = jax.lax.dynamic_slice_in_dim(d_sources, count, layout.rows_per_step)
-            (d_values,) = jax.vjp(lambda v: layout.rows(list(v)), values)[1](d_rows)
-            d_params, d_newest, d_c, d_e, d_taps = vjp(d_values + d_recent)
-            u, log_sum = (jnp.concatenate(x) for x in zip(*reads, strict=True))
-            g, l = (jnp.concatenate(x) for x in zip(*d_taps, strict=True))
-            d_sources = add_cotangent(how, d_sources, u, history.sources, history.inv_rms, count, log_sum, g, l)
-            d_sources = d_sources.at[count - 1].add(d_newest) if self.query == "dynamic" else d_sources
-            # Only the last step's outputs are read outside the scan (by the final aggregator).
-            return (d_sources, jnp.zeros_like(d_recent), d_condition + d_c, d_e_t + d_e), d_params
+            (d_values,) = jax.vjp(layout.rows, values)[1](d_rows)
+            # Outside the scan the final aggregator reads the outputs of the last step, and no others.
+            is_last = index == layout.num_steps - 1
+            d_values = tuple(d + jnp.where(is_last, r, 0) for d, r in zip(d_values, d_final.recent, strict=True))
+            d_params, d_newest, d_c, d_e, d_taps = vjp(d_values)
 
-        carry = d_final.sources, d_final.recent, jnp.zeros_like(condition), jnp.zeros_like(e_t)
+            u, log_sum = _join(reads)
+            g, l = _join(d_taps)
+            d_sources = add_cotangent(how, d_sources, u, history.sources, history.inv_rms, count, log_sum, g, l)
+            if self.query == "dynamic":
+                d_sources = d_sources.at[count - 1].add(d_newest)
+            return (d_sources, d_condition + d_c, d_e_t + d_e), d_params
+
+        carry = d_final.sources, jnp.zeros_like(condition), jnp.zeros_like(e_t)
         scanned = jnp.arange(layout.num_steps), params
-        (d_sources, _, d_condition, d_e_t), d_params = jax.lax.scan(reverse, carry, scanned, reverse=True)
+        (d_sources, d_condition, d_e_t), d_params = jax.lax.scan(reverse, carry, scanned, reverse=True)
         return {"params": d_params}, d_sources[0], d_condition, d_e_t
+
+
+def _join(pairs: list) -> tuple[tuple[Array, ...], Array]:
+    """Pairs of a tuple and an array with a leading axis of the same length -> one such pair."""
+    tuples, arrays = zip(*pairs, strict=True)
+    return sum(tuples, ()), jnp.concatenate(arrays)
 
 
 def _scan(step, length: int, in_axes) -> nn.Module:

@@ -38,21 +38,24 @@ class Execution:
     mean_count: float | None = None
 
     def run(self, xla, kernel, *args):
-        """xla(*args) or kernel(*args). The samples are axis 1 of every argument but the count."""
-        if self.implementation == "xla" or args[0].dtype == jnp.float64:
+        """xla(*args) or kernel(*args). The samples are axis 0 of arrays in tuples and axis 1 of other arrays."""
+        if self.implementation == "xla" or jax.tree.leaves(args)[0].dtype == jnp.float64:
             return xla(*args)
         kernel = functools.partial(kernel, mean_count=self.mean_count)
         on_cpu = xla if self.implementation == "auto" else functools.partial(kernel, interpret=True)
 
-        def shard(*args):
+        def choose(*args):
             return jax.lax.platform_dependent(*args, tpu=kernel, default=on_cpu)
 
-        if not self.batch_axes:
-            return shard(*args)
         shards = math.prod(jax.sharding.get_abstract_mesh().shape[a] for a in self.batch_axes)
-        spec = PartitionSpec(None, None if args[0].shape[1] % shards else self.batch_axes)
-        specs = tuple(spec if jnp.ndim(x) else PartitionSpec() for x in args)
-        return jax.shard_map(shard, in_specs=specs, out_specs=spec, check_vma=False)(*args)
+        if shards == 1:
+            return choose(*args)
+        batch_size = next(x[0].shape[0] for x in args if isinstance(x, tuple))
+        axes = None if batch_size % shards else self.batch_axes
+        tokens, rows, scalar = PartitionSpec(axes), PartitionSpec(None, axes), PartitionSpec()
+        specs = tuple(tokens if isinstance(x, tuple) else rows if x.ndim else scalar for x in args)
+        out_specs = rows if xla is _add_cotangent else (tokens, rows)
+        return jax.shard_map(choose, in_specs=specs, out_specs=out_specs, check_vma=False)(*args)
 
 
 def statistics_dtype(x: Array) -> jnp.dtype:
@@ -65,75 +68,69 @@ def inverse_rms(v: Array) -> Array:
     return jax.lax.rsqrt(jnp.mean(jnp.square(v.astype(statistics_dtype(v))), axis=-1) + EPS)
 
 
-def _dot_sources(u: Array, sources: Array) -> Array:
-    """u `[Q, B, 1 or T, D]` . v_k -> `[Q, K, B, T]`: a matmul where u is one vector for all tokens of a sample."""
+def _dots(x: tuple[Array, ...], sources: Array) -> Array:
+    """x . v_k: x Q times `[B, 1 or T, D]` -> `[Q, K, B, T]`; a matmul where x is one vector for all tokens."""
     dtype = statistics_dtype(sources)
-    if u.shape[2] > 1:
-        return jnp.einsum("qbtd,kbtd->qkbt", u, sources, preferred_element_type=dtype)
+    if x[0].shape[1] > 1:
+        return jnp.einsum("qbtd,kbtd->qkbt", jnp.stack(x), sources, preferred_element_type=dtype)
     k, b, _, d = sources.shape
-    u = jnp.broadcast_to(u[:, :, 0].transpose(1, 2, 0), (k, b, d, len(u)))
-    return jnp.einsum("kbtd,kbdq->qkbt", sources, u, preferred_element_type=dtype)
+    x = jnp.broadcast_to(jnp.concatenate(x, axis=1).swapaxes(1, 2), (k, b, d, len(x)))
+    return jnp.einsum("kbtd,kbdq->qkbt", sources, x, preferred_element_type=dtype)
 
 
 def _weighted_sum(weights: Array, sources: Array) -> Array:
-    """sum_k w_k v_k: `[Q, K, B, T]` and `[K, B, T, D]` -> `[Q, B, T, D]` in float32.
+    """sum_k w_k v_k: `[K, B, T]` and `[K, B, T, D]` -> `[B, T, D]` in float32.
 
-    This is einsum("qkbt,kbtd->qbtd"), written term by term: as a dot it is a batch of B * T tiny matmuls, here one
+    This is einsum("kbt,kbtd->btd"), written term by term: as a dot it is a batch of B * T tiny matmuls, here one
     fused pass over the sources (6 times faster on CPU).
     """
-    return jnp.stack([sum(w[k][..., None] * sources[k] for k in range(len(sources))) for w in weights])
+    return sum(weights[k][..., None] * sources[k] for k in range(len(sources)))
 
 
-def _scores(u: Array, sources: Array, inv_rms: Array, count: Array) -> Array:
+def _scores(u: tuple[Array, ...], sources: Array, inv_rms: Array, count: Array) -> Array:
     filled = jnp.arange(sources.shape[0]) < count
-    return jnp.where(filled[:, None, None], _dot_sources(u, sources) * inv_rms, -jnp.inf)
+    return jnp.where(filled[:, None, None], _dots(u, sources) * inv_rms, -jnp.inf)
 
 
-def _forward(u: Array, sources: Array, inv_rms: Array, count: Array) -> tuple[Array, Array]:
-    """The aggregates, in the type of the sources, and log sums of `read`."""
+def _forward(u, sources, inv_rms, count):
+    """What kernels.forward computes, for XLA. So are the next two."""
     scores = _scores(u, sources, inv_rms, count)
     log_sum = jax.nn.logsumexp(scores, axis=1)
     alpha = jnp.exp(scores - log_sum[:, None])
-    return _weighted_sum(alpha, sources).astype(sources.dtype), log_sum
+    return tuple(_weighted_sum(a, sources).astype(sources.dtype) for a in alpha), log_sum
 
 
-def _weights(u, sources, inv_rms, count, log_sum, g, l):
-    """alpha and s, the cotangent of the scores, s_k = alpha_k (g . v_k + l): `[Q, K, B, T]`; and the scores."""
+def _query_cotangent(u, sources, inv_rms, count, aggregates, log_sum, g, l):
+    dtype = l.dtype
+    l = l - jnp.stack([jnp.sum(x.astype(dtype) * y.astype(dtype), axis=-1) for x, y in zip(g, aggregates, strict=True)])
+    alpha = jnp.exp(_scores(u, sources, inv_rms, count) - log_sum[:, None])
+    s_r = alpha * (_dots(g, sources) + l[:, None]) * inv_rms
+    if u[0].shape[1] > 1:
+        return tuple(_weighted_sum(x, sources) for x in s_r), l
+    d_u = jnp.einsum("qkbt,kbtd->kbqd", s_r.astype(sources.dtype), sources, preferred_element_type=dtype)
+    return tuple(jnp.split(jnp.sum(d_u, axis=0), len(u), axis=1)), l
+
+
+def _add_cotangent(d_sources, u, sources, inv_rms, count, log_sum, g, l):
     scores = _scores(u, sources, inv_rms, count)
     alpha = jnp.exp(scores - log_sum[:, None])
-    return alpha, alpha * (_dot_sources(g, sources) + l[:, None]), scores
-
-
-def _query_cotangent(u, sources, inv_rms, count, log_sum, g, l) -> Array:
-    """sum_k s_k r_k v_k, with r_k = 1 / rms(v_k): the cotangent of u, float32. Arguments as in kernels.py."""
-    _, s, _ = _weights(u, sources, inv_rms, count, log_sum, g, l)
-    if u.shape[2] > 1:
-        return _weighted_sum(s * inv_rms, sources)
-    s_r = (s * inv_rms).astype(sources.dtype)
-    d_u = jnp.einsum("qkbt,kbtd->kbqd", s_r, sources, preferred_element_type=statistics_dtype(sources))
-    return jnp.sum(d_u, axis=0).swapaxes(0, 1)[:, :, None]
-
-
-def _add_cotangent(d_sources, u, sources, inv_rms, count, log_sum, g, l) -> Array:
-    """Adds alpha_k g + s_k r_k u - (s_k score_k r_k^2 / D) v_k of every query to the cotangent of source k."""
-    alpha, s, scores = _weights(u, sources, inv_rms, count, log_sum, g, l)
-    s_r = s * inv_rms
-    along_v = jnp.sum(jnp.where(alpha > 0, s_r * inv_rms * scores, 0), axis=0) / sources.shape[-1]
+    s = alpha * (_dots(g, sources) + l[:, None])
+    along_v = jnp.sum(jnp.where(alpha > 0, s * scores, 0), axis=0) * jnp.square(inv_rms) / sources.shape[-1]
     along_g_and_u = sum(
-        a[..., None] * g_q + b[..., None] * u_q for a, b, g_q, u_q in zip(alpha, s_r, g, u, strict=True)
+        a[..., None] * g_q + b[..., None] * u_q for a, b, g_q, u_q in zip(alpha, s * inv_rms, g, u, strict=True)
     )
     return (d_sources + along_g_and_u - along_v[..., None] * sources).astype(sources.dtype)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def read(
-    how: Execution, u: Array, sources: Array, inv_rms: Array, count: Array, tap: tuple[Array, Array] | None = None
-) -> tuple[Array, Array]:
+    how: Execution, u: tuple[Array, ...], sources: Array, inv_rms: Array, count: Array, tap=None
+) -> tuple[tuple[Array, ...], Array]:
     """Aggregates the first `count` rows of the history for Q queries at once.
 
     Args:
       how: implementation.
-      u: folded queries, `[Q, B, 1 or T, D]`.
+      u: folded queries, Q times `[B, 1 or T, D]`.
       sources: `[K, B, T, D]`; rows from `count` on are ignored, whatever finite values they hold.
       inv_rms: `inverse_rms(sources)`, `[K, B, T]`. No cotangent is returned for it: the one of `sources` already
         accounts for the norm.
@@ -142,26 +139,29 @@ def read(
         what `add_cotangent` needs to compute it for several reads in one pass.
 
     Returns:
-      The aggregate over these rows, `[Q, B, T, D]` in the type of the sources, and the log of its softmax
-      denominator, float32 `[Q, B, T]`, with which `merge` adds further sources.
+      The aggregates over these rows, Q times `[B, T, D]` in the type of the sources, and the logs of their softmax
+      denominators, float32 `[Q, B, T]`, with which `merge` adds further sources.
     """
     return _read_forward(how, u, sources, inv_rms, count, tap)[0]
 
 
 def _read_forward(how, u, sources, inv_rms, count, tap):
-    aggregate, log_sum = how.run(_forward, kernels.forward, u.astype(sources.dtype), sources, inv_rms, count)
-    return (aggregate, log_sum), (u, sources, inv_rms, count, tap, aggregate, log_sum)
+    narrow = tuple(u_q.astype(sources.dtype) for u_q in u)
+    result = how.run(_forward, kernels.forward, narrow, sources, inv_rms, count)
+    return result, (u, sources, inv_rms, count, tap, *result)
 
 
 def _read_backward(how, residuals, cotangents):
-    u, sources, inv_rms, count, tap, aggregate, log_sum = residuals
+    u, sources, inv_rms, count, tap, aggregates, log_sum = residuals
     g, l = cotangents
-    l = l - jnp.sum(g.astype(l.dtype) * aggregate.astype(l.dtype), axis=-1)
-    arguments = u.astype(sources.dtype), sources, inv_rms, count, log_sum, g, l
-    d_u = how.run(_query_cotangent, kernels.query_cotangent, *arguments).astype(u.dtype)
+    narrow = tuple(u_q.astype(sources.dtype) for u_q in u)
+    arguments = narrow, sources, inv_rms, count, aggregates, log_sum, g, l
+    d_u, l = how.run(_query_cotangent, kernels.query_cotangent, *arguments)
+    d_u = tuple(d.astype(u_q.dtype) for d, u_q in zip(d_u, u, strict=True))
     if tap is not None:
         return d_u, None, None, None, (g, l)
-    return d_u, add_cotangent(how, jnp.zeros_like(sources), *arguments), None, None, None
+    d_sources = add_cotangent(how, jnp.zeros_like(sources), u, sources, inv_rms, count, log_sum, g, l)
+    return d_u, d_sources, None, None, None
 
 
 read.defvjp(_read_forward, _read_backward)
@@ -172,10 +172,11 @@ def add_cotangent(how, d_sources, u, sources, inv_rms, count, log_sum, g, l) -> 
 
     Args:
       how, sources, inv_rms, count: as in `read`.
-      u, log_sum: queries and log sums of the reads, `[Q, B, 1 or T, D]` and `[Q, B, T]`.
-      g, l: cotangents of their taps, `[Q, B, T, D]` and `[Q, B, T]`.
+      u, log_sum: queries and log sums of the reads, Q times `[B, 1 or T, D]` and `[Q, B, T]`.
+      g, l: cotangents of their taps, Q times `[B, T, D]` and `[Q, B, T]`.
     """
-    arguments = d_sources, u.astype(sources.dtype), sources, inv_rms, count, log_sum, g, l
+    narrow = tuple(u_q.astype(sources.dtype) for u_q in u)
+    arguments = d_sources, narrow, sources, inv_rms, count, log_sum, g, l
     return how.run(_add_cotangent, kernels.add_cotangent, *arguments)
 
 

@@ -5,6 +5,8 @@ online softmax are computed in VMEM, and rows from `count` on are not fetched. T
 once, the backward pass twice: `query_cotangent` for each read, `add_cotangent` for all reads of a step
 together and in place. Matrix products take the type of the sources; everything else is float32.
 
+Queries, aggregates and their cotangents are tuples of Q arrays: stacking them would copy them.
+
 Names: Q queries, K rows, B samples, T tokens, D features. Columns are `[tile, Q]`: one number per token and query.
 """
 
@@ -20,21 +22,21 @@ VMEM_PER_TILE = 6 * 2**20  # bytes of blocks and scratch; with the compiler's ow
 
 
 def forward(
-    u: Array, sources: Array, inv_rms: Array, count: Array, *, mean_count: float | None = None, interpret: bool = False
-) -> tuple[Array, Array]:
-    """The aggregates `[Q, B, T, D]` in the type of the sources and their log sums, float32 `[Q, B, T]`.
+    u: tuple[Array, ...], sources: Array, inv_rms: Array, count: Array, *,
+    mean_count: float | None = None, interpret: bool = False,
+) -> tuple[tuple[Array, ...], Array]:  # fmt: skip
+    """The aggregates, Q times `[B, T, D]` in the type of the sources, and their log sums, float32 `[Q, B, T]`.
 
     Args:
-      u: folded queries in the type of the sources, `[Q, B, 1 or T, D]`.
+      u: folded queries in the type of the sources, Q times `[B, 1 or T, D]`.
       sources: `[K, B, T, D]`, and their `inv_rms`, float32 `[K, B, T]`.
       count: filled rows, at least 1, int32 scalar.
       mean_count: its mean over all calls, None for K; only the declared cost depends on it.
       interpret: run without a TPU, slowly.
     """
-    (k, b, t, d), q, size = sources.shape, len(u), sources.dtype.itemsize
-    per_token = u.shape[2] > 1
+    (k, b, t, d), q, size, per_token = sources.shape, len(u), sources.dtype.itemsize, u[0].shape[1] > 1
     tile = _tile(t, d * (2 * size * (1 + q + q * per_token) + 4 * q))
-    aggregate, log_sum = pl.pallas_call(
+    aggregates, log_sum = pl.pallas_call(
         functools.partial(_forward, per_token),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=1,
@@ -43,15 +45,15 @@ def forward(
             out_specs=[_tokens_spec(q, d, tile), _columns_spec(q, tile)],
             scratch_shapes=[pltpu.VMEM(shape, jnp.float32) for shape in ((q, tile, d), (tile, q), (tile, q))],
         ),
-        out_shape=[jax.ShapeDtypeStruct((q, b, t, d), u.dtype), jax.ShapeDtypeStruct((b, t, q), jnp.float32)],
-        cost_estimate=_cost(sources, mean_count, 1, 4 + 4 * q, u.size * size + q * b * t * (d * size + 4)),
+        out_shape=[q * (jax.ShapeDtypeStruct((b, t, d), sources.dtype),), jax.ShapeDtypeStruct((b, t, q), jnp.float32)],
+        cost_estimate=_cost(sources, mean_count, 1, 4 + 4 * q, q * (u[0].size + b * t * d) * size),
         compiler_params=_SEPARATE_TILES,
         interpret=interpret,
     )(count.reshape(1), _by_sample(u), sources, _columns(inv_rms))
-    return aggregate, jnp.moveaxis(log_sum, -1, 0)
+    return aggregates, jnp.moveaxis(log_sum, -1, 0)
 
 
-def _forward(per_token, count, u, row, inv_rms, aggregate, log_sum, total, maximum, denominator):
+def _forward(per_token, count, u, row, inv_rms, aggregates, log_sum, total, maximum, denominator):
     k = pl.program_id(2)
 
     @pl.when(k == 0)
@@ -63,7 +65,7 @@ def _forward(per_token, count, u, row, inv_rms, aggregate, log_sum, total, maxim
     @pl.when(k < count[0])
     def _():
         v = row[...].astype(jnp.float32)
-        scores = _dots(u[...], row[...], per_token) * _column(inv_rms, k)
+        scores = _dots(u, row[...]) * _column(inv_rms, k)
         new_maximum = jnp.maximum(maximum[...], scores)
         weights, kept = jnp.exp(scores - new_maximum), jnp.exp(maximum[...] - new_maximum)
         maximum[...] = new_maximum
@@ -74,64 +76,79 @@ def _forward(per_token, count, u, row, inv_rms, aggregate, log_sum, total, maxim
     @pl.when(k == pl.num_programs(2) - 1)
     def _():
         log_sum[...] = maximum[...] + jnp.log(denominator[...])
-        for q in range(len(total)):
-            aggregate[q] = (total[q] / denominator[:, q : q + 1]).astype(aggregate.dtype)
+        for q, aggregate in enumerate(aggregates):
+            aggregate[...] = (total[q] / denominator[:, q : q + 1]).astype(aggregate.dtype)
 
 
 def query_cotangent(
-    u: Array, sources: Array, inv_rms: Array, count: Array, log_sum: Array, g: Array, l: Array,
-    *, mean_count: float | None = None, interpret: bool = False,
-) -> Array:  # fmt: skip
-    """The cotangent of u, float32 `[Q, B, 1 or T, D]`: sum_k s_k r_k v_k with s_k = alpha_k (g . v_k + l).
+    u: tuple[Array, ...], sources: Array, inv_rms: Array, count: Array, aggregates: tuple[Array, ...], log_sum: Array,
+    g: tuple[Array, ...], l: Array, *, mean_count: float | None = None, interpret: bool = False,
+) -> tuple[tuple[Array, ...], Array]:  # fmt: skip
+    """The cotangents of u, float32, Q times `[B, 1 or T, D]`, and `l - g . aggregate`, float32 `[Q, B, T]`.
+
+    With s_k = alpha_k (g . v_k - g . aggregate + l), that of u is sum_k s_k r_k v_k.
 
     Args:
       u, sources, inv_rms, count, mean_count, interpret: as in `forward`.
-      log_sum: from `forward`, `[Q, B, T]`.
-      g: cotangent of the aggregates, `[Q, B, T, D]` in the type of the sources.
-      l: cotangent of the log sums minus g . aggregate, `[Q, B, T]`.
+      aggregates, log_sum: from `forward`.
+      g: cotangents of the aggregates, Q times `[B, T, D]`.
+      l: cotangents of the log sums, `[Q, B, T]`.
     """
-    (k, b, t, d), q, size = sources.shape, len(u), sources.dtype.itemsize
-    per_token = u.shape[2] > 1
-    tile = _tile(t, d * (2 * size * (1 + q + q * per_token) + 8 * q * per_token))
+    (k, b, t, d), q, size, per_token = sources.shape, len(u), sources.dtype.itemsize, u[0].shape[1] > 1
+    tile = _tile(t, d * (2 * size * (1 + 2 * q + q * per_token) + 8 * q * per_token))
     if per_token:
-        out_spec, out_shape, params = _tokens_spec(q, d, tile), (q, b, t, d), _SEPARATE_TILES
+        out_spec, out_shape = _tokens_spec(q, d, tile), q * (jax.ShapeDtypeStruct((b, t, d), jnp.float32),)
     else:
-        out_spec, out_shape, params = _sample_spec(q, d), (b, q, d), _JOINT_TILES
-    d_u = pl.pallas_call(
+        out_spec, out_shape = _sample_spec(q, d), jax.ShapeDtypeStruct((b, q, d), jnp.float32)
+    columns = _columns_spec(q, tile)
+    d_u, l = pl.pallas_call(
         functools.partial(_query_cotangent, per_token, t),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=1,
             grid=(b, pl.cdiv(t, tile), k),
             in_specs=[
                 _query_spec(u, tile), _row_spec(sources, tile), _columns_spec(k, tile),
-                _columns_spec(q, tile), _tokens_spec(q, d, tile), _columns_spec(q, tile),
+                _tokens_spec(q, d, tile), columns, _tokens_spec(q, d, tile), columns,
             ],
-            out_specs=out_spec,
+            out_specs=[out_spec, columns],
         ),
-        out_shape=jax.ShapeDtypeStruct(out_shape, jnp.float32),
-        cost_estimate=_cost(sources, mean_count, 1, 3 + 6 * q, (u.size + g.size) * size + 4 * (u.size + 2 * l.size)),
-        compiler_params=params,
+        out_shape=[out_shape, jax.ShapeDtypeStruct((b, t, q), jnp.float32)],
+        cost_estimate=_cost(sources, mean_count, 1, 3 + 6 * q, q * (u[0].size * (size + 4) + 2 * b * t * d * size)),
+        compiler_params=_SEPARATE_TILES if per_token else _JOINT_TILES,
         interpret=interpret,
-    )(count.reshape(1), _by_sample(u), sources, _columns(inv_rms), _columns(log_sum), g, _columns(l))  # fmt: skip
-    return d_u if per_token else d_u.swapaxes(0, 1)[:, :, None]
+    )(
+        count.reshape(1), _by_sample(u), sources, _columns(inv_rms), aggregates, _columns(log_sum), g, _columns(l)
+    )  # fmt: skip
+    d_u = d_u if per_token else tuple(d_u[:, i : i + 1] for i in range(q))
+    return d_u, jnp.moveaxis(l, -1, 0)
 
 
-def _query_cotangent(per_token, tokens, count, u, row, inv_rms, log_sum, g, l, d_u):
+def _query_cotangent(per_token, tokens, count, u, row, inv_rms, aggregates, log_sum, g, l, d_u, new_l):
     t, k = pl.program_id(1), pl.program_id(2)
 
-    @pl.when(k == 0 if per_token else (k == 0) & (t == 0))
+    @pl.when(k == 0)
     def _():
-        d_u[...] = jnp.zeros_like(d_u)
+        new_l[...] = l[...] - _join(
+            jnp.sum(g_q[...].astype(jnp.float32) * aggregate[...].astype(jnp.float32), axis=-1, keepdims=True)
+            for g_q, aggregate in zip(g, aggregates, strict=True)
+        )
+        for d_u_q in d_u if per_token else ():
+            d_u_q[...] = jnp.zeros_like(d_u_q)
+
+    if not per_token:
+        @pl.when((k == 0) & (t == 0))
+        def _():
+            d_u[...] = jnp.zeros_like(d_u)
 
     @pl.when(k < count[0])
     def _():
         v = row[...].astype(jnp.float32)
         r = _column(inv_rms, k)
-        alpha = jnp.exp(_dots(u[...], row[...], per_token) * r - log_sum[...])
-        s_r = alpha * (_dots(g[...], row[...], True) + l[...]) * r
+        alpha = jnp.exp(_dots(u, row[...]) * r - log_sum[...])
+        s_r = alpha * (_dots(g, row[...]) + new_l[...]) * r
         if per_token:
-            for q in range(len(d_u)):
-                d_u[q] += s_r[:, q : q + 1] * v
+            for q, d_u_q in enumerate(d_u):
+                d_u_q[...] += s_r[:, q : q + 1] * v
         else:
             inside = t * len(v) + jax.lax.broadcasted_iota(jnp.int32, (len(v), 1), 0) < tokens
             s_r, v = jnp.where(inside, s_r, 0), jnp.where(inside, v, 0)
@@ -139,57 +156,57 @@ def _query_cotangent(per_token, tokens, count, u, row, inv_rms, log_sum, g, l, d
 
 
 def add_cotangent(
-    d_sources: Array, u: Array, sources: Array, inv_rms: Array, count: Array, log_sum: Array, g: Array, l: Array,
-    *, mean_count: float | None = None, interpret: bool = False,
+    d_sources: Array, u: tuple[Array, ...], sources: Array, inv_rms: Array, count: Array, log_sum: Array,
+    g: tuple[Array, ...], l: Array, *, mean_count: float | None = None, interpret: bool = False,
 ) -> Array:  # fmt: skip
     """Adds to `d_sources` what Q reads hand back to the first `count` rows; returns `[K, B, T, D]`.
 
-    Source k gets alpha_k g + s_k r_k u - (s_k score_k r_k^2 / D) v_k of each query.
+    Source k gets alpha_k g + s_k r_k u - (s_k score_k r_k^2 / D) v_k of each query, with s_k = alpha_k (g . v_k + l).
 
     Args:
       d_sources: cotangent so far, shape and type of the sources; overwritten.
-      The others are as in `query_cotangent`.
+      l: from `query_cotangent`. The others are as there.
     """
-    (k, b, t, d), q, size = sources.shape, len(u), sources.dtype.itemsize
-    per_token = u.shape[2] > 1
+    (k, b, t, d), q, size, per_token = sources.shape, len(u), sources.dtype.itemsize, u[0].shape[1] > 1
     tile = _tile(t, d * (2 * size * (3 + q + q * per_token) + 8))
-    row_spec = _row_spec(sources, tile)
+    row, columns = _row_spec(sources, tile), _columns_spec(q, tile)
     return pl.pallas_call(
-        functools.partial(_add_cotangent, per_token),
+        _add_cotangent,
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=1,
             grid=(b, pl.cdiv(t, tile), k),
             in_specs=[
-                row_spec, _query_spec(u, tile), row_spec, _columns_spec(k, tile),
-                _columns_spec(q, tile), _tokens_spec(q, d, tile), _columns_spec(q, tile),
+                row, _query_spec(u, tile), row, _columns_spec(k, tile), columns, _tokens_spec(q, d, tile), columns
             ],
-            out_specs=row_spec,
+            out_specs=row,
         ),
         out_shape=jax.ShapeDtypeStruct(d_sources.shape, d_sources.dtype),
         input_output_aliases={1: 0},
-        cost_estimate=_cost(sources, mean_count, 3, 6 + 8 * q, (u.size + g.size) * size + 8 * l.size),
+        cost_estimate=_cost(sources, mean_count, 3, 6 + 8 * q, q * (u[0].size + b * t * d) * size),
         compiler_params=_SEPARATE_TILES,
         interpret=interpret,
-    )(count.reshape(1), d_sources, _by_sample(u), sources, _columns(inv_rms), _columns(log_sum), g, _columns(l))  # fmt: skip
+    )(
+        count.reshape(1), d_sources, _by_sample(u), sources, _columns(inv_rms), _columns(log_sum), g, _columns(l)
+    )  # fmt: skip
 
 
-def _add_cotangent(per_token, count, d_row, u, row, inv_rms, log_sum, g, l, new_d_row):
+def _add_cotangent(count, d_row, u, row, inv_rms, log_sum, g, l, new_d_row):
     k = pl.program_id(2)
 
     @pl.when(k < count[0])
     def _():
         v = row[...].astype(jnp.float32)
         r = _column(inv_rms, k)
-        scores = _dots(u[...], row[...], per_token) * r
+        scores = _dots(u, row[...]) * r
         alpha = jnp.exp(scores - log_sum[...])
-        s = alpha * (_dots(g[...], row[...], True) + l[...])
+        s = alpha * (_dots(g, row[...]) + l[...])
         along_v = jnp.sum(s * scores, axis=-1, keepdims=True) * r * r / v.shape[-1]
         total = d_row[...].astype(jnp.float32) - along_v * v
-        for q in range(alpha.shape[-1]):
-            total += alpha[:, q : q + 1] * g[q].astype(jnp.float32)
-        if per_token:
-            for q in range(alpha.shape[-1]):
-                total += (s * r)[:, q : q + 1] * u[q].astype(jnp.float32)
+        for q, g_q in enumerate(g):
+            total += alpha[:, q : q + 1] * g_q[...].astype(jnp.float32)
+        if isinstance(u, tuple):
+            for q, u_q in enumerate(u):
+                total += (s * r)[:, q : q + 1] * u_q[...].astype(jnp.float32)
         else:
             total += _matmul((s * r).astype(row.dtype), u[...], 1, 0)
         new_d_row[...] = total.astype(new_d_row.dtype)
@@ -222,22 +239,22 @@ def _row_spec(sources: Array, tile: int) -> pl.BlockSpec:
     return pl.BlockSpec(block, lambda b, t, k, count: (jnp.minimum(k, count[0] - 1), b, t, 0))
 
 
-def _tokens_spec(queries: int, features: int, tile: int) -> pl.BlockSpec:
-    return pl.BlockSpec((queries, None, tile, features), lambda b, t, k, count: (0, b, t, 0))
+def _tokens_spec(queries: int, features: int, tile: int) -> tuple[pl.BlockSpec, ...]:
+    return queries * (pl.BlockSpec((None, tile, features), lambda b, t, k, count: (b, t, 0)),)
 
 
 def _sample_spec(queries: int, features: int) -> pl.BlockSpec:
     return pl.BlockSpec((None, queries, features), lambda b, t, k, count: (b, 0, 0))
 
 
-def _query_spec(u: Array, tile: int) -> pl.BlockSpec:
-    q, _, tokens, d = u.shape
-    return _tokens_spec(q, d, tile) if tokens > 1 else _sample_spec(q, d)
+def _query_spec(u: tuple[Array, ...], tile: int) -> pl.BlockSpec | tuple[pl.BlockSpec, ...]:
+    _, tokens, d = u[0].shape
+    return _tokens_spec(len(u), d, tile) if tokens > 1 else _sample_spec(len(u), d)
 
 
-def _by_sample(u: Array) -> Array:
-    """`[Q, B, 1, D]` -> `[B, Q, D]`: the queries of a sample are one block, the left side of a matrix product."""
-    return u if u.shape[2] > 1 else u[:, :, 0].swapaxes(0, 1)
+def _by_sample(u: tuple[Array, ...]) -> Array | tuple[Array, ...]:
+    """Q times `[B, 1, D]` -> `[B, Q, D]`: what is the same for all tokens of a sample is the factor of a matmul."""
+    return u if u[0].shape[1] > 1 else jnp.concatenate(u, axis=1)
 
 
 def _columns_spec(queries: int, tile: int) -> pl.BlockSpec:
@@ -255,13 +272,18 @@ def _column(columns: pl.MemoryRef, k: Array) -> Array:
     return jnp.sum(jnp.where(lane == k, columns[...], 0.0), axis=-1, keepdims=True)
 
 
-def _dots(x: Array, row: Array, per_token: bool) -> Array:
-    """x . v for each token: x `[Q, tile, D]` or `[Q, D]`, row `[tile, D]` -> `[tile, Q]` float32."""
-    if not per_token:
-        return _matmul(row, x, 1, 1)
+def _dots(x: pl.MemoryRef | tuple[pl.MemoryRef, ...], row: Array) -> Array:
+    """x . v for each token: x `[Q, D]` or Q times `[tile, D]`, row `[tile, D]` -> `[tile, Q]` float32."""
+    if not isinstance(x, tuple):
+        return _matmul(row, x[...], 1, 1)
     v = row.astype(jnp.float32)
-    columns = [jnp.sum(x_q.astype(jnp.float32) * v, axis=-1, keepdims=True) for x_q in x]
-    lane = jax.lax.broadcasted_iota(jnp.int32, (1, len(x)), 1)
+    return _join(jnp.sum(x_q[...].astype(jnp.float32) * v, axis=-1, keepdims=True) for x_q in x)
+
+
+def _join(columns) -> Array:
+    """Q times `[tile, 1]` -> `[tile, Q]`."""
+    columns = list(columns)
+    lane = jax.lax.broadcasted_iota(jnp.int32, (1, len(columns)), 1)
     return sum(jnp.where(lane == q, column, 0.0) for q, column in enumerate(columns))
 
 

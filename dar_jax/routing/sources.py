@@ -64,7 +64,7 @@ class Layout:
         """Filled rows when a step starts, on average over the steps."""
         return 1 + self.rows_per_step * (self.num_steps - 1) / 2
 
-    def rows(self, outputs: list[Array]) -> Array:
+    def rows(self, outputs: tuple[Array, ...]) -> Array:
         """The rows a step appends, `[rows_per_step, B, T, D]`, from its P sublayer outputs `[B, T, D]`."""
         if self.chunk_size == 1:
             return jnp.stack(outputs)
