@@ -1,6 +1,7 @@
 """Diffusion-Adaptive Routing for any transformer: sources, queries and the softmax over depth. Knows arrays only."""
 
-from dar_jax.routing.aggregate import Execution, add_cotangent, inverse_rms, merge, read, statistics_dtype
+from dar_jax.routing.aggregate import Execution, add_cotangent, inverse_rms, merge, read
+from dar_jax.routing.kernels.xla import statistics_dtype
 from dar_jax.routing.queries import Query
 from dar_jax.routing.sources import Layout
 from dar_jax.routing.warm_start import keeps_function, warm_start

@@ -4,8 +4,8 @@
 two parts: the filled rows of the history buffer, read by `read`, and the recent outputs of the current step, merged
 in by `merge`. Statistics, scores and weights are float32; sources may be bfloat16.
 
-The same three functions exist for XLA (here) and as fused kernels (kernels.py): the forward pass, the cotangent of the
-query, and the cotangent of the sources, which is added for all reads of a step at once.
+The passes over the history are in kernels/, for XLA and as fused kernels: the forward pass, the cotangent of the query,
+and the cotangent of the sources, which is added for all reads of a step at once.
 """
 
 import dataclasses
@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.sharding import PartitionSpec
 
-from dar_jax.routing import kernels
+from dar_jax.routing.kernels import gpu, tpu, xla
 
 EPS = 1e-6
 
@@ -37,15 +37,19 @@ class Execution:
     batch_axes: tuple[str, ...] = ()
     mean_count: float | None = None
 
-    def run(self, xla, kernel, *args):
-        """xla(*args) or kernel(*args). The samples are axis 0 of arrays in tuples and axis 1 of other arrays."""
+    def run(self, name, *args):
+        """The function `name` of a module in kernels/.
+
+        The samples are axis 0 of arrays in tuples and axis 1 of other arrays.
+        """
+        plain = getattr(xla, name)
         if self.implementation == "xla" or jax.tree.leaves(args)[0].dtype == jnp.float64:
-            return xla(*args)
-        kernel = functools.partial(kernel, mean_count=self.mean_count)
-        on_cpu = xla if self.implementation == "auto" else functools.partial(kernel, interpret=True)
+            return plain(*args)
+        on_tpu = functools.partial(getattr(tpu, name), mean_count=self.mean_count)
+        elsewhere = plain if self.implementation == "auto" else functools.partial(on_tpu, interpret=True)
 
         def choose(*args):
-            return jax.lax.platform_dependent(*args, tpu=kernel, default=on_cpu)
+            return jax.lax.platform_dependent(*args, tpu=on_tpu, cuda=getattr(gpu, name), default=elsewhere)
 
         shards = math.prod(jax.sharding.get_abstract_mesh().shape[a] for a in self.batch_axes)
         if shards == 1:
@@ -54,72 +58,13 @@ class Execution:
         axes = None if batch_size % shards else self.batch_axes
         tokens, rows, scalar = PartitionSpec(axes), PartitionSpec(None, axes), PartitionSpec()
         specs = tuple(tokens if isinstance(x, tuple) else rows if x.ndim else scalar for x in args)
-        out_specs = rows if xla is _add_cotangent else (tokens, rows)
+        out_specs = rows if name == "add_source_cotangent" else (tokens, rows)
         return jax.shard_map(choose, in_specs=specs, out_specs=out_specs, check_vma=False)(*args)
-
-
-def statistics_dtype(x: Array) -> jnp.dtype:
-    """float32, or float64 for a float64 array: the type of norms, scores and softmax weights."""
-    return jnp.promote_types(x.dtype, jnp.float32)
 
 
 def inverse_rms(v: Array) -> Array:
     """1 / rms over the last axis in float32: `[..., D]` -> `[...]`."""
-    return jax.lax.rsqrt(jnp.mean(jnp.square(v.astype(statistics_dtype(v))), axis=-1) + EPS)
-
-
-def _dots(x: tuple[Array, ...], sources: Array) -> Array:
-    """x . v_k: x Q times `[B, 1 or T, D]` -> `[Q, K, B, T]`; a matmul where x is one vector for all tokens."""
-    dtype = statistics_dtype(sources)
-    if x[0].shape[1] > 1:
-        return jnp.einsum("qbtd,kbtd->qkbt", jnp.stack(x), sources, preferred_element_type=dtype)
-    k, b, _, d = sources.shape
-    x = jnp.broadcast_to(jnp.concatenate(x, axis=1).swapaxes(1, 2), (k, b, d, len(x)))
-    return jnp.einsum("kbtd,kbdq->qkbt", sources, x, preferred_element_type=dtype)
-
-
-def _weighted_sum(weights: Array, sources: Array) -> Array:
-    """sum_k w_k v_k: `[K, B, T]` and `[K, B, T, D]` -> `[B, T, D]` in float32.
-
-    This is einsum("kbt,kbtd->btd"), written term by term: as a dot it is a batch of B * T tiny matmuls, here one
-    fused pass over the sources (6 times faster on CPU).
-    """
-    return sum(weights[k][..., None] * sources[k] for k in range(len(sources)))
-
-
-def _scores(u: tuple[Array, ...], sources: Array, inv_rms: Array, count: Array) -> Array:
-    filled = jnp.arange(sources.shape[0]) < count
-    return jnp.where(filled[:, None, None], _dots(u, sources) * inv_rms, -jnp.inf)
-
-
-def _forward(u, sources, inv_rms, count):
-    """What kernels.forward computes, for XLA. So are the next two."""
-    scores = _scores(u, sources, inv_rms, count)
-    log_sum = jax.nn.logsumexp(scores, axis=1)
-    alpha = jnp.exp(scores - log_sum[:, None])
-    return tuple(_weighted_sum(a, sources).astype(sources.dtype) for a in alpha), log_sum
-
-
-def _query_cotangent(u, sources, inv_rms, count, aggregates, log_sum, g, l):
-    dtype = l.dtype
-    l = l - jnp.stack([jnp.sum(x.astype(dtype) * y.astype(dtype), axis=-1) for x, y in zip(g, aggregates, strict=True)])
-    alpha = jnp.exp(_scores(u, sources, inv_rms, count) - log_sum[:, None])
-    s_r = alpha * (_dots(g, sources) + l[:, None]) * inv_rms
-    if u[0].shape[1] > 1:
-        return tuple(_weighted_sum(x, sources) for x in s_r), l
-    d_u = jnp.einsum("qkbt,kbtd->kbqd", s_r.astype(sources.dtype), sources, preferred_element_type=dtype)
-    return tuple(jnp.split(jnp.sum(d_u, axis=0), len(u), axis=1)), l
-
-
-def _add_cotangent(d_sources, u, sources, inv_rms, count, log_sum, g, l):
-    scores = _scores(u, sources, inv_rms, count)
-    alpha = jnp.exp(scores - log_sum[:, None])
-    s = alpha * (_dots(g, sources) + l[:, None])
-    along_v = jnp.sum(jnp.where(alpha > 0, s * scores, 0), axis=0) * jnp.square(inv_rms) / sources.shape[-1]
-    along_g_and_u = sum(
-        a[..., None] * g_q + b[..., None] * u_q for a, b, g_q, u_q in zip(alpha, s * inv_rms, g, u, strict=True)
-    )
-    return (d_sources + along_g_and_u - along_v[..., None] * sources).astype(sources.dtype)
+    return jax.lax.rsqrt(jnp.mean(jnp.square(v.astype(xla.statistics_dtype(v))), axis=-1) + EPS)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -147,7 +92,7 @@ def read(
 
 def _read_forward(how, u, sources, inv_rms, count, tap):
     narrow = tuple(u_q.astype(sources.dtype) for u_q in u)
-    result = how.run(_forward, kernels.forward, narrow, sources, inv_rms, count)
+    result = how.run("forward", narrow, sources, inv_rms, count)
     return result, (u, sources, inv_rms, count, tap, *result)
 
 
@@ -156,7 +101,7 @@ def _read_backward(how, residuals, cotangents):
     g, l = cotangents
     narrow = tuple(u_q.astype(sources.dtype) for u_q in u)
     arguments = narrow, sources, inv_rms, count, aggregates, log_sum, g, l
-    d_u, l = how.run(_query_cotangent, kernels.query_cotangent, *arguments)
+    d_u, l = how.run("query_cotangent", *arguments)
     d_u = tuple(d.astype(u_q.dtype) for d, u_q in zip(d_u, u, strict=True))
     if tap is not None:
         return d_u, None, None, None, (g, l)
@@ -177,7 +122,7 @@ def add_cotangent(how, d_sources, u, sources, inv_rms, count, log_sum, g, l) -> 
     """
     narrow = tuple(u_q.astype(sources.dtype) for u_q in u)
     arguments = d_sources, narrow, sources, inv_rms, count, log_sum, g, l
-    return how.run(_add_cotangent, kernels.add_cotangent, *arguments)
+    return how.run("add_source_cotangent", *arguments)
 
 
 def merge(u: Array, aggregate: Array, log_sum: Array, recent: list[Array]) -> Array:

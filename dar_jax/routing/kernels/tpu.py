@@ -1,8 +1,8 @@
-"""Fused kernels of the aggregation for TPUs (Pallas, Mosaic), behind the signatures of aggregate.py.
+"""The passes over the history as fused kernels for TPUs (Pallas, Mosaic).
 
 A program owns a tile of tokens of one sample and walks over the history: every row is read once, its scores and the
 online softmax are computed in VMEM, and rows from `count` on are not fetched. The forward pass reads the sources
-once, the backward pass twice: `query_cotangent` for each read, `add_cotangent` for all reads of a step
+once, the backward pass twice: `query_cotangent` for each read, `add_source_cotangent` for all reads of a step
 together and in place. Matrix products take the type of the sources; everything else is float32.
 
 Queries, aggregates and their cotangents are tuples of Q arrays: stacking them would copy them.
@@ -136,6 +136,7 @@ def _query_cotangent(per_token, tokens, count, u, row, inv_rms, aggregates, log_
             d_u_q[...] = jnp.zeros_like(d_u_q)
 
     if not per_token:
+
         @pl.when((k == 0) & (t == 0))
         def _():
             d_u[...] = jnp.zeros_like(d_u)
@@ -155,7 +156,7 @@ def _query_cotangent(per_token, tokens, count, u, row, inv_rms, aggregates, log_
             d_u[...] += _matmul(s_r.astype(row.dtype), v.astype(row.dtype), 0, 0)
 
 
-def add_cotangent(
+def add_source_cotangent(
     d_sources: Array, u: tuple[Array, ...], sources: Array, inv_rms: Array, count: Array, log_sum: Array,
     g: tuple[Array, ...], l: Array, *, mean_count: float | None = None, interpret: bool = False,
 ) -> Array:  # fmt: skip
@@ -171,7 +172,7 @@ def add_cotangent(
     tile = _tile(t, d * (2 * size * (3 + q + q * per_token) + 8))
     row, columns = _row_spec(sources, tile), _columns_spec(q, tile)
     return pl.pallas_call(
-        _add_cotangent,
+        _add_source_cotangent,
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=1,
             grid=(b, pl.cdiv(t, tile), k),
@@ -190,7 +191,7 @@ def add_cotangent(
     )  # fmt: skip
 
 
-def _add_cotangent(count, d_row, u, row, inv_rms, log_sum, g, l, new_d_row):
+def _add_source_cotangent(count, d_row, u, row, inv_rms, log_sum, g, l, new_d_row):
     k = pl.program_id(2)
 
     @pl.when(k < count[0])

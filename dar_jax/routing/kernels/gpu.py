@@ -1,0 +1,136 @@
+"""The passes over the history as fused kernels for GPUs (Pallas, Triton). Arguments and results as in tpu.py.
+
+A program owns one token, whose vectors it holds in registers, and loops over the filled rows; so all statistics are
+scalars. Vectors are padded to a power of two and masked, because Triton knows no other size. In `query_cotangent` with
+one query for all tokens of a sample, a program walks over a few tokens and the partial sums are added outside, in a
+fixed order: no atomic additions, so results repeat.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton
+
+TOKENS_PER_PARTIAL_SUM = 8
+
+
+def forward(u, sources, inv_rms, count, *, interpret=False) -> tuple[tuple[Array, ...], Array]:
+    """See tpu.forward."""
+    _, b, t, d = sources.shape
+    out_shape = len(u) * (jax.ShapeDtypeStruct((b, t, d), sources.dtype),), _scalars(len(u), b, t)
+    return _call(_forward, (b, t), out_shape, interpret)(u, sources, inv_rms, count.reshape(1))
+
+
+def _forward(u, sources, inv_rms, count, aggregates, log_sum):
+    b, t = pl.program_id(0), pl.program_id(1)
+    queries = [_load(x, b, t) for x in u]
+
+    def add_row(k, carry):
+        v, r = _load(sources, k, b, t), inv_rms[k, b, t]
+        result = []
+        for query, (total, maximum, denominator) in zip(queries, carry, strict=True):
+            score = jnp.sum(query * v) * r
+            new_maximum = jnp.maximum(maximum, score)
+            weight, kept = jnp.exp(score - new_maximum), jnp.exp(maximum - new_maximum)
+            result.append((kept * total + weight * v, new_maximum, kept * denominator + weight))
+        return result
+
+    start = jnp.zeros_like(queries[0]), jnp.float32(-jnp.inf), jnp.float32(0)
+    sums = jax.lax.fori_loop(0, count[0], add_row, len(u) * [start])
+    for q, (total, maximum, denominator) in enumerate(sums):
+        _store(aggregates[q], total / denominator, b, t)
+        log_sum[q, b, t] = maximum + jnp.log(denominator)
+
+
+def query_cotangent(
+    u, sources, inv_rms, count, aggregates, log_sum, g, l, *, interpret=False
+) -> tuple[tuple[Array, ...], Array]:
+    """See tpu.query_cotangent."""
+    _, b, t, d = sources.shape
+    tokens = 1 if u[0].shape[1] > 1 else TOKENS_PER_PARTIAL_SUM
+    programs = pl.cdiv(t, tokens)
+    out_shape = len(u) * (jax.ShapeDtypeStruct((b, programs, d), jnp.float32),), _scalars(len(u), b, t)
+    kernel = functools.partial(_query_cotangent, tokens)
+    arguments = u, sources, inv_rms, count.reshape(1), aggregates, log_sum, g, l
+    d_u, l = _call(kernel, (b, programs), out_shape, interpret)(*arguments)
+    return d_u if tokens == 1 else tuple(jnp.sum(x, axis=1, keepdims=True) for x in d_u), l
+
+
+def _query_cotangent(tokens, u, sources, inv_rms, count, aggregates, log_sum, g, l, d_u, new_l):
+    b, program = pl.program_id(0), pl.program_id(1)
+
+    def add_token(t, totals):
+        queries, cotangents = [_load(x, b, t) for x in u], [_load(x, b, t) for x in g]
+        shifted = []
+        for q, aggregate in enumerate(aggregates):
+            shifted.append(l[q, b, t] - jnp.sum(cotangents[q] * _load(aggregate, b, t)))
+            new_l[q, b, t] = shifted[q]
+
+        def add_row(k, totals):
+            v, r = _load(sources, k, b, t), inv_rms[k, b, t]
+            result = []
+            for q, total in enumerate(totals):
+                alpha = jnp.exp(jnp.sum(queries[q] * v) * r - log_sum[q, b, t])
+                result.append(total + alpha * (jnp.sum(cotangents[q] * v) + shifted[q]) * r * v)
+            return result
+
+        return jax.lax.fori_loop(0, count[0], add_row, totals)
+
+    start, end = program * tokens, jnp.minimum((program + 1) * tokens, sources.shape[2])
+    zero = jnp.zeros(pl.next_power_of_2(sources.shape[3]), jnp.float32)
+    for q, total in enumerate(jax.lax.fori_loop(start, end, add_token, len(u) * [zero])):
+        _store(d_u[q], total, b, program)
+
+
+def add_source_cotangent(
+    d_sources, u, sources, inv_rms, count, log_sum, g, l, *, interpret=False
+) -> Array:  # fmt: skip
+    """See tpu.add_source_cotangent."""
+    out_shape = jax.ShapeDtypeStruct(d_sources.shape, d_sources.dtype)
+    call = _call(_add_source_cotangent, sources.shape[1:3], out_shape, interpret, input_output_aliases={0: 0})
+    return call(d_sources, u, sources, inv_rms, count.reshape(1), log_sum, g, l)
+
+
+def _add_source_cotangent(d_sources, u, sources, inv_rms, count, log_sum, g, l, new_d_sources):
+    b, t = pl.program_id(0), pl.program_id(1)
+    queries, cotangents = [_load(x, b, t) for x in u], [_load(x, b, t) for x in g]
+
+    def add_to_row(k, carry):
+        v, r, total = _load(sources, k, b, t), inv_rms[k, b, t], _load(d_sources, k, b, t)
+        for q, (query, cotangent) in enumerate(zip(queries, cotangents, strict=True)):
+            score = jnp.sum(query * v) * r
+            alpha = jnp.exp(score - log_sum[q, b, t])
+            s_r = alpha * (jnp.sum(cotangent * v) + l[q, b, t]) * r
+            total += alpha * cotangent + s_r * query - s_r * score * r / sources.shape[3] * v
+        _store(new_d_sources, total, k, b, t)
+        return carry
+
+    jax.lax.fori_loop(0, count[0], add_to_row, 0)
+
+
+def _call(kernel, grid, out_shape, interpret, **options):
+    params = triton.CompilerParams(num_warps=4)
+    return pl.pallas_call(
+        kernel, grid=grid, out_shape=out_shape, interpret=interpret, compiler_params=params, **options
+    )  # fmt: skip
+
+
+def _scalars(queries: int, batch: int, tokens: int) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct((queries, batch, tokens), jnp.float32)
+
+
+def _load(ref, *index) -> Array:
+    """The vector at `index`, padded with zeros, in float32; an axis of one entry is shared by all tokens."""
+    index = tuple(jnp.int32(0) if size == 1 else i for i, size in zip(index, ref.shape, strict=False))
+    size = ref.shape[-1]
+    padded = pl.next_power_of_2(size)
+    inside = jnp.arange(padded) < size
+    return triton.load(ref.at[(*index, pl.ds(0, padded))], mask=inside, other=0.0).astype(jnp.float32)
+
+
+def _store(ref, vector: Array, *index) -> None:
+    inside = jnp.arange(len(vector)) < ref.shape[-1]
+    triton.store(ref.at[(*index, pl.ds(0, len(vector)))], vector.astype(ref.dtype), mask=inside)

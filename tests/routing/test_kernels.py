@@ -1,0 +1,204 @@
+"""The passes over the history, for XLA, TPU and GPU, against PyTorch's autodiff of a plain softmax in float64.
+
+On the CPU kernels are interpreted. That the real compilers take them is tested for TPU v5e (with libtpu) and for CUDA
+(lowering to Triton); nothing here runs on either.
+"""
+
+import functools
+import importlib.util
+import os
+import pathlib
+import subprocess
+import sys
+
+import flax.linen as nn
+import hypothesis
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from hypothesis import strategies
+
+from dar_jax.models.stack import RoutedStack
+from dar_jax.routing import Execution, Layout, inverse_rms, read
+from dar_jax.routing.kernels import gpu, tpu, xla
+from dar_jax.sharding import RULES
+
+ROOT = pathlib.Path(__file__).parents[2]
+MODULES = {"xla": xla, "tpu": tpu, "gpu": gpu}
+
+
+@functools.partial(jax.jit, static_argnames="flavour")
+def run(flavour, u, sources, count, g, l, before):
+    """All three passes: what a read returns, the cotangent of its queries, and `before` plus that of its sources."""
+    interpret = {} if flavour == "xla" else {"interpret": True}
+    module, inv_rms = MODULES[flavour], inverse_rms(sources)
+    aggregates, log_sum = module.forward(u, sources, inv_rms, count, **interpret)
+    d_u, l = module.query_cotangent(u, sources, inv_rms, count, aggregates, log_sum, g, l, **interpret)
+    d_sources = module.add_source_cotangent(before, u, sources, inv_rms, count, log_sum, g, l, **interpret)
+    return {"aggregates": aggregates, "log_sum": log_sum, "d_u": d_u, "d_sources": d_sources}
+
+
+def reference(u, sources, count, g, l, before):
+    """The same as the paper writes it."""
+    u, sources, g, l, before = (torch.tensor(np.asarray(x, np.float64)) for x in (u, sources, g, l, before))
+    u.requires_grad, sources.requires_grad = True, True
+    filled = sources[:count]
+    keys = filled / torch.sqrt(filled.square().mean(-1, keepdim=True) + 1e-6)
+    scores = (u[:, None] * keys).sum(-1)
+    aggregates = (scores.softmax(1)[..., None] * filled).sum(1)
+    log_sum = scores.logsumexp(1)
+    torch.autograd.backward((aggregates, log_sum), (g, l))
+    return {"aggregates": aggregates, "log_sum": log_sum, "d_u": u.grad, "d_sources": before + sources.grad}
+
+
+@strategies.composite
+def cases(draw):
+    rows = draw(strategies.integers(1, 7))
+    tokens = draw(strategies.sampled_from([1, 2, 5, 16, 20, 33]))
+    return {
+        "rows": rows,
+        "count": draw(strategies.integers(1, rows)),
+        "queries": draw(strategies.integers(1, 4)),
+        "batch": draw(strategies.integers(1, 3)),
+        "tokens": tokens,
+        "size": draw(strategies.sampled_from([4, 8, 24, 72, 128, 136])),
+        "per_token": draw(strategies.booleans()),
+        "seed": draw(strategies.integers(0, 2**16)),
+    }
+
+
+def check_against_reference(flavour, dtype, case):
+    """Values, cotangents of queries and of sources; the relative error is that of the whole array."""
+    rows, batch, tokens, size, queries = (case[k] for k in ("rows", "batch", "tokens", "size", "queries"))
+    rng = np.random.default_rng(case["seed"])
+
+    def normal(*shape):
+        return jnp.asarray(rng.normal(size=shape), jnp.float32)
+
+    u = (normal(queries, batch, tokens if case["per_token"] else 1, size) * 2 * size**-0.5).astype(dtype)
+    sources = (normal(rows, batch, tokens, size) * jnp.exp(0.5 * normal(rows, batch, tokens, 1))).astype(dtype)
+    g, l = normal(queries, batch, tokens, size).astype(dtype), normal(queries, batch, tokens)
+    before = normal(*sources.shape).astype(dtype)
+
+    actual = run(flavour, tuple(u), sources, jnp.int32(case["count"]), tuple(g), l, before)
+    expected = reference(u, sources, case["count"], g, l, before)
+    tolerance = 2e-6 if dtype == jnp.float32 else 2e-2
+    for name, value in actual.items():
+        value, wanted = np.asarray(jnp.asarray(value), np.float64), expected[name].detach().numpy()
+        # Where terms of order one cancel (one source: a query has no effect) the error is relative to them.
+        error = np.linalg.norm(value - wanted) / max(np.linalg.norm(wanted), 0.5 * wanted.size**0.5)
+        assert error < tolerance, f"{name}: relative error {error:.1e} in {case}"
+
+
+SETTINGS = {
+    "deadline": None,
+    "database": None,
+    "derandomize": True,
+    "suppress_health_check": list(hypothesis.HealthCheck),
+}
+DTYPES = [jnp.float32, jnp.bfloat16]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("flavour", MODULES)
+@hypothesis.settings(max_examples=5, **SETTINGS)
+@hypothesis.given(case=cases())
+def test_values_and_gradients(flavour, dtype, case):
+    check_against_reference(flavour, dtype, case)
+
+
+@pytest.mark.slow
+@hypothesis.settings(max_examples=300, **SETTINGS)
+@hypothesis.given(flavour=strategies.sampled_from(["tpu", "gpu"]), dtype=strategies.sampled_from(DTYPES), case=cases())
+def test_values_and_gradients_over_300_shapes(flavour, dtype, case):
+    check_against_reference(flavour, dtype, case)
+
+
+@pytest.mark.parametrize(("query", "shape"), [("static_t", (1, 1)), ("dynamic", (1, 1)), ("static_t", (4, 2))])
+def test_stack_with_kernels_equals_the_plain_one(query, shape):
+    """Gradients of a whole stack, on one device and split over a mesh; the kernels see each device's samples only."""
+    block = {"hidden_size": 8, "num_heads": 2, "mlp_ratio": 2.0, "dtype": jnp.float32}
+    rng = np.random.default_rng(0)
+    inputs = [jnp.asarray(rng.normal(size=s), jnp.float32) for s in ((8, 3, 8), (8, 8), (8, 8))]
+    mesh = jax.make_mesh(shape, ("data", "fsdp"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+
+    def gradients(implementation):
+        stack = RoutedStack(block, Layout(4, 4), query, implementation)
+        abstract = nn.meta.unbox(jax.eval_shape(stack.init, jax.random.key(1), *inputs)["params"])
+        rng = np.random.default_rng(1)
+        params = jax.tree.map(lambda p: jnp.asarray(rng.normal(size=p.shape) * 0.4, jnp.float32), abstract)
+        loss = lambda p, *x: jnp.sum(jnp.sin(stack.apply({"params": p}, *x)))  # noqa: E731
+        with jax.set_mesh(mesh), nn.logical_axis_rules(RULES):
+            lowered = jax.jit(jax.grad(loss, argnums=(0, 1, 2, 3))).lower(params, *inputs)
+            return lowered.compile()(params, *inputs), lowered.as_text()
+
+    (plain, _), (fused, text) = gradients("xla"), gradients("pallas")
+    assert ("sdy.manual_computation" in text) == (shape != (1, 1))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5 * max(1, jnp.abs(b).max())), fused, plain)
+
+
+SHAPES = [  # rows, queries, tokens, size, dtype, per token
+    (15, 4, 256, 1152, "bfloat16", False),
+    (15, 1, 256, 1152, "bfloat16", True),
+    (57, 1, 300, 384, "float32", False),
+    (3, 2, 20, 72, "float32", True),
+]
+
+
+def read_and_gradients(rows, queries, tokens, size, dtype, per_token, batch, batch_axes=()):
+    """A function that runs all kernels, and its abstract arguments."""
+    abstract = jax.ShapeDtypeStruct
+    u = queries * (abstract((batch, tokens if per_token else 1, size), dtype),)
+    sources, inv_rms = abstract((rows, batch, tokens, size), dtype), abstract((rows, batch, tokens), jnp.float32)
+    g, l = queries * (abstract((batch, tokens, size), dtype),), abstract((queries, batch, tokens), jnp.float32)
+
+    def function(u, sources, inv_rms, count, g, l):
+        how = Execution("auto", batch_axes)
+        values, vjp = jax.vjp(lambda u, v: read(how, u, v, inv_rms, count), u, sources)
+        return values, vjp((g, l))
+
+    return function, (u, sources, inv_rms, abstract((), jnp.int32), g, l)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_kernels_lower_to_triton_for_cuda(shape):
+    function, arguments = read_and_gradients(*shape, batch=2)
+    text = jax.jit(function).trace(*arguments).lower(lowering_platforms=("cuda",)).as_text()
+    assert text.count("__gpu$xla.gpu.triton") == 3
+
+
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason='needs libtpu: pip install -e ".[plan]"')
+def test_kernels_compile_for_a_tpu():
+    """In a process of its own: what libtpu reads from the environment must be there before jax starts."""
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost"}
+    environment |= {"TPU_WORKER_ID": "0", "TPU_ACCELERATOR_TYPE": "v5litepod-16", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
+    command = [sys.executable, "-m", "tests.routing.test_kernels"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600, env=environment)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.split() == len(SHAPES) * ["3"]
+
+
+def compile_for_v5e():
+    from jax.experimental import topologies
+
+    devices = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2").devices
+    mesh = jax.make_mesh((2, 2), ("data", "fsdp"), axis_types=(jax.sharding.AxisType.Auto,) * 2, devices=devices)
+    axes = ("data", "fsdp")
+    for shape in SHAPES:
+        function, arguments = read_and_gradients(*shape, batch=8, batch_axes=axes)
+
+        def place(x, spec):
+            return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=jax.NamedSharding(mesh, spec))
+
+        P = jax.sharding.PartitionSpec
+        specs = [P(axes), P(None, axes), P(None, axes), P(), P(axes), P(None, axes)]
+        placed = [jax.tree.map(lambda x: place(x, s), a) for a, s in zip(arguments, specs, strict=True)]  # noqa: B023
+        with jax.set_mesh(mesh):
+            compiled = jax.jit(function).lower(*placed).compile()
+        print(compiled.as_text().count('custom_call_target="tpu_custom_call"'))
+
+
+if __name__ == "__main__":
+    compile_for_v5e()
