@@ -34,8 +34,8 @@ class Layout:
 
     @property
     def sublayers_per_step(self) -> int:
-        """P: a chunk, or one block when every sublayer is a chunk."""
-        return max(self.chunk_size, 2)
+        """P: a chunk; when every sublayer is a chunk, two blocks (one if depth is odd) to share passes over the buffer."""
+        return self.chunk_size if self.chunk_size > 1 else 2 if self.depth % 2 else 4
 
     @property
     def num_steps(self) -> int:
@@ -43,7 +43,7 @@ class Layout:
 
     @property
     def rows_per_step(self) -> int:
-        return 2 if self.chunk_size == 1 else 1
+        return self.sublayers_per_step if self.chunk_size == 1 else 1
 
     @property
     def num_rows(self) -> int:

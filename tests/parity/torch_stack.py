@@ -65,7 +65,7 @@ def attend(sources, p, query, e_t):
 def routed_stack(params, layout, query, num_heads, v_0, condition, e_t):
     """Returns the head's state [B, T, D], all values by source name, and the weights of the L + 1 aggregators."""
     values, weights = {("c", 0): v_0}, []
-    per_step = max(layout.chunk_size, 2)
+    per_step = sum(name.startswith("query_") for name in params["steps"])
     for l, names in enumerate(source_sets(layout.depth, layout.chunk_size, layout.final), start=1):
         is_final = l > 2 * layout.depth
         step, position = divmod(l - 1 - (is_final and layout.final == "shared"), per_step)
