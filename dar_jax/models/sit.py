@@ -52,7 +52,7 @@ class SiT(nn.Module):
         if self.layout is None:
             stack = ResidualStack(block, self.depth, self.remat, name="stack")
         else:
-            stack = RoutedStack(block, self.layout, self.query, self.implementation, name="stack")
+            stack = RoutedStack(block, self.layout, self.query, self.implementation, self.remat, name="stack")
         h = stack(v_0, condition, e_t)
 
         out_channels = self.channels * (2 if self.learn_sigma else 1)

@@ -2,8 +2,8 @@
 
 The routed scan carries the history as one buffer `[K, B, T, D]`. Plain autodiff would save the whole buffer in every
 iteration, which is quadratic in depth. The buffer is append-only, so its final value holds every prefix: the forward
-pass keeps only that, and the backward pass runs the steps in reverse, recomputes each from the prefix it saw, and
-accumulates the cotangent of the buffer.
+pass keeps only that, and the backward pass runs the steps in reverse and accumulates the cotangent of the buffer. It
+recomputes each step from the prefix it saw (remat = "block"), or takes what the forward pass saved ("none").
 """
 
 from typing import NamedTuple
@@ -41,6 +41,18 @@ class History(NamedTuple):
     sources: Array
     inv_rms: Array
     recent: tuple[Array, ...]
+
+    @classmethod
+    def start(cls, layout: Layout, v_0: Array) -> "History":
+        sources = jnp.zeros((layout.num_rows, *v_0.shape), v_0.dtype)
+        inv_rms = jnp.zeros(sources.shape[:-1], statistics_dtype(v_0))
+        return cls(sources, inv_rms, layout.sublayers_per_step * (jnp.zeros_like(v_0),)).append(0, v_0[None], None)
+
+    def append(self, count: Array, rows: Array, recent: tuple[Array, ...] | None) -> "History":
+        """The history with `rows` from row `count` on, and the outputs of the latest step (None: as they are)."""
+        sources = jax.lax.dynamic_update_slice_in_dim(self.sources, rows, count, axis=0)
+        inv_rms = jax.lax.dynamic_update_slice_in_dim(self.inv_rms, inverse_rms(rows), count, axis=0)
+        return History(sources, inv_rms, recent or self.recent)
 
 
 class ResidualStep(nn.Module):
@@ -123,10 +135,7 @@ class RoutedStep(nn.Module):
         count = self.layout.count(step)
         newest = history.sources[count - 1]
         recent, _ = self.outputs(history.sources, history.inv_rms, count, newest, condition, e_t)
-        rows = self.layout.rows(recent)
-        sources = jax.lax.dynamic_update_slice_in_dim(history.sources, rows, count, axis=0)
-        inv_rms = jax.lax.dynamic_update_slice_in_dim(history.inv_rms, inverse_rms(rows), count, axis=0)
-        return History(sources, inv_rms, recent), None
+        return history.append(count, self.layout.rows(recent), recent), None
 
 
 class ResidualStack(nn.Module):
@@ -151,6 +160,7 @@ class RoutedStack(nn.Module):
     layout: Layout
     query: str
     implementation: str
+    remat: str
 
     @nn.compact
     def __call__(self, v_0: Array, condition: Array, e_t: Array) -> Array:
@@ -176,37 +186,54 @@ class RoutedStack(nn.Module):
         return constrain(merge(u, aggregate, log_sum, recent).astype(v_0.dtype))
 
     def _forward(self, steps: nn.Module, v_0: Array, condition: Array, e_t: Array) -> History:
-        layout = self.layout
-        history = History(
-            jnp.zeros((layout.num_rows, *v_0.shape), v_0.dtype).at[0].set(v_0),
-            jnp.zeros((layout.num_rows, *v_0.shape[:2]), statistics_dtype(v_0)).at[0].set(inverse_rms(v_0)),
-            layout.sublayers_per_step * (jnp.zeros_like(v_0),),
-        )
-        return steps(history, jnp.arange(layout.num_steps), condition, e_t)[0]
+        history = History.start(self.layout, v_0)
+        return steps(history, jnp.arange(self.layout.num_steps), condition, e_t)[0]
 
     def _forward_and_residuals(self, steps: nn.Module, v_0: Array, condition: Array, e_t: Array):
-        history = self._forward(steps, v_0, condition, e_t)
-        return history, (steps.variables["params"], history, condition, e_t)
+        params = steps.variables["params"]
+        if self.remat == "block":
+            history = self._forward(steps, v_0, condition, e_t)
+            return history, (params, history, condition, e_t, None)
+
+        def advance(history, index_and_params):
+            index, step_params = index_and_params
+            inputs = history, step_params, condition, e_t
+            values, linear = self._linearize(index, *inputs)
+            history = history.append(self.layout.count(index), self.layout.rows(values), values)
+            return history, _save(linear, known=inputs)
+
+        scanned = jnp.arange(self.layout.num_steps), params
+        history, saved = jax.lax.scan(advance, History.start(self.layout, v_0), scanned)
+        return history, (params, history, condition, e_t, saved)
+
+    def _linearize(self, index: Array, history: History, params: dict, condition: Array, e_t: Array):
+        """The outputs of step `index`, and its linear part: the vjp and the reads."""
+        step = RoutedStep(self.block, self.layout, self.query, self.implementation, parent=None)  # a pure function
+        count = self.layout.count(index)
+
+        def outputs(params, *inputs):
+            inputs = history.sources, history.inv_rms, count, *inputs
+            return step.apply({"params": params}, *inputs, method="outputs")
+
+        newest, taps = history.sources[count - 1], step.taps(history.sources[0])
+        values, vjp, reads = jax.vjp(outputs, params, newest, condition, e_t, taps, has_aux=True)
+        return values, (vjp, reads)
 
     def _backward(self, residuals, d_final: History):
         layout = self.layout
-        params, history, condition, e_t = residuals
-        step = RoutedStep(self.block, layout, self.query, self.implementation, parent=None)  # a pure function
+        params, history, condition, e_t, saved = residuals
         how = execution(self.implementation, layout.mean_count)
+        d_rows_to_d_values = jax.linear_transpose(layout.rows, history.recent)
 
-        def reverse(carry, index_and_params):
+        def reverse(carry, scanned):
             d_sources, d_condition, d_e_t = carry
-            index, step_params = index_and_params
+            index, step_params, saved = scanned
+            # The final buffer stands for the one this step saw: a step reads only rows that were filled before it.
+            inputs = history, step_params, condition, e_t
+            vjp, reads = self._linearize(index, *inputs)[1] if saved is None else saved(inputs)
+
             count = layout.count(index)
-
-            def outputs(params, *inputs):
-                inputs = history.sources, history.inv_rms, count, *inputs
-                return step.apply({"params": params}, *inputs, method="outputs")
-
-            newest, taps = history.sources[count - 1], step.taps(history.sources[0])
-            values, vjp, reads = jax.vjp(outputs, step_params, newest, condition, e_t, taps, has_aux=True)
-            d_rows = jax.lax.dynamic_slice_in_dim(d_sources, count, layout.rows_per_step)
-            (d_values,) = jax.vjp(layout.rows, values)[1](d_rows)
+            (d_values,) = d_rows_to_d_values(jax.lax.dynamic_slice_in_dim(d_sources, count, layout.rows_per_step))
             # Outside the scan the final aggregator reads the outputs of the last step, and no others.
             is_last = index == layout.num_steps - 1
             d_values = tuple(d + jnp.where(is_last, r, 0) for d, r in zip(d_values, d_final.recent, strict=True))
@@ -220,9 +247,30 @@ class RoutedStack(nn.Module):
             return (d_sources, d_condition + d_c, d_e_t + d_e), d_params
 
         carry = d_final.sources, jnp.zeros_like(condition), jnp.zeros_like(e_t)
-        scanned = jnp.arange(layout.num_steps), params
+        scanned = jnp.arange(layout.num_steps), params, saved
         (d_sources, d_condition, d_e_t), d_params = jax.lax.scan(reverse, carry, scanned, reverse=True)
         return {"params": d_params}, d_sources[0], d_condition, d_e_t
+
+
+def _save(tree, known) -> jax.tree_util.Partial:
+    """A function of `known` that returns `tree`. It holds the arrays of `tree` once, and none of those of `known`.
+
+    Without this a scan that saves the residuals of its steps would save the whole history in each.
+    """
+    num_known = len(jax.tree.leaves(known))
+    arrays = jax.tree.leaves(known)
+    leaves, treedef = jax.tree.flatten(tree)
+    positions = []
+    for leaf in leaves:
+        position = next((i for i, x in enumerate(arrays) if x is leaf), len(arrays))
+        arrays += [leaf] if position == len(arrays) else []
+        positions.append(position)
+
+    def restore(saved, known):
+        arrays = [*jax.tree.leaves(known), *saved]
+        return treedef.unflatten([arrays[i] for i in positions])
+
+    return jax.tree_util.Partial(restore, arrays[num_known:])
 
 
 def _join(pairs: list) -> tuple[tuple[Array, ...], Array]:

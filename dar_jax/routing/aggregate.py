@@ -93,17 +93,18 @@ def read(
 def _read_forward(how, u, sources, inv_rms, count, tap):
     narrow = tuple(u_q.astype(sources.dtype) for u_q in u)
     result = how.run("forward", narrow, sources, inv_rms, count)
-    return result, (u, sources, inv_rms, count, tap, *result)
+    has_tap = None if tap is None else ()
+    return result, (u, sources, inv_rms, count, has_tap, *result)
 
 
 def _read_backward(how, residuals, cotangents):
-    u, sources, inv_rms, count, tap, aggregates, log_sum = residuals
+    u, sources, inv_rms, count, has_tap, aggregates, log_sum = residuals
     g, l = cotangents
     narrow = tuple(u_q.astype(sources.dtype) for u_q in u)
     arguments = narrow, sources, inv_rms, count, aggregates, log_sum, g, l
     d_u, l = how.run("query_cotangent", *arguments)
     d_u = tuple(d.astype(u_q.dtype) for d, u_q in zip(d_u, u, strict=True))
-    if tap is not None:
+    if has_tap is not None:
         return d_u, None, None, None, (g, l)
     d_sources = add_cotangent(how, jnp.zeros_like(sources), u, sources, inv_rms, count, log_sum, g, l)
     return d_u, d_sources, None, None, None

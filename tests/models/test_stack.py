@@ -27,9 +27,9 @@ def make(stack, dtype):
     return params, inputs
 
 
-def routed(layout, query, dtype=jnp.float32):
+def routed(layout, query, dtype=jnp.float32, remat="block"):
     block = {"hidden_size": SIZE, "num_heads": HEADS, "mlp_ratio": 2.0, "dtype": dtype}
-    return RoutedStack(block, layout, query, "auto")
+    return RoutedStack(block, layout, query, "auto", remat)
 
 
 def value_and_gradients(stack, params, inputs, probe):
@@ -93,14 +93,15 @@ def test_scan_equals_unrolled_reference(case):
     check_stack(routed(layout, query, jnp.float64), reference, jnp.float64)
 
 
+@pytest.mark.parametrize("remat", ["none", "block"])
 @pytest.mark.parametrize("query", QUERIES)
-def test_scan_equals_unrolled_reference_in_float32(query):
+def test_scan_equals_unrolled_reference_in_float32(query, remat):
     layout = Layout(6, 4)
 
     def reference(params, *inputs):
         return torch_stack.routed_stack(params, layout, query, HEADS, *inputs)[0]
 
-    check_stack(routed(layout, query), reference, jnp.float32)
+    check_stack(routed(layout, query, remat=remat), reference, jnp.float32)
 
 
 @pytest.mark.parametrize("remat", ["none", "block"])
@@ -152,17 +153,17 @@ def test_sublayer_reads_only_its_sources(chunk_size, summary):
             assert moved == expected, (chunk_size, summary, final, m)
 
 
-def temp_bytes(depth, chunk_size, query="static_t"):
+def temp_bytes(depth, chunk_size, remat, query="static_t"):
     block = {"hidden_size": 64, "num_heads": 2, "mlp_ratio": 4.0, "dtype": jnp.float32}
-    stack = RoutedStack(block, Layout(depth, chunk_size), query, "auto")
+    stack = RoutedStack(block, Layout(depth, chunk_size), query, "auto", remat)
     inputs = [jax.ShapeDtypeStruct(s, jnp.float32) for s in ((8, 64, 64), (8, 64), (8, 64))]
     params = nn.meta.unbox(jax.eval_shape(stack.init, jax.random.key(0), *inputs)["params"])
     loss = lambda p, *i: jnp.sum(stack.apply({"params": p}, *i))  # noqa: E731
     return jax.jit(jax.grad(loss)).lower(params, *inputs).compile().memory_analysis().temp_size_in_bytes
 
 
-@pytest.mark.parametrize("chunk_size", [1, 4])
-def test_gradient_memory_is_linear_in_depth(chunk_size):
+@pytest.mark.parametrize(("chunk_size", "remat"), [(1, "block"), (4, "block"), (4, "none")])
+def test_gradient_memory_is_linear_in_depth(chunk_size, remat):
     """Temporaries at depths 8, 16, 32: the second doubling may add at most 2.3 times what the first added."""
-    small, middle, large = (temp_bytes(depth, chunk_size) for depth in (8, 16, 32))
+    small, middle, large = (temp_bytes(depth, chunk_size, remat) for depth in (8, 16, 32))
     assert large - middle < 2.3 * (middle - small), (small, middle, large)

@@ -125,7 +125,7 @@ def test_stack_with_kernels_equals_the_plain_one(query, shape):
     mesh = jax.make_mesh(shape, ("data", "fsdp"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
 
     def gradients(implementation):
-        stack = RoutedStack(block, Layout(4, 4), query, implementation)
+        stack = RoutedStack(block, Layout(4, 4), query, implementation, "block")
         abstract = nn.meta.unbox(jax.eval_shape(stack.init, jax.random.key(1), *inputs)["params"])
         rng = np.random.default_rng(1)
         params = jax.tree.map(lambda p: jnp.asarray(rng.normal(size=p.shape) * 0.4, jnp.float32), abstract)
