@@ -49,9 +49,7 @@ def default() -> ConfigDict:
     model.learn_sigma = False  # official checkpoints: twice the output channels, the first half is used
     model.label_dropout = 0.1  # probability of training on the null label
     model.dtype = "float32"  # computation: float32 | bfloat16; parameters are always float32
-    model.remat = (
-        "block"  # what the backward pass recomputes: none | block (with routing: the blocks of a chunk together)
-    )
+    model.remat = "block"  # what the backward pass recomputes: none | block (routed: the blocks of a chunk)
 
     model.routing = routing = ConfigDict()
     routing.kind = "dar"  # residual | dar

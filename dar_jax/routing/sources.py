@@ -34,7 +34,7 @@ class Layout:
 
     @property
     def sublayers_per_step(self) -> int:
-        """P: a chunk; when every sublayer is a chunk, two blocks (one if depth is odd) to share passes over the buffer."""
+        """P: a chunk; if dense, two blocks (one if depth is odd), which share passes over the buffer."""
         return self.chunk_size if self.chunk_size > 1 else 2 if self.depth % 2 else 4
 
     @property
