@@ -17,6 +17,7 @@ from dar_jax.evaluation.jobs import evaluate_file, evaluate_run, table, write_re
 from dar_jax.pretrained import inception
 from dar_jax.training.checkpoint import write_weights
 from dar_jax.training.state import init_params
+from tests.evaluation.test_metrics import network
 from tests.parity.torch_inception import random_inception
 from tests.training import tiny
 
@@ -83,35 +84,49 @@ def drawn(monkeypatch):
     return indices
 
 
-def test_run_and_file_agree_with_each_other(workdir, weights, tmp_path):
-    """Scores of samples as they are drawn equal those of the samples that were written; so do the references."""
-    config = make_config(inception=weights)
-    config.data.update(source="folder", path=str(tmp_path))
+def test_a_reference_is_that_of_all_images(weights, tmp_path, monkeypatch):
+    """Of a folder, through the whole Inception network; arr_0 holds an evenly spaced part when there are many."""
     pictures = np.random.default_rng(0).integers(0, 256, (12, 8, 8)).astype(np.uint8)
     for i, picture in enumerate(pictures):
         folder = tmp_path / "held_out" / str(i // 6)
         folder.mkdir(parents=True, exist_ok=True)
         Image.fromarray(picture).save(folder / f"{i:02d}.png")
+    config = make_config(inception=weights)
+    config.data.update(source="folder", path=str(tmp_path))
+    monkeypatch.setattr(jobs, "MAX_REFERENCE_IMAGES", 6)
+    assert write_reference(config, "held_out", str(tmp_path / "ref.npz")) == 12
+    found = inception.extract(inception.read_params(weights), pictures[..., None])
+    with np.load(tmp_path / "ref.npz") as file:
+        assert set(file.files) == {"arr_0", "mu", "sigma", "mu_s", "sigma_s"}
+        np.testing.assert_array_equal(file["arr_0"], pictures[::2, ..., None])
+        for name, suffix in (("pool", ""), ("spatial", "_s")):
+            x = np.asarray(found[name], np.float64)
+            np.testing.assert_allclose(file[f"mu{suffix}"], x.mean(0), rtol=1e-4, atol=1e-5)
+            covariance = np.cov(x, rowvar=False)
+            assert np.abs(file[f"sigma{suffix}"] - covariance).max() < 1e-3 * np.abs(covariance).max()
+
+
+def test_run_and_file_agree_with_each_other(workdir, weights, tmp_path, monkeypatch):
+    """Scores of samples as they are drawn equal those of the samples that were written."""
+    for name in ("load_features", "inception_features"):  # of 24 features, because 2048 take long to compare
+        monkeypatch.setattr(jobs, name, lambda *_: network("inception"))
     reference, samples = str(tmp_path / "ref.npz"), str(tmp_path / "samples.npz")
-    assert write_reference(config, "held_out", reference) == 12
-    with np.load(reference) as file:
-        assert {name: file[name].shape for name in file.files} == {
-            "arr_0": (12, 8, 8, 1), "mu": (2048,), "sigma": (2048, 2048), "mu_s": (2023,), "sigma_s": (2023, 2023),
-        }  # fmt: skip
-        np.testing.assert_array_equal(file["arr_0"][..., 0], pictures)
-    config.eval.update(reference=reference, num_samples=8)
+    np.savez(reference, np.random.default_rng(0).integers(0, 256, (30, 8, 8, 1)).astype(np.uint8))
+    config = make_config(inception=weights, reference=reference)
     (run,) = evaluate_run(config, workdir, None, [1.0], samples)
     with np.load(samples) as file:
-        assert file["arr_0"].shape == (8, 8, 8, 1) and file["arr_0"].dtype == np.uint8 and file["arr_0"].std() > 10
-        np.testing.assert_array_equal(file["arr_1"], np.arange(8))
+        assert file["arr_0"].shape == (24, 8, 8, 1) and file["arr_0"].dtype == np.uint8 and file["arr_0"].std() > 10
+        np.testing.assert_array_equal(file["arr_1"], np.arange(24) % 10)
     found = evaluate_file(samples, reference, weights, 50_000)
     assert list(found["scores"]) == ["fid", "sfid", "is", "kid", "precision", "recall"]
     for name, value in found["scores"].items():
         np.testing.assert_allclose(value, run["scores"][name], rtol=1e-5, err_msg=name)
-    assert found["scores"]["fid"] > 0 and found["settings"]["num_samples"] == 8
+    assert found["scores"]["fid"] > 0 and found["settings"]["num_samples"] == 24
     assert len(found["settings"]["samples_sha256"]) == len(run["settings"]["inception_sha256"]) == 64
     assert run["settings"]["reference_sha256"] == found["settings"]["reference_sha256"]
     json.dumps([run, found])
+    fewer = evaluate_file(samples, reference, weights, 10)
+    assert fewer["settings"]["num_samples"] == 10 and fewer["scores"] != found["scores"]
 
 
 @pytest.fixture(scope="module")
