@@ -19,6 +19,6 @@ def get_config(variant=None):
     config.train.update(num_steps=1000, batch_size=64, log_every_steps=100)
     config.optimizer.update(learning_rate=2e-3, warmup_steps=50, schedule="cosine", ema_decay=0.995)
     config.sampler.update(method="heun", num_steps=15, cfg_scale=1.5)
-    config.eval.update(every_steps=250, num_samples=512, batch_size=256)
+    config.eval.update(every_steps=250, num_samples=512, final_samples=512, batch_size=256)
     config.checkpoint.every_steps = 250
     return config_lib.route(config, variant)

@@ -20,6 +20,6 @@ def get_config(variant=None):
     config.train.update(num_steps=3000, batch_size=64, log_every_steps=50)
     config.optimizer.update(learning_rate=1e-3, warmup_steps=200, schedule="cosine", ema_decay=0.998)
     config.sampler.update(method="heun", num_steps=20, cfg_scale=1.5)
-    config.eval.update(every_steps=500, num_samples=512, batch_size=256)
+    config.eval.update(every_steps=500, num_samples=512, final_samples=512, batch_size=256)
     config.checkpoint.every_steps = 500
     return config_lib.route(config, variant)

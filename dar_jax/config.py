@@ -32,7 +32,7 @@ def default() -> ConfigDict:
     data.path = ""  # idx and folder: the directory; tfds: data_dir ("" = the tfds default)
     data.name = ""  # tfds: the data set, e.g. "imagenet2012"
     data.train_split = "train"
-    data.eval_split = "test"  # held-out images, the reference of the inline Frechet distance
+    data.eval_split = "test"  # held-out images, the reference of the metrics unless eval.reference is given
     data.image_size = 8  # pixels, height = width, after crop
     data.flip = False  # random horizontal flip in training
     data.num_workers = 0  # grain worker processes; 0 reads in the training process
@@ -97,14 +97,18 @@ def default() -> ConfigDict:
     train.log_every_steps = 50
 
     config.eval = evaluation = ConfigDict()
-    evaluation.every_steps = 0  # sample grid and Frechet distance on the EMA; 0 = off
-    evaluation.num_samples = 1000  # for the Frechet distance; 0 = grid only
-    evaluation.batch_size = 250  # samples per device batch
-    evaluation.grid_size = 10  # rows = columns of the grid; sample i is of class i % num_classes
+    evaluation.every_steps = 0  # sample grid and metrics on the EMA, after saving a checkpoint; 0 = off
+    evaluation.num_samples = 10_000  # for the metrics; 0 = grid only
+    evaluation.final_samples = 50_000  # the metrics of the last step once more, if these are more samples
+    evaluation.batch_size = 250  # samples drawn at a time, over all devices
+    evaluation.grid_size = 10  # rows = columns of the grid
+    evaluation.labels = "balanced"  # balanced (sample i is of class i % num_classes) | random
+    evaluation.inception = ""  # converted Inception weights (.npz) for FID; "" = the distance by a small convnet
+    evaluation.reference = ""  # reference .npz in the ADM layout; "" = at most 10,000 images of data.eval_split
 
     config.checkpoint = checkpoint = ConfigDict()
     checkpoint.every_steps = 500
-    checkpoint.keep = 2  # latest checkpoints kept
+    checkpoint.keep = 2  # latest checkpoints kept, beside the best by the first metric of eval
 
     config.mesh = mesh = ConfigDict()
     mesh.data = -1  # devices over which only the batch is split; -1 = all the rest
@@ -181,6 +185,7 @@ def validate(config: ConfigDict) -> None:
             "constant", "sbdm", "sigma", "linear", "decreasing", "increasing_decreasing",
         ),
         "config.optimizer.schedule": ("constant", "cosine"),
+        "config.eval.labels": ("balanced", "random"),
     }  # fmt: skip
     for field, valid in choices.items():
         value = config
@@ -234,6 +239,7 @@ def validate(config: ConfigDict) -> None:
         ("data.num_workers", data.num_workers),
         ("optimizer.warmup_steps", config.optimizer.warmup_steps),
         ("eval.every_steps", config.eval.every_steps),
+        ("eval.final_samples", config.eval.final_samples),
     ):
         require(value >= 0, f"config.{field} = {value} must not be negative.")
     require(config.diffusion.time_std > 0, f"config.diffusion.time_std = {config.diffusion.time_std} must be positive.")
@@ -250,12 +256,12 @@ def validate(config: ConfigDict) -> None:
     num_samples = config.eval.num_samples
     require(
         num_samples == 0 or num_samples >= 2,
-        f"config.eval.num_samples = {num_samples} must be 0 (no Frechet distance) or at least 2.",
+        f"config.eval.num_samples = {num_samples} must be 0 (no metrics) or at least 2.",
     )
     require(
-        not (config.eval.every_steps and num_samples) or 8 <= data.image_size <= 64,
-        f"config.data.image_size = {data.image_size} is not in 8..64, as the inline Frechet distance needs; "
-        "set config.eval.num_samples = 0 to draw grids only.",
+        not (config.eval.every_steps and num_samples) or config.eval.inception or 8 <= data.image_size <= 64,
+        f"config.data.image_size = {data.image_size} is not in 8..64, as fd_convnet needs; "
+        "set config.eval.inception, or config.eval.num_samples = 0 to draw grids only.",
     )
     require(0 <= model.label_dropout < 1, f"config.model.label_dropout = {model.label_dropout} must be in [0, 1).")
     require(

@@ -1,28 +1,43 @@
 """Converts weights: python -m dar_jax.convert --kind=sit --input=SiT-XL-2-256x256.pt --output=runs/sit_xl
 
---input is a PyTorch state dict under the official names of willisma/SiT, bare or in a training checkpoint (its EMA is
-taken), or the same arrays as .npz. --output becomes a workdir: config.json and the weights as the EMA of step 0.
+sit: --input is a PyTorch state dict under the official names of willisma/SiT, bare or in a training checkpoint (its
+EMA is taken), or the same arrays as .npz. --output becomes a workdir: config.json and the weights as the EMA of step 0.
 dar_jax.sample draws from it; dar_jax.main starts from it, also with routing, by --config.init_from=runs/sit_xl.
+
+inception: --input is pt_inception-2015-12-05-6726825d.pth from the releases of pytorch-fid, and --output an .npz for
+dar_jax.evaluate --inception and config.eval.inception.
 """
 
 from absl import flags
 
 from dar_jax import errors
 
-KIND = flags.DEFINE_string("kind", None, "What the weights are: sit (residual, any size)")
-INPUT = flags.DEFINE_string("input", None, "A .pt or .npz file of weights")
-OUTPUT = flags.DEFINE_string("output", None, "The workdir to write; must hold no checkpoint")
-NUM_HEADS = flags.DEFINE_integer("num_heads", None, "Attention heads; default: those of the published size")
+KIND = flags.DEFINE_string("kind", None, "What the weights are: sit (residual, any size) | inception (of FID)")
+INPUT = flags.DEFINE_string("input", None, "A .pt, .pth or .npz file of weights")
+OUTPUT = flags.DEFINE_string("output", None, "sit: the workdir to write, without checkpoints; inception: an .npz")
+NUM_HEADS = flags.DEFINE_integer("num_heads", None, "sit: attention heads; default: those of the published size")
 
 
 def main(_):
     errors.require_flags(kind=KIND.value, input=INPUT.value, output=OUTPUT.value)
-    errors.check_choice("--kind", KIND.value, ("sit",))
+    errors.check_choice("--kind", KIND.value, ("sit", "inception"))
+    from dar_jax.pretrained.state_dict import read_state_dict
+
+    state_dict = read_state_dict(INPUT.value)
+    if KIND.value == "sit":
+        _convert_sit(state_dict)
+    else:
+        from dar_jax.pretrained import inception
+
+        inception.write_params(OUTPUT.value, inception.params_from_torch(state_dict))
+        print(f"wrote {OUTPUT.value}: the FID Inception network")
+
+
+def _convert_sit(state_dict: dict) -> None:
     from dar_jax import config as config_lib
     from dar_jax.pretrained import sit
     from dar_jax.training.checkpoint import write_weights
 
-    state_dict = sit.read_state_dict(INPUT.value)
     config = config_lib.default()
     config.model.update(sit.infer_model(state_dict, NUM_HEADS.value))
     config.model.routing.kind = "residual"

@@ -3,6 +3,7 @@
 import functools
 import os
 import sys
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -93,19 +94,20 @@ def train_iterator(
     return iter(batches)
 
 
-def load_images(
-    data: ConfigDict, split: str, *, channels: int, limit: int | None = None
-) -> tuple[np.ndarray, np.ndarray]:
-    """Loads a split, or an evenly spaced part of it, for evaluation: centre-cropped, never flipped.
+def image_batches(
+    data: ConfigDict, split: str, *, channels: int, batch_size: int, limit: int | None = None
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Yields a split, or an evenly spaced part of it, for evaluation: centre-cropped, never flipped.
 
     Args:
       data: `config.data`.
       split: the name of the split.
       channels: 1 (grey) or 3 (RGB); images are converted.
+      batch_size: images at a time; the last batch may be smaller.
       limit: at most this many images, in source order: of n images, number i * n // limit for each i < limit.
 
-    Returns:
-      Images, uint8 [N, S, S, channels] with S = data.image_size, and labels, int32 [N].
+    Yields:
+      Images, uint8 [b, S, S, channels] with S = data.image_size, and labels, int32 [b].
 
     Raises:
       UserError: the split cannot be opened, channels is neither 1 nor 3, or an image is damaged.
@@ -113,14 +115,22 @@ def load_images(
     _check_channels(channels)
     source = open_source(data, split)
     count = len(source) if limit is None else min(limit, len(source))
-    images = np.empty((count, data.image_size, data.image_size, channels), np.uint8)
-    labels = np.empty(count, np.int32)
 
-    def load(i: int) -> None:
+    def load(i: int) -> tuple[np.ndarray, int]:
         example = source[i * len(source) // count]
-        images[i] = center_crop(to_channels(example["image"], channels), data.image_size)
-        labels[i] = example["label"]
+        return center_crop(to_channels(example["image"], channels), data.image_size), example["label"]
 
     with ThreadPoolExecutor(min(os.cpu_count() or 1, _MAX_THREADS)) as pool:
-        list(pool.map(load, range(count)))  # the list raises what a thread raised
-    return images, labels
+        for start in range(0, count, batch_size):
+            examples = list(pool.map(load, range(start, min(start + batch_size, count))))
+            images, labels = zip(*examples, strict=True)
+            yield np.stack(images), np.array(labels, np.int32)
+
+
+def load_images(
+    data: ConfigDict, split: str, *, channels: int, limit: int | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """All of `image_batches` at once: images, uint8 [N, S, S, channels], and labels, int32 [N]."""
+    batches = image_batches(data, split, channels=channels, batch_size=1000, limit=limit)
+    images, labels = zip(*batches, strict=True)
+    return np.concatenate(images), np.concatenate(labels)

@@ -1,5 +1,6 @@
-"""Feature networks of the Frechet distance: for small images, a convnet trained on the training split."""
+"""Feature networks: the Inception network of FID, or for small images a convnet trained on the training split."""
 
+import functools
 import json
 import os
 import pathlib
@@ -15,8 +16,12 @@ import numpy as np
 import optax
 from flax import linen as nn
 from flax import traverse_util
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from dar_jax import sharding
 from dar_jax.errors import UserError
+from dar_jax.pretrained import inception
 
 VERSION = 1  # part of the cache's identity: raise it when the network or its training changes
 NUM_FEATURES = 64
@@ -26,13 +31,41 @@ NUM_MEASURED = 80  # training batches that give the logged accuracy and the feat
 
 
 class Features(NamedTuple):
-    """A frozen feature network; the metric made from it is called f"fd_{name}".
+    """A frozen feature network.
 
-    `extract` maps uint8 images [B, H, W, C] to float32 features [B, F], inside or outside jit.
+    `extract` maps uint8 images [B, H, W, C], C = 1 or 3, to float32 features by name, inside or outside jit: "pool"
+    [B, F], and of the Inception network "spatial" [B, 2023] and "logits" [B, 1008] too. `batch_size` is what one
+    device takes at a time.
     """
 
     name: str
-    extract: Callable[[Any], jax.Array]
+    extract: Callable[[Any], dict[str, jax.Array]]
+    batch_size: int
+
+
+def extract_all(features: Features, images: np.ndarray, mesh: Mesh) -> dict[str, np.ndarray]:
+    """Features of uint8 images [N, H, W, C] by all devices of `mesh`: float32 [N, F] by name, in every process.
+
+    Every process passes the same images. They are split into equal batches, of which the last is filled up, so that
+    one program serves all.
+    """
+    num_batches = -(-len(images) // (features.batch_size * mesh.size))
+    size = mesh.size * -(-len(images) // (num_batches * mesh.size))
+    parts = []
+    for start in range(0, len(images), size):
+        batch = images[start : start + size]
+        padded = np.pad(batch, [(0, size - len(batch)), (0, 0), (0, 0), (0, 0)], mode="edge")
+        # From a callback, because device_put would first compare the arrays of all processes.
+        array = jax.make_array_from_callback(padded.shape, sharding.batch_sharding(mesh), padded.__getitem__)
+        gathered = multihost_utils.process_allgather(features.extract(array), tiled=True)
+        parts.append({name: np.asarray(x)[: len(batch)] for name, x in gathered.items()})
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+
+def inception_features(path: str, mesh: Mesh) -> Features:
+    """The FID Inception network with the weights of `convert --kind=inception`. Raises UserError as `read_params`."""
+    params = jax.device_put(inception.read_params(path), NamedSharding(mesh, PartitionSpec()))
+    return Features("inception", functools.partial(jax.jit(inception.extract), params), batch_size=32)
 
 
 class ConvNet(nn.Module):
@@ -85,7 +118,7 @@ def convnet_features(
     if height != width or not 8 <= height <= 64:
         raise UserError(
             "the convnet of the inline Frechet distance takes square images of 8 to 64 pixels, "
-            f"not {height} x {width}; set config.eval.num_samples = 0 to draw grids only."
+            f"not {height} x {width}; set config.eval.inception, or config.eval.num_samples = 0 to draw grids only."
         )
     images, labels = np.ascontiguousarray(images), np.ascontiguousarray(labels, np.int32)
     identity = {
@@ -102,16 +135,16 @@ def convnet_features(
         if cache is not None:
             _write(cache, identity, weights)
 
-    def extract(images) -> jax.Array:
+    def extract(images) -> dict[str, jax.Array]:
         if images.dtype != np.uint8 or images.shape[1:] != (height, height, channels):
             raise ValueError(
                 f"the features take uint8 images [B, {height}, {height}, {channels}], "
                 f"not {images.dtype} {list(images.shape)}."
             )
         _, features = net.apply({"params": weights["params"]}, jnp.asarray(images))
-        return features / weights["scale"]
+        return {"pool": features / weights["scale"]}
 
-    return Features("convnet", jax.jit(extract))
+    return Features("convnet", jax.jit(extract), batch_size=256)
 
 
 def _train(net: ConvNet, images: np.ndarray, labels: np.ndarray, seed: int, log: Callable[[str], None]) -> dict:

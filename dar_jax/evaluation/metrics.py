@@ -1,60 +1,161 @@
-"""Evaluation inside a run: a sample grid and a Frechet distance between EMA samples and held-out images."""
+"""Two sets of images to a table of numbers: FID, sFID, KID, Inception score, precision and recall."""
 
-import pathlib
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from dar_jax.data.pipeline import load_images
-from dar_jax.evaluation.features import convnet_features
-from dar_jax.evaluation.grid import save_grid
-from dar_jax.evaluation.sampling import make_sampler, sample_images
-from dar_jax.evaluation.statistics import Accumulator, frechet_distance
-from dar_jax.models import SiT
+from dar_jax.data.pipeline import image_batches
+from dar_jax.errors import UserError
+from dar_jax.evaluation.features import Features, extract_all
+from dar_jax.evaluation.sets import array_names, open_images, read_moments
+from dar_jax.evaluation.statistics import (
+    Accumulator,
+    Statistics,
+    frechet_distance,
+    inception_score,
+    kernel_distance,
+    precision_recall,
+)
 
-MAX_TRAINING_IMAGES = 20_000  # for the feature network, which learns in seconds
-MAX_REFERENCE_IMAGES = 10_000
+MAX_REFERENCE_IMAGES = 10_000  # for KID, precision and recall, and for a reference made on the way
+READ_BATCH = 500
 
 
-class InlineEvaluation:
-    """Draws the same samples (noise and labels) at every call and compares them with `data.eval_split`."""
+class FeatureSet(NamedTuple):
+    """What the metrics need to know about a set of images.
 
-    def __init__(self, config: ConfigDict, model: SiT, mesh: Mesh, workdir: str, log: Callable[[str], None]):
-        self.config, self.mesh, self.workdir = config, mesh, pathlib.Path(workdir)
-        self.draw = make_sampler(config, model, mesh)
-        if not config.eval.num_samples:
-            return
+    Attributes:
+      moments: by features, "pool" and of the Inception network "spatial".
+      pool: float32 [N, F], or None when only the moments are known.
+      logits: float32 [N, 1008] of the Inception network, or None.
+    """
 
-        def load(split, limit):
-            return load_images(config.data, split, channels=model.channels, limit=limit)
+    moments: dict[str, Statistics]
+    pool: np.ndarray | None
+    logits: np.ndarray | None
 
-        images, labels = load(config.data.train_split, MAX_TRAINING_IMAGES)
-        self.features = convnet_features(
-            images, labels, model.num_classes, seed=0, cache=self.workdir / "convnet.npz", log=log
+
+class Collector:
+    """Turns features, batch by batch in the order of the images, into a `FeatureSet`.
+
+    `keep_rows=False` keeps their moments only, for sets that would not fit in memory.
+    """
+
+    def __init__(self, keep_rows: bool = True):
+        self.moments: dict[str, Accumulator] = {}
+        self.rows: dict[str, list[np.ndarray]] = {"pool": [], "logits": []} if keep_rows else {}
+
+    def add(self, features: dict[str, np.ndarray]) -> None:
+        """Adds float32 [B, F] by name. Raises UserError if one is not finite."""
+        for name, x in features.items():
+            if name != "logits":
+                self.moments.setdefault(name, Accumulator()).update(x)
+            if name in self.rows:
+                self.rows[name].append(x)
+
+    def result(self) -> FeatureSet:
+        """Of all images so far. Raises UserError if they are fewer than 2."""
+        moments = {name: accumulator.statistics() for name, accumulator in self.moments.items()}
+        rows = {name: np.concatenate(parts) for name, parts in self.rows.items() if parts}
+        return FeatureSet(moments, rows.get("pool"), rows.get("logits"))
+
+
+def read_reference(path: str, features: Features, mesh: Mesh, size: tuple[int, int]) -> FeatureSet:
+    """The reference of an npz in the ADM layout: its stored moments, and the features of its first 10,000 images.
+
+    Args:
+      path: the npz. Without moments, or when `features` are not the Inception network's, they are made of its images.
+      features: the feature network.
+      mesh: the devices that run it.
+      size: height and width of the images to be compared with it.
+
+    Raises:
+      UserError: the file is missing, damaged or of other arrays, sizes or numbers of features than are needed.
+    """
+    flag = "--reference"
+    moments = read_moments(path, flag) if features.name == "inception" else {}
+    for name, wanted in (("pool", 2048), ("spatial", 2023)):
+        if name in moments and moments[name].mean.shape != (wanted,):
+            raise UserError(
+                f'{flag} = "{path}" has moments of {moments[name].mean.size} "{name}" features, but the Inception '
+                f"network has {wanted}."
+            )
+    if "pool" in moments and "arr_0" not in array_names(path, flag):
+        return FeatureSet(moments, None, None)
+    images = open_images(path, flag)
+    if images.shape[1:3] != size:
+        raise UserError(
+            f'{flag} = "{path}" has images of {images.shape[1]} x {images.shape[2]}, but they are compared with images '
+            f"of {size[0]} x {size[1]}."
         )
-        images, _ = load(config.data.eval_split, MAX_REFERENCE_IMAGES)
-        self.reference = self._statistics(images)
+    collector = Collector()
+    for batch in images.batches(READ_BATCH, MAX_REFERENCE_IMAGES if "pool" in moments else None):
+        collector.add(extract_all(features, batch, mesh))
+    made = collector.result()
+    return made._replace(moments=moments) if "pool" in moments else made
 
-    def _statistics(self, images: np.ndarray):
-        accumulator = Accumulator()
-        for start in range(0, len(images), 500):
-            accumulator.update(np.asarray(self.features.extract(images[start : start + 500])))
-        return accumulator.statistics()
 
-    def run(self, ema: dict, step: int) -> dict[str, float]:
-        """Writes samples/<step>.png and returns {"fd_<features>": distance}, or {} when num_samples is 0.
+def split_reference(config: ConfigDict, features: Features, mesh: Mesh) -> FeatureSet:
+    """The reference that is made of at most 10,000 images of `config.data.eval_split`, evenly spaced."""
+    collector = Collector()
+    batches = image_batches(
+        config.data,
+        config.data.eval_split,
+        channels=config.model.channels,
+        batch_size=READ_BATCH,
+        limit=MAX_REFERENCE_IMAGES,
+    )
+    for batch, _ in batches:
+        collector.add(extract_all(features, batch, mesh))
+    return collector.result()
 
-        Sample i has label i % num_classes; the first grid_size^2 of them are the grid, row by row.
-        """
-        grid_size, num_samples = self.config.eval.grid_size, self.config.eval.num_samples
-        labels = np.arange(max(num_samples, grid_size**2)) % self.config.model.num_classes
-        images = sample_images(self.draw, ema, labels, self.config.eval.batch_size, self.mesh)
-        images = np.concatenate(list(images))
-        if jax.process_index() == 0:
-            save_grid(self.workdir / "samples" / f"{step:08d}.png", images[: grid_size**2], columns=grid_size)
-        if not num_samples:
-            return {}
-        return {f"fd_{self.features.name}": frechet_distance(self.reference, self._statistics(images[:num_samples]))}
+
+def load_reference(config: ConfigDict, features: Features, mesh: Mesh) -> FeatureSet:
+    """The reference of a run: `config.eval.reference`, else its held-out images."""
+    if config.eval.reference:
+        size = config.data.image_size, config.data.image_size
+        return read_reference(config.eval.reference, features, mesh, size)
+    return split_reference(config, features, mesh)
+
+
+def score(features: Features, reference: FeatureSet, samples: FeatureSet) -> dict[str, float]:
+    """The numbers that the two sets allow, the one that ranks models first.
+
+    Of the Inception network: fid; sfid, if the reference has spatial moments; is; and if it has images kid,
+    precision and recall. Of another network only "fd_<name>". Only the first process computes, all receive.
+    """
+    names = ["fid" if features.name == "inception" else f"fd_{features.name}"]
+    if features.name == "inception":
+        names += ["sfid"] if "spatial" in reference.moments else []
+        names += ["is"] if reference.pool is None else ["is", "kid", "precision", "recall"]
+    values = np.zeros(len(names))
+    if jax.process_index() == 0:
+        scores = {names[0]: frechet_distance(reference.moments["pool"], samples.moments["pool"])}
+        if "sfid" in names:
+            scores["sfid"] = frechet_distance(reference.moments["spatial"], samples.moments["spatial"])
+        if "is" in names:
+            scores["is"] = inception_score(samples.logits)
+        if "kid" in names:
+            pool = reference.pool[:MAX_REFERENCE_IMAGES]
+            scores["kid"] = kernel_distance(pool, samples.pool[:MAX_REFERENCE_IMAGES])
+            scores["precision"], scores["recall"] = precision_recall(pool, samples.pool)
+        values = np.array([scores[name] for name in names])
+    if jax.process_count() > 1:
+        values = multihost_utils.broadcast_one_to_all(values)
+    return {name: float(value) for name, value in zip(names, values, strict=True)}
+
+
+def warn_if_few(reference: FeatureSet, count: int, say: Callable[[str], None]) -> None:
+    """Says so if `count` samples or the reference's own have a singular covariance, by which the distance is biased."""
+    size, known = reference.moments["pool"].mean.size, reference.moments["pool"].count
+    fewest = min(count, known or count)
+    if fewest <= size:
+        say(
+            f"warning: {fewest} images are too few for {size} features: the Frechet distance is finite but biased "
+            "upwards; compare it only with others of as many images (published ones take 50,000)"
+        )

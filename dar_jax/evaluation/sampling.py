@@ -2,7 +2,7 @@
 
 import math
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import jax
 import jax.numpy as jnp
@@ -51,22 +51,54 @@ def make_sampler(config: ConfigDict, model: SiT, mesh: Mesh) -> Callable[[dict, 
     return jax.jit(draw, in_shardings=(None, batch, batch), out_shardings=batch)
 
 
+def class_labels(config: ConfigDict, count: int) -> np.ndarray:
+    """Labels int32 [count] of samples 0, 1, ... by `config.eval.labels`; a longer list begins with the shorter one.
+
+    balanced: sample i is of class i % num_classes. random: uniform draws, which follow from `config.seed`.
+    """
+    if config.eval.labels == "balanced":
+        return np.arange(count, dtype=np.int32) % config.model.num_classes
+    # Doubles, one from each step of the generator, so that the list does not depend on its length.
+    draws = np.random.default_rng(config.seed).random(count)
+    return (draws * config.model.num_classes).astype(np.int32)
+
+
 def sample_images(
-    draw: Callable, params: dict, labels: np.ndarray, batch_size: int, mesh: Mesh, *, as_uint8: bool = True
-):
-    """Yields samples 0, 1, ... of `labels` in batches [b, H, W, C], b <= batch_size: uint8, or float32 as drawn.
+    draw: Callable,
+    params: dict,
+    labels: np.ndarray,
+    batch_size: int,
+    mesh: Mesh,
+    *,
+    first: int = 0,
+    as_uint8: bool = True,
+) -> Iterator[np.ndarray]:
+    """Yields samples first, first + 1, ... of `labels` in batches [b, H, W, C]: uint8, or float32 as drawn.
 
     Every process gets all images. The last batch is filled up to batch_size, so that one program serves all.
+
+    Raises:
+      UserError: a sample holds NaN or infinity, which uint8 would hide.
     """
     sharded = sharding.batch_sharding(mesh)
-    for start in range(0, len(labels), batch_size):
+    for start in range(first, len(labels), batch_size):
         label = np.asarray(labels[start : start + batch_size], np.int32)
         count = len(label)
         label = np.pad(label, (0, batch_size - count), mode="edge")
         index = np.arange(batch_size, dtype=np.int32) + start
         images = draw(params, jax.device_put(index, sharded), jax.device_put(label, sharded))
+        if not bool(_all_finite(images)):
+            raise UserError(
+                f"samples {start} to {start + count - 1} hold NaN or infinity: the weights are broken, or the sampler "
+                "divides by zero; try --sampler=heun or an earlier --step."
+            )
         images = to_uint8(images) if as_uint8 else images
         yield np.asarray(multihost_utils.process_allgather(images, tiled=True))[:count]
+
+
+@jax.jit
+def _all_finite(x: Array) -> Array:
+    return jnp.isfinite(x).all()
 
 
 @jax.jit

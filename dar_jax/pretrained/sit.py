@@ -4,9 +4,7 @@ Linear kernels are transposed, the patch convolution's (c, p, q) becomes the (p,
 blocks are stacked on a leading axis `[depth, ...]` for the scan. The head's (p, q, c) and the fused qkv agree.
 """
 
-import argparse
 import math
-import pathlib
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -17,6 +15,7 @@ import numpy as np
 from dar_jax.config import SIZES
 from dar_jax.errors import UserError
 from dar_jax.models.layers import position_table
+from dar_jax.pretrained.state_dict import to_numpy
 
 # A linear layer of the params tree (of its leaves kernel and bias) -> its official name.
 _LAYERS = {
@@ -34,41 +33,6 @@ _BLOCK_LAYERS = {  # below stack/steps/block_0 and blocks.N
 }
 _BLOCK = "stack/steps/block_0"
 _PATCH, _TABLE, _POSITION = "x_embedder.proj.weight", "y_embedder.embedding_table.weight", "pos_embed"
-
-
-def read_state_dict(path: str) -> dict[str, Any]:
-    """Reads a state dict from a .npz (arrays by name) or a .pt file (torch.load, weights only).
-
-    Of a training checkpoint, {"ema": ..., "model": ...}, it is the moving average, else the model. Raises UserError
-    if the file cannot be read, holds no state dict, or needs a torch that is not installed.
-    """
-    suffix = pathlib.Path(path).suffix
-    if not pathlib.Path(path).is_file():
-        raise UserError(f'--input = "{path}" is no file; name a .pt or .npz of weights.')
-    if suffix not in (".pt", ".pth", ".npz"):
-        raise UserError(f'--input = "{path}" must end in .pt, .pth or .npz.')
-    if suffix == ".npz":
-        try:
-            with np.load(path) as file:
-                return dict(file)
-        except (OSError, ValueError) as error:
-            raise UserError(f'--input = "{path}" cannot be read as .npz: {error}') from error
-    try:
-        import torch
-    except ImportError as error:
-        raise UserError(f'--input = "{path}" needs PyTorch to be read: pip install torch.') from error
-    try:
-        with torch.serialization.safe_globals([argparse.Namespace]):  # official checkpoints keep their flags so
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises what its unpickler, zip reader or an old format happens to
-        reason = str(error).split("\n")[0]
-        raise UserError(f'--input = "{path}" cannot be read as a PyTorch file of weights: {reason}') from error
-    for key in ("ema", "model"):
-        if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
-            return dict(content[key])
-    if not isinstance(content, Mapping):
-        raise UserError(f'--input = "{path}" holds a {type(content).__name__}, not a state dict.')
-    return dict(content)
 
 
 def infer_model(state_dict: Mapping[str, Any], num_heads: int | None = None) -> dict[str, Any]:
@@ -108,17 +72,17 @@ def params_from_torch(state_dict: Mapping[str, Any]) -> dict:
     UserError as `infer_model` does.
     """
     fields = _structure(state_dict)
-    leaves = {"label/table": _numpy(state_dict[_TABLE])}
-    patch = _numpy(state_dict[_PATCH])  # [D, C, p, p]
+    leaves = {"label/table": to_numpy(state_dict[_TABLE])}
+    patch = to_numpy(state_dict[_PATCH])  # [D, C, p, p]
     leaves["patch/kernel"] = patch.transpose(2, 3, 1, 0).reshape(-1, len(patch))
-    leaves["patch/bias"] = _numpy(state_dict["x_embedder.proj.bias"])
+    leaves["patch/bias"] = to_numpy(state_dict["x_embedder.proj.bias"])
     for ours, official in _LAYERS.items():
-        leaves[f"{ours}/kernel"] = _numpy(state_dict[f"{official}.weight"]).T
-        leaves[f"{ours}/bias"] = _numpy(state_dict[f"{official}.bias"])
+        leaves[f"{ours}/kernel"] = to_numpy(state_dict[f"{official}.weight"]).T
+        leaves[f"{ours}/bias"] = to_numpy(state_dict[f"{official}.bias"])
     for ours, official in _BLOCK_LAYERS.items():
         names = [f"blocks.{n}.{official}" for n in range(fields["depth"])]
-        leaves[f"{_BLOCK}/{ours}/kernel"] = np.stack([_numpy(state_dict[f"{name}.weight"]).T for name in names])
-        leaves[f"{_BLOCK}/{ours}/bias"] = np.stack([_numpy(state_dict[f"{name}.bias"]) for name in names])
+        leaves[f"{_BLOCK}/{ours}/kernel"] = np.stack([to_numpy(state_dict[f"{name}.weight"]).T for name in names])
+        leaves[f"{_BLOCK}/{ours}/bias"] = np.stack([to_numpy(state_dict[f"{name}.bias"]) for name in names])
     tree: dict = {}
     for path, leaf in leaves.items():
         *parents, name = path.split("/")
@@ -157,12 +121,6 @@ def params_to_torch(params: dict, *, patch_size: int, input_size: int) -> dict[s
         for n, (kernel, bias) in enumerate(zip(kernels, biases, strict=True)):
             state_dict[f"blocks.{n}.{official}.weight"], state_dict[f"blocks.{n}.{official}.bias"] = kernel.T, bias
     return {name: np.ascontiguousarray(array) for name, array in state_dict.items()}
-
-
-def _numpy(x) -> np.ndarray:
-    if hasattr(x, "detach"):
-        x = x.detach().cpu().float().numpy()
-    return np.asarray(x, np.float32)
 
 
 def _structure(state_dict: Mapping[str, Any]) -> dict[str, Any]:
@@ -208,7 +166,7 @@ def _structure(state_dict: Mapping[str, Any]) -> dict[str, Any]:
             raise UserError(f'"{key}" has shape {shape(key, len(wanted))}, but the other weights ask for {wanted}.')
     if unexpected := sorted(set(state_dict) - set(expected)):
         raise UserError(f'the weights have the key "{unexpected[0]}", which SiT has not.')
-    if not np.allclose(_numpy(state_dict[_POSITION])[0], position_table(grid, size), atol=1e-5):
+    if not np.allclose(to_numpy(state_dict[_POSITION])[0], position_table(grid, size), atol=1e-5):
         raise UserError(f'"{_POSITION}" is not the fixed sin-cos table of {grid} x {grid} tokens.')
     return {
         "input_size": grid * patch_size,

@@ -2,7 +2,7 @@
 
 A checkpoint holds three items: "train" (step, params, optimizer state), "ema", and "data" (the iterator); one of
 converted weights "ema" alone. A step's directory appears under its final name only when it is whole, so a crash while
-saving leaves the last good one.
+saving leaves the last good one. workdir/best.json names the step with the lowest FID.
 """
 
 import json
@@ -33,15 +33,41 @@ def _items(state: TrainState) -> dict[str, Any]:
     }
 
 
+class _Best:
+    """Preserves the checkpoint with the lowest score so far; workdir/best.json remembers which it is.
+
+    Orbax's own BestN takes the score when it saves, but a checkpoint must be safe before its long evaluation.
+    """
+
+    def __init__(self, workdir: str):
+        self.path = pathlib.Path(workdir) / "best.json"
+        self.record = json.loads(self.path.read_text()) if self.path.exists() else None
+
+    def note(self, step: int, steps: list[int], metric: str, value: float) -> None:
+        best = self.record
+        if best and best["metric"] == metric and best["value"] <= value and best["step"] in steps:
+            return
+        self.record = {"step": step, "metric": metric, "value": value}
+        if jax.process_index() == 0:
+            temporary = self.path.with_suffix(".tmp")
+            temporary.write_text(json.dumps(self.record) + "\n")
+            os.replace(temporary, self.path)
+
+    def should_preserve(self, checkpoints, *, context) -> list[bool]:
+        return [self.record is not None and checkpoint.step == self.record["step"] for checkpoint in checkpoints]
+
+
 class Checkpoints:
-    """The checkpoints of one workdir; saves in the background, keeps the latest `checkpoint.keep`."""
+    """The checkpoints of one workdir; saves in the background, keeps the latest `checkpoint.keep` and the best."""
 
     def __init__(self, workdir: str, keep: int):
         _set_incomplete_aside(workdir)
+        self._best = _Best(workdir)
+        policies = ocp.training.preservation_policies
         self._checkpointer = ocp.training.Checkpointer(
             _directory(workdir),
             save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),
-            preservation_policy=ocp.training.preservation_policies.LatestN(keep),
+            preservation_policy=policies.AnyPreservationPolicy([policies.LatestN(keep), self._best]),
             cleanup_tmp_directories=True,
         )
 
@@ -58,6 +84,10 @@ class Checkpoints:
         """Starts saving; returns when the state may be donated. A step that is already saved is left alone."""
         if self.latest_step != step:
             self._checkpointer.save_checkpointables_async(step, {**_items(state), "data": iterator})
+
+    def note_score(self, step: int, metric: str, value: float) -> None:
+        """Keeps the checkpoint of `step` for good if its score is the lowest yet of this metric."""
+        self._best.note(step, self.steps, metric, value)
 
     def restore(self, abstract: TrainState, iterator) -> TrainState:
         """The latest state, on the shardings of `abstract`; sets `iterator` to where it was."""

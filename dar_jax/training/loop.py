@@ -16,7 +16,7 @@ from dar_jax.data.pipeline import train_iterator
 from dar_jax.data.sources import open_source
 from dar_jax.diffusion import sampler
 from dar_jax.errors import UserError
-from dar_jax.evaluation.metrics import InlineEvaluation
+from dar_jax.evaluation.inline import InlineEvaluation
 from dar_jax.training.checkpoint import Checkpoints, claim_workdir, has_checkpoint
 from dar_jax.training.init_from import check_init_from, restore_initial
 from dar_jax.training.logs import Logs, say
@@ -107,16 +107,17 @@ def _run(config, workdir, mesh, iterator, checkpoints, stop) -> None:
             settle()
             pending = step, metrics
             evaluate = evaluation and (step % config.eval.every_steps == 0 or step == num_steps)
-            save = step % config.checkpoint.every_steps == 0 or step == num_steps
-            if evaluate or save or step == num_steps:
-                settle()
+            save = evaluate or step % config.checkpoint.every_steps == 0 or step == num_steps
             if save:
+                settle()
                 checkpoints.save(state, iterator, step)
             if evaluate:
                 scalars = evaluation.run(state.ema, step)
                 logs.write(step, scalars)
                 say(f"step {step}: {workdir}/samples/{step:08d}.png  " + _format(scalars))
-            if evaluate or save:
+                if scalars:
+                    checkpoints.note_score(step, *next(iter(scalars.items())))
+            if save:
                 logs.start_window(step)
         if step < num_steps:
             settle()

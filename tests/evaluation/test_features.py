@@ -18,6 +18,10 @@ def statistics(features):
     return accumulator.statistics()
 
 
+def pool(features, images):
+    return np.asarray(features.extract(images)["pool"])
+
+
 @pytest.fixture(scope="module")
 def digits():
     """Train images, train labels, test images, test labels."""
@@ -52,7 +56,7 @@ def training(monkeypatch):
 
 def test_a_linear_map_of_the_features_reads_held_out_digits(digits, trained):
     train_images, train_labels, test_images, test_labels = digits
-    x, x_test = (np.asarray(trained[0].extract(images), np.float64) for images in (train_images, test_images))
+    x, x_test = (np.asarray(pool(trained[0], images), np.float64) for images in (train_images, test_images))
     assert x.shape == (1437, 64)
     weights = np.linalg.solve(x.T @ x + np.eye(64), x.T @ (2 * np.eye(10)[train_labels] - 1))
     assert np.mean((x_test @ weights).argmax(1) == test_labels) > 0.95
@@ -60,7 +64,7 @@ def test_a_linear_map_of_the_features_reads_held_out_digits(digits, trained):
 
 def test_the_features_have_unit_variance_on_average(digits, trained):
     assert trained[0].name == "convnet"
-    np.testing.assert_allclose(np.asarray(trained[0].extract(digits[0])).var(axis=0).mean(), 1, rtol=0.03)
+    np.testing.assert_allclose(pool(trained[0], digits[0]).var(axis=0).mean(), 1, rtol=0.03)
 
 
 def test_one_line_tells_accuracy_and_seconds(trained):
@@ -74,9 +78,9 @@ def test_the_distance_orders_real_degraded_and_noise(digits, trained):
     rng = np.random.default_rng(0)
     noisy = np.clip(test + rng.normal(size=test.shape) * 60, 0, 255).astype(np.uint8)
     noise = rng.integers(0, 256, test.shape).astype(np.uint8)
-    reference = statistics(trained[0].extract(train))
+    reference = statistics(pool(trained[0], train))
     real, degraded, one_class, nothing = (
-        frechet_distance(statistics(trained[0].extract(images)), reference)
+        frechet_distance(statistics(pool(trained[0], images)), reference)
         for images in (test, noisy, test[labels == 0], noise)
     )
     assert 2 * real < degraded < one_class
@@ -84,18 +88,18 @@ def test_the_distance_orders_real_degraded_and_noise(digits, trained):
 
 
 def test_jit_and_shards_change_nothing(digits, trained):
-    features = trained[0].extract(digits[2][:64])
+    features = pool(trained[0], digits[2][:64])
     assert features.dtype == np.float32
     mesh = jax.sharding.Mesh(np.array(jax.devices()), ("data",))
     images = jax.device_put(digits[2][:64], NamedSharding(mesh, PartitionSpec("data")))
     with jax.set_mesh(mesh):
-        sharded = jax.jit(trained[0].extract)(images)
+        sharded = jax.jit(trained[0].extract)(images)["pool"]
     assert sharded.sharding.shard_shape(sharded.shape) == (64 // len(jax.devices()), 64)
     np.testing.assert_allclose(sharded, features, rtol=1e-5, atol=1e-5)
 
 
 def test_the_seed_decides_and_the_mesh_of_the_run_does_not(digits, trained, monkeypatch):
-    first, devices, initial = np.asarray(trained[0].extract(digits[2])), set(), module._initial
+    first, devices, initial = pool(trained[0], digits[2]), set(), module._initial
 
     def spy(rng, shape):
         devices.add(jax.sharding.get_abstract_mesh().size)
@@ -104,8 +108,8 @@ def test_the_seed_decides_and_the_mesh_of_the_run_does_not(digits, trained, monk
     monkeypatch.setattr(module, "_initial", spy)
     with jax.set_mesh(jax.sharding.Mesh(np.array(jax.devices()), ("data",))):
         same, other = (convnet_features(digits[0], digits[1], 10, seed=seed, cache=None) for seed in (0, 1))
-    np.testing.assert_array_equal(same.extract(digits[2]), first)
-    assert np.abs(other.extract(digits[2]) - first).max() > 0.1
+    np.testing.assert_array_equal(pool(same, digits[2]), first)
+    assert np.abs(pool(other, digits[2]) - first).max() > 0.1
     assert devices == {1}
 
 
@@ -116,7 +120,7 @@ def test_the_cache_gives_the_same_features_without_training(digits, trained, tra
     again = convnet_features(digits[0], digits[1], 10, seed=0, cache=cache, log=lines.append)
     assert not training
     assert len(lines) == 1 and str(cache) in lines[0]
-    np.testing.assert_array_equal(again.extract(digits[2]), features.extract(digits[2]))
+    np.testing.assert_array_equal(pool(again, digits[2]), pool(features, digits[2]))
 
 
 @pytest.mark.parametrize("change", ["seed", "num_classes", "images", "labels", "count", "version"])
@@ -171,14 +175,14 @@ def test_a_damaged_cache_is_replaced_with_one_line(digits, trained, training, tm
 def test_sizes_from_8_to_64_have_a_network(training, side, channels):
     images = np.zeros((5, side, side, channels), np.uint8)
     features = convnet_features(images, np.zeros(5, np.int32), 10, seed=0, cache=None)
-    assert jax.eval_shape(features.extract, images).shape == (5, 64)
+    assert jax.eval_shape(features.extract, images)["pool"].shape == (5, 64)
 
 
 def test_odd_sides_and_colours_train_too(monkeypatch):
     monkeypatch.setattr(module, "NUM_STEPS", 1)
     monkeypatch.setattr(module, "NUM_MEASURED", 1)
     images = np.random.default_rng(0).integers(0, 256, (10, 25, 25, 3)).astype(np.uint8)
-    features = convnet_features(images, np.arange(10, dtype=np.int32) % 3, 3, seed=0, cache=None).extract(images)
+    features = pool(convnet_features(images, np.arange(10, dtype=np.int32) % 3, 3, seed=0, cache=None), images)
     assert features.shape == (10, 64)
     assert np.isfinite(features).all() and np.var(features, axis=0).max() > 0
 

@@ -1,13 +1,22 @@
-"""Statistics and the Frechet distance against closed forms, sqrtm, singular values of the data and np.cov."""
+"""Moments and distances against closed forms, sqrtm, singular values of the data, np.cov and loops over images."""
 
 import itertools
 
 import numpy as np
 import pytest
 import scipy.linalg
+import scipy.special
+import scipy.stats
 
 from dar_jax.errors import UserError
-from dar_jax.evaluation.statistics import Accumulator, Statistics, frechet_distance
+from dar_jax.evaluation.statistics import (
+    Accumulator,
+    Statistics,
+    frechet_distance,
+    inception_score,
+    kernel_distance,
+    precision_recall,
+)
 
 
 def accumulate(features, *splits):
@@ -124,3 +133,93 @@ def test_mistakes_are_told():
         frechet_distance(a, b)
     with pytest.raises(UserError, match="NaN or infinite"):
         frechet_distance(a, a._replace(covariance=a.covariance * np.nan))
+
+
+def features_of(seed, count, size=16, shift=0.0):
+    """Skewed features far from zero, as those of a ReLU network are."""
+    mix = np.random.default_rng(99).uniform(0, 1, (size, size))
+    return (np.random.default_rng(seed).gamma(2, 1, (count, size)) @ mix + shift).astype(np.float32)
+
+
+def distances(a, b):
+    """float64 [N, M], without expanding the square."""
+    return np.stack([np.sqrt(np.sum((row - b.astype(np.float64)) ** 2, axis=1)) for row in a.astype(np.float64)])
+
+
+@pytest.mark.parametrize("size", [16, 2048])
+def test_kernel_distance_against_all_pairs(size):
+    x, y = features_of(0, 60, size) / size, features_of(1, 45, size, 0.5) / size
+    terms = []
+    for a, b in ((x, x), (y, y), (x, y)):
+        pairs = [(i, j) for i in range(len(a)) for j in range(len(b)) if not (a is b and i == j)]
+        terms.append(np.mean([(np.dot(*np.float64([a[i], b[j]])) / size + 1) ** 3 for i, j in pairs]))
+    np.testing.assert_allclose(kernel_distance(x, y), terms[0] + terms[1] - 2 * terms[2], rtol=1e-5)
+
+
+def test_kernel_distance_of_one_distribution_is_zero_on_average():
+    values = [kernel_distance(features_of(i, 40), features_of(i, 80)[40:]) for i in range(200)]
+    assert abs(np.mean(values)) < 3 * np.std(values) / np.sqrt(200)
+    assert min(values) < 0 < max(values)
+
+
+def test_kernel_distance_in_blocks():
+    x, y = features_of(0, 2300), features_of(1, 1100)
+    kernel = lambda a, b: (a.astype(np.float64) @ b.T.astype(np.float64) / 16 + 1) ** 3  # noqa: E731
+    xx, yy, xy = kernel(x, x), kernel(y, y), kernel(x, y)
+    off = lambda k: (k.sum() - np.trace(k)) / (len(k) * (len(k) - 1))  # noqa: E731
+    np.testing.assert_allclose(kernel_distance(x, y), off(xx) + off(yy) - 2 * xy.mean(), rtol=1e-7)
+
+
+def test_inception_score_against_entropies():
+    """exp(H(y) - H(y|x)) of each chunk, entropies by scipy; a logit of -200 gives no NaN."""
+    logits = np.random.default_rng(0).normal(size=(250, 12)).astype(np.float32) * 3
+    logits[:, 3] -= 200
+    p = scipy.special.softmax(logits.astype(np.float64), axis=1)
+    scores = []
+    for chunk in (p[:100], p[100:200], p[200:]):
+        scores.append(np.exp(scipy.stats.entropy(chunk.mean(0)) - scipy.stats.entropy(chunk, axis=1).mean()))
+    np.testing.assert_allclose(inception_score(logits, 100), np.mean(scores), rtol=1e-10)
+    np.testing.assert_allclose(inception_score(10 * np.eye(7)[np.arange(70) % 7] * 100), 7, rtol=1e-10)
+    np.testing.assert_allclose(inception_score(np.tile(logits[:1], (30, 1))), 1, rtol=1e-10)
+
+
+def test_inception_score_takes_5000_at_a_time():
+    """Two chunks, of one class each, score 1; together they would score 2."""
+    logits = np.zeros((10_000, 2), np.float32)
+    logits[:5000, 0] = logits[5000:, 1] = 100
+    np.testing.assert_allclose(inception_score(logits), 1, rtol=1e-10)
+
+
+@pytest.mark.parametrize("block_size", [7, 64, 1000])
+@pytest.mark.parametrize("k", [1, 3])
+def test_precision_and_recall_against_sorted_distances(k, block_size):
+    reference, samples = features_of(0, 130, 6), features_of(1, 90, 6, shift=1) * 0.8
+    radius = {name: np.sort(distances(x, x), axis=1)[:, k] for name, x in {"r": reference, "s": samples}.items()}
+    between = distances(samples, reference)
+    precision = np.mean((radius["r"] >= between).any(axis=1))
+    recall = np.mean((radius["s"] >= between.T).any(axis=1))
+    assert 0.1 < precision < 1 and 0.1 < recall < 1 and precision != recall
+    assert precision_recall(reference, samples, k, block_size) == pytest.approx((precision, recall), abs=1e-12)
+
+
+def test_precision_and_recall_of_special_sets():
+    reference = features_of(0, 60)
+    assert precision_recall(reference, reference) == (1, 1)
+    assert precision_recall(reference, reference + 1000) == (0, 0)
+    collapsed = np.repeat(reference[:1], 60, axis=0)  # good samples of one image
+    precision, recall = precision_recall(reference, collapsed)
+    assert precision == 1 and recall <= 5 / 60
+    assert precision_recall(reference + 1e4, features_of(1, 60) + 1e4) == precision_recall(
+        reference, features_of(1, 60)
+    )
+
+
+def test_sets_that_are_too_small_or_of_another_network():
+    x = features_of(0, 10)
+    with pytest.raises(UserError, match="3 and 10 images are compared, but each set needs at least 4"):
+        precision_recall(x[:3], x)
+    with pytest.raises(UserError, match="1 images are compared, but each set needs at least 2"):
+        kernel_distance(x, x[:1])
+    for compare in (kernel_distance, precision_recall):
+        with pytest.raises(UserError, match="16 and 8 features"):
+            compare(x, x[:, :8])

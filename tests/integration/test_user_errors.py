@@ -66,7 +66,7 @@ def test_config_file_with_a_dict_of_its_own(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("name", ["main", "sample"])
+@pytest.mark.parametrize("name", ["main", "sample", "evaluate"])
 def test_help_does_not_import_jax(name):
     code = f"import sys; from absl import flags; from dar_jax import config, {name}; assert 'jax' not in sys.modules"
     assert door(name, code=code).returncode == 0
@@ -90,6 +90,8 @@ def test_help_does_not_import_jax(name):
         ({"sampler.cfg_interval": (0.5, 0.2)}, r"cfg_interval = \(0.5, 0.2\)"),
         ({"sampler.cfg_channels": 2}, "cfg_channels = 2 .* config.model.channels = 1"),
         ({"eval.num_samples": 1}, "num_samples = 1 must be 0"),
+        ({"eval.final_samples": -1}, "final_samples = -1 must not be negative"),
+        ({"eval.labels": "random_"}, 'Did you mean "random"'),
         ({"data.image_size": 4, "model.input_size": 4, "eval.every_steps": 5}, "image_size = 4 is not in 8..64"),
         ({"train.batch_size": 0}, "batch_size = 0 must be at least 1"),
         ({"train.accumulate_steps": 3}, "batch_size = 16 must be divisible by accumulate_steps = 3"),

@@ -17,6 +17,7 @@ from dar_jax import models
 from dar_jax.errors import UserError
 from dar_jax.models.layers import position_table
 from dar_jax.pretrained import sit
+from dar_jax.pretrained.state_dict import read_state_dict
 from dar_jax.training.checkpoint import claim_workdir, load_config
 from tests.parity import torch_sit
 
@@ -152,7 +153,7 @@ def test_files_are_read(tmp_path, monkeypatch):
     torch.save({"model": state_dict}, tmp_path / "model.pt")
     np.savez(tmp_path / "arrays.npz", **{name: tensor.numpy() for name, tensor in state_dict.items()})
     for name in ("bare.pt", "training.pt", "model.pt", "arrays.npz"):
-        read = sit.read_state_dict(str(tmp_path / name))
+        read = read_state_dict(str(tmp_path / name))
         assert read.keys() == state_dict.keys()
         for key in read:
             np.testing.assert_array_equal(read[key], state_dict[key])
@@ -160,14 +161,16 @@ def test_files_are_read(tmp_path, monkeypatch):
     (tmp_path / "broken.pt").write_bytes(b"not torch")
     torch.save([1, 2], tmp_path / "list.pt")
     (tmp_path / "weights.bin").touch()
+    (tmp_path / "broken.npz").write_bytes((tmp_path / "arrays.npz").read_bytes()[:-100])
     for name, message in {
-        "none.pt": "is no file", "broken.pt": "cannot be read", "list.pt": "holds a list", "weights.bin": "must end in",
+        "broken.npz": "cannot be read as .npz", "none.pt": "is no file", "broken.pt": "cannot be read",
+        "list.pt": "holds a list", "weights.bin": "must end in",
     }.items():  # fmt: skip
         with pytest.raises(UserError, match=message):
-            sit.read_state_dict(str(tmp_path / name))
+            read_state_dict(str(tmp_path / name))
     monkeypatch.setitem(sys.modules, "torch", None)
     with pytest.raises(UserError, match="pip install torch"):
-        sit.read_state_dict(str(tmp_path / "bare.pt"))
+        read_state_dict(str(tmp_path / "bare.pt"))
 
 
 def run(*words):

@@ -1,5 +1,6 @@
 """Checkpoints survive crashes in the middle of a save, and a workdir keeps to one model."""
 
+import json
 import os
 import shutil
 
@@ -55,6 +56,40 @@ def test_restores_state_and_data_position(tmp_path):
 def test_keeps_the_latest(tmp_path):
     save(tmp_path, 1, 2, 3, 4, keep=2)
     assert sorted(os.listdir(tmp_path / "checkpoints")) == ["3", "4"]
+
+
+def test_keeps_the_best_too(tmp_path):
+    """Over a restart, and until a better one comes; the score arrives after its checkpoint was saved."""
+    iterator = make_iterator()
+    for steps in ({1: 7.0, 2: 5.0, 3: 6.0}, {4: 5.5, 5: 5.0, 6: 9.0}):
+        checkpoints = Checkpoints(str(tmp_path), 1)
+        for step, value in steps.items():
+            checkpoints.save(make_state(step), iterator, step)
+            checkpoints.note_score(step, "fid", value)
+        checkpoints.close()
+    assert sorted(os.listdir(tmp_path / "checkpoints")) == ["2", "6"]
+    assert json.loads((tmp_path / "best.json").read_text()) == {"step": 2, "metric": "fid", "value": 5.0}
+    checkpoints = Checkpoints(str(tmp_path), 1)
+    for step, value in {7: 4.0, 8: 4.5}.items():
+        checkpoints.save(make_state(step), iterator, step)
+        checkpoints.note_score(step, "fid", value)
+    checkpoints.close()
+    assert sorted(os.listdir(tmp_path / "checkpoints")) == ["7", "8"]
+
+
+def test_best_that_cannot_be_compared_gives_way(tmp_path):
+    """A score of another metric, or of a checkpoint that was removed."""
+    checkpoints, iterator = Checkpoints(str(tmp_path), 9), make_iterator()
+    for step, metric, value in ((1, "fd_convnet", 1.0), (2, "fid", 50.0), (3, "fid", 60.0)):
+        checkpoints.save(make_state(step), iterator, step)
+        checkpoints.note_score(step, metric, value)
+    checkpoints.close()
+    assert json.loads((tmp_path / "best.json").read_text())["step"] == 2
+    shutil.rmtree(tmp_path / "checkpoints" / "2")
+    checkpoints = Checkpoints(str(tmp_path), 9)
+    checkpoints.note_score(3, "fid", 60.0)
+    checkpoints.close()
+    assert json.loads((tmp_path / "best.json").read_text())["step"] == 3
 
 
 def test_saving_a_step_again_leaves_it_alone(tmp_path):

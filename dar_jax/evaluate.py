@@ -1,0 +1,103 @@
+"""Scores samples: FID, sFID, Inception score, KID, precision and recall.
+
+    python -m dar_jax.evaluate --workdir=runs/digits --num_samples=2000 --inception=inception.npz
+    python -m dar_jax.evaluate --samples=samples.npz --reference=ref.npz --inception=inception.npz
+    python -m dar_jax.evaluate --config=configs/digits.py --write_reference=ref.npz --inception=inception.npz
+
+The weights of a run are the EMA of its latest checkpoint; options left out are the run's own. A stopped evaluation of
+a run goes on where it was when the same command is given again. Without --inception, small images of a run are scored
+by a convnet (fd_convnet), which is not FID.
+"""
+
+import json
+import pathlib
+
+from absl import flags
+from ml_collections import config_flags
+
+from dar_jax import errors
+
+WORKDIR = flags.DEFINE_string("workdir", None, "A run to sample from and score")
+SAMPLES = flags.DEFINE_string("samples", None, "Or an .npz of samples, arr_0 uint8 [N, H, W, C]")
+REFERENCE = flags.DEFINE_string("reference", None, "An .npz in the ADM layout; default: the run's eval.reference")
+INCEPTION = flags.DEFINE_string("inception", None, "Weights by convert --kind=inception; default: eval.inception")
+NUM_SAMPLES = flags.DEFINE_integer("num_samples", 50_000, "How many samples", lower_bound=2)
+STEP = flags.DEFINE_integer("step", None, "Checkpoint to load; default: the latest")
+SAMPLER = flags.DEFINE_string("sampler", None, "euler | heun | dopri5 | sde_euler | sde_heun; default: the run's")
+STEPS = flags.DEFINE_integer("steps", None, "Steps of the fixed-step samplers; default: the run's")
+CFG_SCALE = flags.DEFINE_float("cfg_scale", None, "Guidance scale, 1 = none; default: the run's")
+CFG_SWEEP = flags.DEFINE_list("cfg_sweep", None, "Several guidance scales, a row of the table each: 1,1.25,1.5")
+LABELS = flags.DEFINE_string("labels", None, "balanced | random class labels; default: eval.labels")
+SEED = flags.DEFINE_integer("seed", None, "Seed of noise and random labels; default: the run's")
+BATCH_SIZE = flags.DEFINE_integer("batch_size", None, "Samples at a time over all devices; default: eval.batch_size")
+JSON = flags.DEFINE_string("json", None, "Also write the scores and all settings that affect them to this file")
+SAMPLES_OUT = flags.DEFINE_string("samples_out", None, "Also write the samples to this .npz in the ADM layout")
+CONFIG = config_flags.DEFINE_config_file("config", None, "With --write_reference: whose data to take")
+SPLIT = flags.DEFINE_string("split", None, "With --write_reference: which split; default: data.eval_split")
+WRITE_REFERENCE = flags.DEFINE_string("write_reference", None, "Write the reference .npz of a data set, score nothing")
+
+
+def main(_):
+    given = {"--workdir": WORKDIR.value, "--samples": SAMPLES.value, "--write_reference": WRITE_REFERENCE.value}
+    if len([value for value in given.values() if value]) != 1:
+        raise errors.UserError(f"give one of {', '.join(given)}; see --help.")
+    if JSON.value and not pathlib.Path(JSON.value).absolute().parent.is_dir():
+        raise errors.UserError(f'--json = "{JSON.value}" is in no directory; make it first.')
+    if WRITE_REFERENCE.value:
+        _write_reference()
+        return
+    results = _evaluate_run() if WORKDIR.value else [_evaluate_file()]
+    from dar_jax.evaluation import jobs
+
+    print(jobs.table(results))
+    if JSON.value:
+        pathlib.Path(JSON.value).write_text(json.dumps(results, indent=2) + "\n")
+        print(f"wrote {JSON.value}")
+    if SAMPLES_OUT.value:
+        print(f"wrote {SAMPLES_OUT.value}")
+
+
+def _evaluate_run() -> list[dict]:
+    from dar_jax.evaluation import jobs
+    from dar_jax.training.checkpoint import load_config
+
+    config = load_config(WORKDIR.value)
+    config.eval.num_samples = NUM_SAMPLES.value
+    for section, field, flag in (
+        (config.sampler, "method", SAMPLER),
+        (config.sampler, "num_steps", STEPS),
+        (config.sampler, "cfg_scale", CFG_SCALE),
+        (config.eval, "labels", LABELS),
+        (config.eval, "batch_size", BATCH_SIZE),
+        (config.eval, "inception", INCEPTION),
+        (config.eval, "reference", REFERENCE),
+        (config, "seed", SEED),
+    ):
+        if flag.value is not None:
+            section[field] = flag.value
+    try:
+        scales = [float(scale) for scale in CFG_SWEEP.value or [config.sampler.cfg_scale]]
+    except ValueError as error:
+        raise errors.UserError(f"--cfg_sweep = {','.join(CFG_SWEEP.value)} must be numbers: 1,1.25,1.5.") from error
+    return jobs.evaluate_run(config, WORKDIR.value, STEP.value, scales, SAMPLES_OUT.value)
+
+
+def _evaluate_file() -> dict:
+    from dar_jax.evaluation import jobs
+
+    errors.require_flags(reference=REFERENCE.value)
+    return jobs.evaluate_file(SAMPLES.value, REFERENCE.value, INCEPTION.value or "", NUM_SAMPLES.value)
+
+
+def _write_reference() -> None:
+    from dar_jax.evaluation import jobs
+
+    errors.require_flags(config=CONFIG.value)
+    config = CONFIG.value
+    config.eval.inception = INCEPTION.value or config.eval.inception
+    count = jobs.write_reference(config, SPLIT.value or config.data.eval_split, WRITE_REFERENCE.value)
+    print(f"wrote {WRITE_REFERENCE.value} of {count} images")
+
+
+if __name__ == "__main__":
+    errors.run(main)

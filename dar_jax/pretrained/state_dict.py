@@ -1,0 +1,52 @@
+"""PyTorch weights as a state dict: arrays by name."""
+
+import argparse
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from dar_jax.errors import UserError
+
+
+def read_state_dict(path: str) -> dict[str, Any]:
+    """Reads a state dict from a .npz (arrays by name) or a .pt file (torch.load, weights only).
+
+    Of a training checkpoint, {"ema": ..., "model": ...}, it is the moving average, else the model. Raises UserError
+    if the file cannot be read, holds no state dict, or needs a torch that is not installed.
+    """
+    suffix = pathlib.Path(path).suffix
+    if not pathlib.Path(path).is_file():
+        raise UserError(f'--input = "{path}" is no file; name a .pt or .npz of weights.')
+    if suffix not in (".pt", ".pth", ".npz"):
+        raise UserError(f'--input = "{path}" must end in .pt, .pth or .npz.')
+    if suffix == ".npz":
+        try:
+            with np.load(path) as file:
+                return dict(file)
+        except Exception as error:  # a damaged zip raises many things
+            raise UserError(f'--input = "{path}" cannot be read as .npz: {error}') from error
+    try:
+        import torch
+    except ImportError as error:
+        raise UserError(f'--input = "{path}" needs PyTorch to be read: pip install torch.') from error
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):  # official checkpoints keep their flags so
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises what its unpickler, zip reader or an old format happens to
+        reason = str(error).split("\n")[0]
+        raise UserError(f'--input = "{path}" cannot be read as a PyTorch file of weights: {reason}') from error
+    for key in ("ema", "model"):
+        if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
+            return dict(content[key])
+    if not isinstance(content, Mapping):
+        raise UserError(f'--input = "{path}" holds a {type(content).__name__}, not a state dict.')
+    return dict(content)
+
+
+def to_numpy(x) -> np.ndarray:
+    """A torch tensor or an array -> float32 numpy array."""
+    if hasattr(x, "detach"):
+        x = x.detach().cpu().float().numpy()
+    return np.asarray(x, np.float32)

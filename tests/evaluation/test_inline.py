@@ -1,0 +1,113 @@
+"""Evaluation inside a run: which samples are scored, when, and what is said without Inception weights."""
+
+import json
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from PIL import Image
+
+from dar_jax import models, sharding
+from dar_jax.evaluation import inline
+from dar_jax.evaluation.features import Features
+from dar_jax.evaluation.sampling import class_labels
+from dar_jax.training import loop
+from tests.training import tiny
+
+
+def make_config():
+    config = tiny.make_config()
+    config.train.update(num_steps=6, log_every_steps=6)
+    config.checkpoint.update(every_steps=6, keep=1)
+    config.eval.update(every_steps=2, num_samples=12, final_samples=20, grid_size=2)
+    return config
+
+
+@pytest.fixture
+def network(monkeypatch):
+    """A network of 4 features that keeps what it was given."""
+    seen = []
+
+    def extract(images):
+        x = images.astype(jnp.float32).reshape(len(images), 4, -1)
+        return {"pool": x.mean(-1) / 255}
+
+    def spy(features, images, mesh):
+        seen.append(images)
+        return {name: np.asarray(x) for name, x in extract(images).items()}
+
+    monkeypatch.setattr(inline, "load_features", lambda *_: Features("test", extract, 8))
+    monkeypatch.setattr(inline, "extract_all", spy)
+    monkeypatch.setattr(sharding, "make_mesh", lambda mesh: tiny.make_mesh(1, 1))
+    return seen
+
+
+def test_run_scores_samples_and_keeps_the_best_checkpoint(network, tmp_path, capsys):
+    loop.train(make_config(), str(tmp_path))
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    found = {line["step"]: line for line in lines if "fd_test" in line}
+    assert list(found) == [2, 4, 6]
+    assert [set(line) - {"step"} for line in found.values()] == [{"fd_test"}, {"fd_test"}, {"fd_test", "fd_test_20"}]
+    best = min(found, key=lambda step: found[step]["fd_test"])
+    assert json.loads((tmp_path / "best.json").read_text()) == {
+        "step": best, "metric": "fd_test", "value": found[best]["fd_test"],
+    }  # fmt: skip
+    kept = {path.name for path in (tmp_path / "checkpoints").iterdir()}
+    assert {str(best), "6"} <= kept and len(kept) < 3  # of three saved; the best before the last may outlive the run
+    assert "fd_test_20" in capsys.readouterr().out
+
+    assert len(np.concatenate(network)) == 12 + 12 + 20
+    with Image.open(tmp_path / "samples" / "00000006.png") as picture:
+        corner = np.asarray(picture)[:8, :8]
+    assert corner.shape == (8, 8)
+
+
+@pytest.mark.parametrize(("grid_size", "num_samples"), [(2, 12), (5, 12), (2, 0)])
+def test_scored_samples_are_the_first_ones(network, tmp_path, monkeypatch, grid_size, num_samples):
+    """num_samples of them, at the end final_samples that begin with them; the grid may need more or fewer."""
+
+    def draw(params, index, label):  # sample i is as bright as i, of the grid's number of channels
+        return jnp.broadcast_to(index[:, None, None, None] / 127.5 - 1, (len(index), 8, 8, 1))
+
+    monkeypatch.setattr(inline, "make_sampler", lambda *_: draw)
+    config, mesh = make_config(), tiny.make_mesh(1, 1)
+    config.eval.update(grid_size=grid_size, num_samples=num_samples)
+    evaluation = inline.InlineEvaluation(config, models.build(config.model), mesh, str(tmp_path), print)
+    for step, count in ((2, num_samples), (6, 20 if num_samples else 0)):
+        network.clear()
+        found = evaluation.run({}, step)
+        brightness = [image[0, 0, 0] for batch in network for image in batch]
+        np.testing.assert_array_equal(brightness, np.arange(count))
+    assert list(found) == (["fd_test", "fd_test_20"] if num_samples else [])
+    with Image.open(tmp_path / "samples" / "00000006.png") as picture:
+        pixels = np.asarray(picture)
+        side = len(pixels) // grid_size
+        shown = pixels[side // 2 :: side + 1, side // 2 :: side + 1][:grid_size, :grid_size]
+    np.testing.assert_array_equal(shown.ravel(), np.arange(grid_size**2))
+
+
+def test_batches_are_cut_at_the_stops():
+    pieces = list(inline._split_at([np.arange(5), np.arange(5, 10), np.arange(10, 13)], (3, 10, 12, 99)))
+    assert [piece.tolist() for piece in pieces] == [[0, 1, 2], [3, 4], [5, 6, 7, 8, 9], [10, 11], [12]]
+
+
+def test_without_weights_a_line_says_how_to_get_them(tmp_path, monkeypatch):
+    monkeypatch.setattr(inline, "convnet_features", lambda *_, **__: "the convnet")
+    lines = []
+    assert inline.load_features(tiny.make_config(), None, str(tmp_path), lines.append) == "the convnet"
+    (line,) = lines
+    assert "config.eval.inception" in line and "fd_convnet" in line and "\n" not in line
+    assert "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/pt_inception-2015-12-05" in line
+    assert "python -m dar_jax.convert --kind=inception --input=pt_inception-2015-12-05-6726825d.pth" in line
+
+
+def test_class_labels():
+    config = tiny.make_config()
+    np.testing.assert_array_equal(class_labels(config, 23), np.arange(23) % 10)
+    config.eval.labels = "random"
+    labels = class_labels(config, 5000)
+    np.testing.assert_array_equal(class_labels(config, 777), labels[:777])
+    assert labels.dtype == np.int32 and set(labels) == set(range(10))
+    assert np.bincount(labels).min() > 400 and (labels[:-1] == labels[1:]).mean() < 0.15
+    config.seed = 1
+    assert (class_labels(config, 5000) != labels).mean() > 0.8

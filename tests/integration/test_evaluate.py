@@ -1,0 +1,276 @@
+"""The door `evaluate`: scores of a run and of a file agree, a stopped evaluation goes on, mistakes are one line."""
+
+import json
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+from dar_jax import models, sharding
+from dar_jax.errors import UserError
+from dar_jax.evaluation import jobs
+from dar_jax.evaluation.features import convnet_features
+from dar_jax.evaluation.jobs import evaluate_file, evaluate_run, table, write_reference
+from dar_jax.pretrained import inception
+from dar_jax.training.checkpoint import write_weights
+from dar_jax.training.state import init_params
+from tests.evaluation.test_metrics import network
+from tests.parity.torch_inception import random_inception
+from tests.training import tiny
+
+
+@pytest.fixture(autouse=True, scope="module")
+def two_devices(tmp_path_factory):
+    """All evaluations of this process are on two of the eight, and compile the same program once."""
+    caching = {
+        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("cache")),
+        "jax_persistent_cache_min_compile_time_secs": 0.0,
+    }
+    before = {name: getattr(jax.config, name) for name in caching}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sharding, "make_mesh", lambda mesh: tiny.make_mesh(2, 1))
+        for name, value in caching.items():
+            jax.config.update(name, value)
+        yield
+    for name, value in before.items():
+        jax.config.update(name, value)
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    """Converted Inception weights: random ones, so that nothing here is a real FID."""
+    path = str(tmp_path_factory.mktemp("weights") / "inception.npz")
+    inception.write_params(path, inception.params_from_torch(random_inception().state_dict()))
+    return path
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory):
+    """A run of random weights, whose samples depend on noise, label and guidance."""
+    path, config = tmp_path_factory.mktemp("run"), tiny.make_config()
+    params = sharding.unbox(jax.jit(lambda: init_params(models.build(config.model), 0))())
+    rng = np.random.default_rng(0)
+    params = jax.tree.map(lambda x: x + rng.normal(size=x.shape).astype(np.float32) * 0.3, params)
+    write_weights(str(path), config, params)
+    return str(path)
+
+
+def make_config(**fields):
+    config = tiny.make_config()
+    config.eval.update(num_samples=24, **fields)
+    return config
+
+
+def scores(results):
+    return [result["scores"] for result in results]
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """Indices of the samples that were drawn."""
+    indices, sample_images = [], jobs.sample_images
+
+    def spy(draw, params, labels, batch_size, mesh, *, first=0):
+        for batch in sample_images(draw, params, labels, batch_size, mesh, first=first):
+            indices.extend(range(first, first + len(batch)))
+            first += len(batch)
+            yield batch
+
+    monkeypatch.setattr(jobs, "sample_images", spy)
+    monkeypatch.setattr(jobs, "SHARD", 8)
+    return indices
+
+
+def test_a_reference_is_that_of_all_images(weights, tmp_path, monkeypatch):
+    """Of a folder, through the whole Inception network; arr_0 holds an evenly spaced part when there are many."""
+    pictures = np.random.default_rng(0).integers(0, 256, (12, 8, 8)).astype(np.uint8)
+    for i, picture in enumerate(pictures):
+        folder = tmp_path / "held_out" / str(i // 6)
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(picture).save(folder / f"{i:02d}.png")
+    config = make_config(inception=weights)
+    config.data.update(source="folder", path=str(tmp_path))
+    monkeypatch.setattr(jobs, "MAX_REFERENCE_IMAGES", 6)
+    assert write_reference(config, "held_out", str(tmp_path / "ref.npz")) == 12
+    found = inception.extract(inception.read_params(weights), pictures[..., None])
+    with np.load(tmp_path / "ref.npz") as file:
+        assert set(file.files) == {"arr_0", "mu", "sigma", "mu_s", "sigma_s"}
+        np.testing.assert_array_equal(file["arr_0"], pictures[::2, ..., None])
+        for name, suffix in (("pool", ""), ("spatial", "_s")):
+            x = np.asarray(found[name], np.float64)
+            np.testing.assert_allclose(file[f"mu{suffix}"], x.mean(0), rtol=1e-4, atol=1e-5)
+            covariance = np.cov(x, rowvar=False)
+            assert np.abs(file[f"sigma{suffix}"] - covariance).max() < 1e-3 * np.abs(covariance).max()
+
+
+def test_run_and_file_agree_with_each_other(workdir, weights, tmp_path, monkeypatch):
+    """Scores of samples as they are drawn equal those of the samples that were written."""
+    for name in ("load_features", "inception_features"):  # of 24 features, because 2048 take long to compare
+        monkeypatch.setattr(jobs, name, lambda *_: network("inception"))
+    reference, samples = str(tmp_path / "ref.npz"), str(tmp_path / "samples.npz")
+    np.savez(reference, np.random.default_rng(0).integers(0, 256, (30, 8, 8, 1)).astype(np.uint8))
+    config = make_config(inception=weights, reference=reference)
+    (run,) = evaluate_run(config, workdir, None, [1.0], samples)
+    with np.load(samples) as file:
+        assert file["arr_0"].shape == (24, 8, 8, 1) and file["arr_0"].dtype == np.uint8 and file["arr_0"].std() > 10
+        np.testing.assert_array_equal(file["arr_1"], np.arange(24) % 10)
+    found = evaluate_file(samples, reference, weights, 50_000)
+    assert list(found["scores"]) == ["fid", "sfid", "is", "kid", "precision", "recall"]
+    for name, value in found["scores"].items():
+        np.testing.assert_allclose(value, run["scores"][name], rtol=1e-5, err_msg=name)
+    assert found["scores"]["fid"] > 0 and found["settings"]["num_samples"] == 24
+    assert len(found["settings"]["samples_sha256"]) == len(run["settings"]["inception_sha256"]) == 64
+    assert run["settings"]["reference_sha256"] == found["settings"]["reference_sha256"]
+    json.dumps([run, found])
+    fewer = evaluate_file(samples, reference, weights, 10)
+    assert fewer["settings"]["num_samples"] == 10 and fewer["scores"] != found["scores"]
+
+
+@pytest.fixture(scope="module")
+def features():
+    """A convnet hardly trained: here its features need not be good."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("dar_jax.evaluation.features.NUM_STEPS", 80)
+        images = np.random.default_rng(0).integers(0, 256, (20, 8, 8, 1)).astype(np.uint8)
+        return convnet_features(images, np.zeros(20, np.int32), 10, seed=0, cache=None)._replace(name="test")
+
+
+@pytest.fixture
+def convnet(monkeypatch, features):
+    monkeypatch.setattr(jobs, "load_features", lambda *_: features)
+
+
+def test_stopped_evaluation_goes_on(workdir, convnet, drawn, monkeypatch, capsys):
+    """With the samples that are missing and no other, to the same score; another seed or scale starts anew."""
+    whole = evaluate_run(make_config(), workdir, None, [1.5], None)
+    assert drawn == list(range(24))
+    drawn.clear()
+    extract_all, calls = jobs.extract_all, []
+
+    def stop_at_the_third(features, images, mesh):
+        calls.append(len(images))
+        if len(images) == 8 and calls.count(8) == 3:
+            raise KeyboardInterrupt
+        return extract_all(features, images, mesh)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(jobs, "extract_all", stop_at_the_third)
+        evaluate_run(make_config(), workdir, None, [1.5], None)
+    drawn.clear()
+    again = evaluate_run(make_config(), workdir, None, [1.5], None)
+    assert drawn == list(range(16, 24))
+    assert "going on after 16 samples" in capsys.readouterr().out
+    assert scores(again) == scores(whole)
+    drawn.clear()
+    evaluate_run(make_config(), workdir, None, [1.5], None)
+    assert drawn == list(range(24)), "a finished evaluation leaves nothing behind"
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        calls.clear()
+        patch.setattr(jobs, "extract_all", stop_at_the_third)
+        evaluate_run(make_config(), workdir, None, [1.5], None)
+    drawn.clear()
+    config = make_config()
+    config.seed = 1
+    assert scores(evaluate_run(config, workdir, None, [1.5], None)) != scores(whole)
+    assert drawn == list(range(24))
+    drawn.clear()
+    config = make_config()
+    config.eval.num_samples = 12
+    evaluate_run(config, workdir, None, [1.5], None)
+    assert drawn == [], "the first samples of a longer evaluation are those of a shorter one"
+
+
+def test_scores_depend_on_what_they_should(workdir, convnet, drawn):
+    one, three = evaluate_run(make_config(), workdir, None, [1.0, 3.0], None)
+    assert one["settings"]["sampler"]["cfg_scale"] == 1 and three["settings"]["sampler"]["cfg_scale"] == 3
+    assert one["scores"] != three["scores"]
+    config = make_config()
+    config.eval.batch_size = 16
+    (other_batch,) = evaluate_run(config, workdir, None, [1.0], None)
+    np.testing.assert_allclose(other_batch["scores"]["fd_test"], one["scores"]["fd_test"], rtol=1e-3)
+    config = make_config(labels="random")
+    (random,) = evaluate_run(config, workdir, None, [1.0], None)
+    assert random["scores"] != one["scores"] and random["settings"]["labels"] == "random"
+    lines = table([one, three]).splitlines()
+    assert lines[0].split() == ["cfg_scale", "fd_test"]
+    assert [float(line.split()[0]) for line in lines[1:]] == [1, 3]
+    assert float(lines[2].split()[1]) == pytest.approx(three["scores"]["fd_test"], rel=1e-4)
+
+
+def test_runs_that_cannot_be_scored(workdir, weights, tmp_path):
+    np.savez(tmp_path / "large.npz", np.zeros((5, 16, 16, 3), np.uint8))
+    for fields, scales, out, message in (
+        ({"inception": "none.npz"}, [1.0], None, "none.npz.* are no file. Download https://github.com/mseitzer"),
+        ({"batch_size": 9}, [1.0], None, "--batch_size = 9 must be divisible by the 2 devices"),
+        ({"labels": "sorted"}, [1.0], None, 'config.eval.labels = "sorted" is unknown'),
+        ({}, [1.0, 2.0], str(tmp_path / "s.npz"), "--samples_out takes one guidance scale"),
+        ({}, [1.0], str(tmp_path / "s.png"), r"must end in \.npz"),
+        ({"inception": weights, "reference": str(tmp_path / "large.npz")}, [1.0], None, "16 x 16, but .* of 8 x 8"),
+    ):
+        with pytest.raises(UserError, match=message):
+            evaluate_run(make_config(**fields), workdir, None, scales, out)
+    config = make_config()
+    config.model.channels = 4
+    with pytest.raises(UserError, match="latents of 4 channels"):
+        evaluate_run(config, workdir, None, [1.0], None)
+    with pytest.raises(UserError, match=r"--inception is required to write a reference. Download"):
+        write_reference(make_config(), "test", str(tmp_path / "r.npz"))
+    assert not (tmp_path / "s.npz").exists()
+
+
+def test_nan_samples_are_told(workdir, convnet, monkeypatch):
+    restore = jobs.restore_ema
+
+    def broken(*args):
+        ema, step = restore(*args)
+        return jax.tree.map(lambda x: x * np.nan, ema), step
+
+    monkeypatch.setattr(jobs, "restore_ema", broken)
+    with pytest.raises(UserError, match="samples 0 to 7 hold NaN or infinity"):
+        evaluate_run(make_config(), workdir, None, [1.0], None)
+
+
+def door(*flags):
+    return subprocess.run([sys.executable, "-m", "dar_jax.evaluate", *flags], capture_output=True, text=True)
+
+
+def test_the_door_scores_files(weights, tmp_path):
+    rng = np.random.default_rng(0)
+    for name in ("samples", "ref"):
+        np.savez(tmp_path / f"{name}.npz", rng.integers(0, 256, (8, 8, 8, 3)).astype(np.uint8))
+    flags = [f"--samples={tmp_path}/samples.npz", f"--reference={tmp_path}/ref.npz", f"--json={tmp_path}/out.json"]
+    result = door(*flags, f"--inception={weights}")
+    assert result.returncode == 0, result.stderr
+    (found,) = json.loads((tmp_path / "out.json").read_text())
+    header, values = result.stdout.splitlines()[-3:-1]
+    assert header.split() == list(found["scores"]) == ["fid", "sfid", "is", "kid", "precision", "recall"]
+    np.testing.assert_allclose([float(v) for v in values.split()], list(found["scores"].values()), rtol=1e-4)
+    assert "warning: 8 images are too few for 2048 features" in result.stdout
+    result = door(*flags)
+    assert result.returncode == 2 and result.stderr.startswith("error: --inception is required with --samples. Down")
+    assert result.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ([], "give one of --workdir, --samples, --write_reference"),
+        (["--workdir=a", "--samples=b"], "give one of --workdir, --samples, --write_reference"),
+        (["--samples=none.npz", "--reference=r.npz"], '--samples = "none.npz" is no file'),
+        (["--samples=none.npz"], "--reference is required"),
+        (["--write_reference=r.npz"], "--config is required"),
+        (["--write_reference=r.npz", "--config=configs/digits.py"], "--inception is required to write a reference"),
+        (["--workdir=configs"], '"configs/config.json" does not exist'),
+        (["--workdir=configs", "--json=nowhere/x.json"], "is in no directory"),
+        (["--workdir=configs", "--num_samples=1"], "num_samples=1"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_the_door_refuses(flags, words):
+    result = door(*flags)
+    assert result.returncode == 2 and result.stderr.count("\n") == 1
+    assert result.stderr.startswith("error: ") and words in result.stderr, result.stderr
