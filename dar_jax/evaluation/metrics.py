@@ -146,7 +146,8 @@ def score(features: Features, reference: FeatureSet, samples: FeatureSet) -> dic
             scores["precision"], scores["recall"] = precision_recall(pool, samples.pool)
         values = np.array([scores[name] for name in names])
     if jax.process_count() > 1:
-        values = multihost_utils.broadcast_one_to_all(values)
+        # As integers, because jax would make float32 of the float64.
+        values = multihost_utils.broadcast_one_to_all(values.view(np.uint32)).view(np.float64)
     return {name: float(value) for name, value in zip(names, values, strict=True)}
 
 

@@ -180,8 +180,10 @@ def test_stopped_evaluation_goes_on(workdir, convnet, drawn, monkeypatch, capsys
     drawn.clear()
     config = make_config()
     config.eval.num_samples = 12
-    evaluate_run(config, workdir, None, [1.5], None)
+    fewer = evaluate_run(config, workdir, None, [1.5], None)
     assert drawn == [], "the first samples of a longer evaluation are those of a shorter one"
+    assert scores(evaluate_run(config, workdir, None, [1.5], None)) == scores(fewer)
+    assert drawn == list(range(12))
 
 
 def test_scores_depend_on_what_they_should(workdir, convnet, drawn):
