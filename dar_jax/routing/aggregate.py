@@ -130,13 +130,17 @@ def merge(u: Array, aggregate: Array, log_sum: Array, recent: list[Array]) -> Ar
     """Adds recent sources to an aggregate of the history; the softmax is over all of them.
 
     Args:
-      u: folded query, float32, broadcastable to `[B, T, D]`.
-      aggregate: `[B, T, D]` float32 and its `log_sum` `[B, T]`, from `read`.
+      u: folded query, float32 `[B, 1 or T, D]`.
+      aggregate: `[B, T, D]` and its `log_sum` `[B, T]`, from `read`.
       recent: sources `[B, T, D]` of the current step, possibly none.
 
     Returns:
       The aggregated state h, `[B, T, D]` float32.
     """
-    scores = [log_sum] + [jnp.sum(u * v, axis=-1) * inverse_rms(v) for v in recent]
+    if u.shape[1] == 1:  # on a CPU a matmul is faster than a sum of products
+        dots = [jnp.einsum("bd,btd->bt", u[:, 0], v.astype(u.dtype)) for v in recent]
+    else:
+        dots = [jnp.sum(u * v, axis=-1) for v in recent]
+    scores = [log_sum] + [dot * inverse_rms(v) for dot, v in zip(dots, recent, strict=True)]
     alpha = jax.nn.softmax(jnp.stack(scores), axis=0)[..., None]
     return sum(a * v for a, v in zip(alpha, [aggregate, *recent], strict=True))

@@ -16,8 +16,11 @@ def _dots(x: tuple[Array, ...], sources: Array) -> Array:
     if x[0].shape[1] > 1:
         return jnp.einsum("qbtd,kbtd->qkbt", jnp.stack(x), sources, preferred_element_type=dtype)
     k, b, _, d = sources.shape
-    x = jnp.broadcast_to(jnp.concatenate(x, axis=1).swapaxes(1, 2), (k, b, d, len(x)))
-    return jnp.einsum("kbtd,kbdq->qkbt", sources, x, preferred_element_type=dtype)
+    padding = -len(x) % 8  # a CPU's matmul is twice as fast with eight columns as with four
+    columns = jnp.pad(jnp.concatenate(x, axis=1).swapaxes(1, 2), ((0, 0), (0, 0), (0, padding)))
+    columns = jnp.broadcast_to(columns, (k, b, d, len(x) + padding))
+    dots = jnp.einsum("kbtd,kbdq->kbtq", sources, columns, preferred_element_type=dtype)
+    return jnp.moveaxis(dots[..., : len(x)], -1, 0)
 
 
 def _weighted_sum(weights: Array, sources: Array) -> Array:
