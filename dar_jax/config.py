@@ -49,7 +49,9 @@ def default() -> ConfigDict:
     model.learn_sigma = False  # official checkpoints: twice the output channels, the first half is used
     model.label_dropout = 0.1  # probability of training on the null label
     model.dtype = "float32"  # computation: float32 | bfloat16; parameters are always float32
-    model.remat = "block"  # what the backward pass recomputes: none | block (routed: the blocks of a chunk)
+    model.remat = (
+        "dense"  # kept for backward: dense (outputs of dense layers) | block (inputs of blocks, routed: chunks)
+    )
 
     model.routing = routing = ConfigDict()
     routing.kind = "dar"  # residual | dar
@@ -169,7 +171,7 @@ def validate(config: ConfigDict) -> None:
     choices = {
         "config.data.source": ("digits", "idx", "folder", "tfds", "synthetic"),
         "config.model.dtype": ("float32", "bfloat16"),
-        "config.model.remat": ("none", "block"),
+        "config.model.remat": ("dense", "block"),
         "config.model.routing.kind": ("residual", "dar"),
         "config.model.routing.query": ("static", "static_t", "dynamic"),
         "config.model.routing.summary": ("last", "sum"),

@@ -1,19 +1,31 @@
 """The parts of a SiT: embedders, attention, MLP, the adaLN-Zero block and the head. Facts as in willisma/SiT."""
 
+from functools import partial
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from dar_jax.models import numerics
+
 logical = nn.with_logical_partitioning
+keep_dense_outputs = partial(nn.remat, policy=numerics.keep_dense_outputs, prevent_cse=False)
 xavier, normal, zeros = nn.initializers.xavier_uniform(), nn.initializers.normal(0.02), nn.initializers.zeros
 
 
 def dense(features: int, axes: tuple[str, str], *, kernel_init=xavier, dtype, name: str | None) -> nn.Dense:
     """A linear map with zero bias whose kernel carries logical axis names; the last one names the bias."""
     kernel_init, bias_init = logical(kernel_init, axes), logical(zeros, axes[1:])
-    return nn.Dense(features, kernel_init=kernel_init, bias_init=bias_init, dtype=dtype, name=name)
+    return nn.Dense(
+        features,
+        kernel_init=kernel_init,
+        bias_init=bias_init,
+        dtype=dtype,
+        dot_general=lambda x, kernel, *_, **__: numerics.matmul(x, kernel),
+        name=name,
+    )
 
 
 def layer_norm(x: Array) -> Array:
@@ -133,11 +145,13 @@ class Block(nn.Module):
         """Shift, scale and gate of the attention and then of the MLP: six `[B, 1, D]` from `[B, D]`."""
         return jnp.split(self.adaln(nn.silu(condition))[:, None], 6, axis=-1)
 
+    @keep_dense_outputs
     def attention_branch(self, h: Array, modulation: list[Array]) -> Array:
         """gate * attention(modulate(LayerNorm(h))), `[B, T, D]`."""
         shift, scale, gate = modulation[:3]
         return gate * self.attention(modulate(layer_norm(h).astype(self.dtype), shift, scale))
 
+    @keep_dense_outputs
     def mlp_branch(self, h: Array, modulation: list[Array]) -> Array:
         """gate * MLP(modulate(LayerNorm(h))), `[B, T, D]`."""
         shift, scale, gate = modulation[3:]

@@ -3,7 +3,7 @@
 The routed scan carries the history as one buffer `[K, B, T, D]`. Plain autodiff would save the whole buffer in every
 iteration, which is quadratic in depth. The buffer is append-only, so its final value holds every prefix: the forward
 pass keeps only that, and the backward pass runs the steps in reverse and accumulates the cotangent of the buffer. It
-recomputes each step from the prefix it saw (remat = "block"), or takes what the forward pass saved ("none").
+recomputes each step from the prefix it saw (remat = "block"), or takes what the forward pass saved ("dense").
 """
 
 from typing import NamedTuple

@@ -93,7 +93,7 @@ def test_scan_equals_unrolled_reference(case):
     check_stack(routed(layout, query, jnp.float64), reference, jnp.float64)
 
 
-@pytest.mark.parametrize("remat", ["none", "block"])
+@pytest.mark.parametrize("remat", ["dense", "block"])
 @pytest.mark.parametrize("query", QUERIES)
 def test_scan_equals_unrolled_reference_in_float32(query, remat):
     layout = Layout(6, 4)
@@ -104,7 +104,7 @@ def test_scan_equals_unrolled_reference_in_float32(query, remat):
     check_stack(routed(layout, query, remat=remat), reference, jnp.float32)
 
 
-@pytest.mark.parametrize("remat", ["none", "block"])
+@pytest.mark.parametrize("remat", ["dense", "block"])
 def test_residual_stack_equals_reference(remat):
     block = {"hidden_size": SIZE, "num_heads": HEADS, "mlp_ratio": 2.0, "dtype": jnp.float64}
 
@@ -162,7 +162,7 @@ def temp_bytes(depth, chunk_size, remat, query="static_t"):
     return jax.jit(jax.grad(loss)).lower(params, *inputs).compile().memory_analysis().temp_size_in_bytes
 
 
-@pytest.mark.parametrize(("chunk_size", "remat"), [(1, "block"), (4, "block"), (4, "none")])
+@pytest.mark.parametrize(("chunk_size", "remat"), [(1, "block"), (4, "block"), (4, "dense")])
 def test_gradient_memory_is_linear_in_depth(chunk_size, remat):
     """Temporaries at depths 8, 16, 32: the second doubling may add at most 2.3 times what the first added."""
     small, middle, large = (temp_bytes(depth, chunk_size, remat) for depth in (8, 16, 32))

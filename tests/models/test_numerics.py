@@ -1,0 +1,48 @@
+"""The matmul of a block against NumPy, and what a block keeps for its backward pass."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dar_jax.models import layers, numerics
+
+TOLERANCE = {"float64": 1e-14, "float32": 1e-6, "bfloat16": 1e-2}
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("leading", [(5,), (2, 3), (2, 3, 4)])
+@pytest.mark.parametrize("platform", ["cpu", "default"])
+def test_matmul(leading, dtype, platform, monkeypatch):
+    """Value and gradients of sum(g * value), in either order of computation, against float64 einsums."""
+    monkeypatch.setattr(jax.lax, "platform_dependent", lambda *arrays, **forms: forms[platform](*arrays))
+    rng = np.random.default_rng(0)
+    with jax.enable_x64(dtype == "float64"):
+        arrays = [jnp.asarray(rng.normal(size=shape), dtype) for shape in ((*leading, 6), (6, 7), (*leading, 7))]
+        x, kernel, g = (np.asarray(a, np.float64) for a in arrays)
+        references = (
+            np.einsum("...i,io->...o", x, kernel),
+            np.einsum("...o,io->...i", g, kernel),
+            np.einsum("ni,no->io", x.reshape(-1, 6), g.reshape(-1, 7)),
+        )
+        value, vjp = jax.vjp(numerics.matmul, *arrays[:2])
+        for actual, reference in zip((value, *vjp(arrays[2])), references, strict=True):
+            assert actual.dtype == dtype
+            error = np.linalg.norm(np.asarray(actual, np.float64) - reference) / np.linalg.norm(reference)
+            assert error < TOLERANCE[dtype], error
+
+
+def test_a_block_keeps_its_dense_outputs_only():
+    """Of the tokens of both branches: the input, q, k and v in one, the hidden MLP layer, and each branch's output."""
+    b, t, d = 2, 5, 8
+    block = layers.Block(d, 2, 4.0, jnp.float32)
+    h, condition = jnp.ones((b, t, d)), jnp.ones((b, d))
+
+    def both(block, h, condition):
+        modulation = block.modulation(condition)
+        return [branch(h, modulation) for branch in block.branches()]
+
+    params = block.init(jax.random.key(0), h, condition, method=both)["params"]
+    _, vjp = jax.vjp(lambda params, h: block.apply({"params": params}, h, condition, method=both), params, h)
+    kept = {id(x): x.shape for x in jax.tree.leaves(vjp) if x.shape[0] == b and x.shape[1:] != (1, d) and x.ndim > 2}
+    assert sorted(kept.values()) == [(b, t, d)] * 3 + [(b, t, 3 * d), (b, t, 4 * d)]
