@@ -14,7 +14,7 @@ def _dots(x: tuple[Array, ...], sources: Array) -> Array:
     """x . v_k: x Q times `[B, 1 or T, D]` -> `[Q, K, B, T]`; a matmul where x is one vector for all tokens."""
     dtype = statistics_dtype(sources)
     if x[0].shape[1] > 1:
-        return jnp.einsum("qbtd,kbtd->qkbt", jnp.stack(x), sources, preferred_element_type=dtype)
+        return jnp.stack([jnp.einsum("btd,kbtd->kbt", x_q, sources, preferred_element_type=dtype) for x_q in x])
     k, b, _, d = sources.shape
     padding = -len(x) % 8  # a CPU's matmul is twice as fast with eight columns as with four
     columns = jnp.pad(jnp.concatenate(x, axis=1).swapaxes(1, 2), ((0, 0), (0, 0), (0, padding)))
