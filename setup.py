@@ -24,6 +24,7 @@ setup(
         "optax>=0.2.8",
         "orbax-checkpoint>=0.12.8,<0.13",
         "pillow",
+        "safetensors",
         "scikit-learn",
         "tensorboard",
         "tensorflow-cpu; platform_machine == 'x86_64' and sys_platform == 'linux'",

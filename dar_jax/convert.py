@@ -1,23 +1,37 @@
 """Converts weights: python -m dar_jax.convert --kind=sit --input=SiT-XL-2-256x256.pt --output=runs/sit_xl
 
---input is a PyTorch state dict under the official names of willisma/SiT, bare or in a training checkpoint (its EMA is
-taken), or the same arrays as .npz. --output becomes a workdir: config.json and the weights as the EMA of step 0.
+sit: --input is a PyTorch state dict under the official names of willisma/SiT, bare or in a training checkpoint (its
+EMA is taken), or the same arrays as .npz. --output becomes a workdir: config.json and the weights as the EMA of step 0.
 dar_jax.sample draws from it; dar_jax.main starts from it, also with routing, by --config.init_from=runs/sit_xl.
+
+vae: --input is diffusion_pytorch_model.safetensors of stabilityai/sd-vae-ft-ema or -mse, and --output a directory for
+dar_jax.prepare --vae, dar_jax.sample --vae and config.data.vae.
 """
 
 from absl import flags
 
 from dar_jax import errors
 
-KIND = flags.DEFINE_string("kind", None, "What the weights are: sit (residual, any size)")
-INPUT = flags.DEFINE_string("input", None, "A .pt or .npz file of weights")
-OUTPUT = flags.DEFINE_string("output", None, "The workdir to write; must hold no checkpoint")
-NUM_HEADS = flags.DEFINE_integer("num_heads", None, "Attention heads; default: those of the published size")
+KIND = flags.DEFINE_string("kind", None, "What the weights are: sit (residual, any size) | vae (Stable Diffusion 1)")
+INPUT = flags.DEFINE_string("input", None, "A .pt, .npz or .safetensors file of weights")
+OUTPUT = flags.DEFINE_string("output", None, "sit: the workdir to write, without checkpoints; vae: a directory")
+NUM_HEADS = flags.DEFINE_integer("num_heads", None, "sit: attention heads; default: those of the published size")
 
 
 def main(_):
     errors.require_flags(kind=KIND.value, input=INPUT.value, output=OUTPUT.value)
-    errors.check_choice("--kind", KIND.value, ("sit",))
+    errors.check_choice("--kind", KIND.value, ("sit", "vae"))
+    if KIND.value == "sit":
+        _convert_sit()
+    else:
+        from dar_jax.pretrained import vae
+
+        converted = vae.from_torch(vae.read_safetensors(INPUT.value))
+        vae.write(OUTPUT.value, converted)
+        print(f"wrote {OUTPUT.value}: AutoencoderKL, f{converted.model.factor}, fingerprint {converted.fingerprint}")
+
+
+def _convert_sit() -> None:
     from dar_jax import config as config_lib
     from dar_jax.pretrained import sit
     from dar_jax.training.checkpoint import write_weights
