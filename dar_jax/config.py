@@ -28,13 +28,15 @@ def default() -> ConfigDict:
     config.init_from = ""  # workdir whose EMA weights to start from: of the same model, or residual to any routing
 
     config.data = data = ConfigDict()
-    data.source = "digits"  # digits | idx | folder | tfds | synthetic (random latents of ImageNet's shapes)
-    data.path = ""  # idx and folder: the directory; tfds: data_dir ("" = the tfds default)
+    data.source = "digits"  # digits | idx | folder | tfds | latents (prepared) | synthetic (random latents)
+    data.path = ""  # idx, folder and latents: the directory; tfds: data_dir ("" = the tfds default)
     data.name = ""  # tfds: the data set, e.g. "imagenet2012"
     data.train_split = "train"
     data.eval_split = "test"  # held-out images, the reference of the inline Frechet distance
-    data.image_size = 8  # pixels, height = width, after crop
+    data.image_size = 8  # height = width: pixels after crop, or latents
     data.flip = False  # random horizontal flip in training
+    data.vae = ""  # directory of the VAE that made the latents: decodes samples; "" = samples stay latents
+    data.verify = True  # latents: compare the checksums of all shards before training
     data.num_workers = 0  # grain worker processes; 0 reads in the training process
 
     config.model = model = ConfigDict()
@@ -163,7 +165,7 @@ def validate(config: ConfigDict) -> None:
     _check_keys(config, default(), "config")
     model, routing, data = config.model, config.model.routing, config.data
     choices = {
-        "config.data.source": ("digits", "idx", "folder", "tfds", "synthetic"),
+        "config.data.source": ("digits", "idx", "folder", "tfds", "latents", "synthetic"),
         "config.model.dtype": ("float32", "bfloat16"),
         "config.model.remat": ("none", "block"),
         "config.model.routing.kind": ("residual", "dar"),
@@ -248,6 +250,16 @@ def validate(config: ConfigDict) -> None:
         f"config.model.channels = {model.channels}.",
     )
     num_samples = config.eval.num_samples
+    require(
+        not config.eval.every_steps or model.channels in (1, 3) or data.vae != "",
+        f"config.eval.every_steps = {config.eval.every_steps} asks for images, but the model makes latents of "
+        f"{model.channels} channels; name their VAE in config.data.vae, or set every_steps = 0.",
+    )
+    require(
+        not (config.eval.every_steps and num_samples) or model.channels in (1, 3),
+        f"config.eval.num_samples = {num_samples}: the inline Frechet distance does not compare decoded latents; set "
+        "it to 0 to draw grids only.",
+    )
     require(
         num_samples == 0 or num_samples >= 2,
         f"config.eval.num_samples = {num_samples} must be 0 (no Frechet distance) or at least 2.",
