@@ -1,0 +1,85 @@
+"""The whole path of latents, as small as it can be: convert, prepare, train, sample, decoded images."""
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from dar_jax import models, sharding
+from dar_jax.config import validate
+from dar_jax.errors import UserError
+from dar_jax.evaluation.grid import save_grid
+from dar_jax.evaluation.sampling import make_sampler, sample_to_file, to_uint8
+from dar_jax.pretrained import vae as vae_lib
+from dar_jax.training.loop import train
+from tests.data.prepared import write_folder
+from tests.parity import torch_vae
+from tests.training import tiny
+
+
+def test_from_weights_and_a_folder_to_decoded_samples(tmp_path, monkeypatch):
+    monkeypatch.setattr(sharding, "make_mesh", lambda *_: tiny.make_mesh(1, 1))
+    state_dict = torch_vae.randomise(torch_vae.AutoencoderKL((32, 32))).state_dict()
+    vae_lib.write(str(tmp_path / "vae"), vae_lib.from_torch({k: v.numpy() for k, v in state_dict.items()}))
+    write_folder(tmp_path / "images", 24)
+    command = [sys.executable, "-m", "dar_jax.prepare", f"--source=folder:{tmp_path / 'images'}", "--image_size=8"]
+    command += [f"--vae={tmp_path / 'vae'}", f"--out={tmp_path / 'latents' / 'train'}"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0 and "24 examples in 1 shards" in done.stdout, done.stderr
+
+    config = latent_config(**{"data.path": str(tmp_path / "latents"), "data.vae": str(tmp_path / "vae")})
+    config.data.flip, config.train.num_steps = True, 3
+    config.eval.update(every_steps=3, num_samples=0, grid_size=2)
+    run = str(tmp_path / "run")
+    train(config, run)
+    with Image.open(tmp_path / "run" / "samples" / "00000003.png") as inline:
+        assert inline.mode == "RGB"
+    sample_to_file(config, run, None, ["0", "2"], 4, str(tmp_path / "grid.png"))
+
+    # The same samples as latents, decoded by PyTorch.
+    config.data.vae, config.eval.every_steps = "", 0
+    sample_to_file(config, run, None, ["0", "2"], 4, str(tmp_path / "latents.npz"))
+    with np.load(tmp_path / "latents.npz") as file:
+        latents = file["arr_0"]
+    assert latents.shape == (8, 4, 4, 4) and latents.dtype == np.float32
+    reference = torch_vae.randomise(torch_vae.AutoencoderKL((32, 32)))
+    with torch.no_grad():
+        decoded = reference.decode(torch.tensor(np.moveaxis(latents, -1, 1) / 0.18215)).movedim(1, -1).numpy()
+    save_grid(tmp_path / "expected.png", np.asarray(to_uint8(decoded)), columns=2)
+    with Image.open(tmp_path / "grid.png") as grid, Image.open(tmp_path / "expected.png") as expected:
+        ours, theirs = (np.asarray(picture, np.int32) for picture in (grid, expected))
+    assert np.abs(ours - theirs).max() <= 1 and ours[:, :100].std() > 20
+
+
+def latent_config(**fields):
+    config = tiny.make_config()
+    config.data.update(source="latents", image_size=4)
+    config.model.update(input_size=4, channels=4)
+    config.update_from_flattened_dict(fields)
+    return config
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"eval.num_samples": 0}, "latents of 4 channels; name their VAE in config.data.vae"),
+        ({"data.vae": "vae"}, "num_samples = 1000: .* set it to 0"),
+    ],
+)
+def test_evaluation_of_latents_needs_what_it_has_not(fields, message):
+    validate(latent_config(**fields))
+    with pytest.raises(UserError, match=message):
+        validate(latent_config(**fields, **{"eval.every_steps": 5}))
+
+
+def test_vae_of_other_latents(tmp_path):
+    torch.manual_seed(0)
+    state_dict = torch_vae.AutoencoderKL((32,), latents=8).state_dict()
+    vae = vae_lib.from_torch({name: tensor.numpy() for name, tensor in state_dict.items()})
+    vae_lib.write(str(tmp_path), vae)
+    config = latent_config(**{"data.vae": str(tmp_path)})
+    with pytest.raises(UserError, match=r"decodes 8 channels, but config\.model\.channels = 4"):
+        make_sampler(config, models.build(config.model), tiny.make_mesh(1, 1))
