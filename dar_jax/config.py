@@ -35,7 +35,7 @@ def default() -> ConfigDict:
     data.eval_split = "test"  # held-out images, the reference of the inline Frechet distance
     data.image_size = 8  # height = width: pixels after crop, or latents
     data.flip = False  # random horizontal flip in training
-    data.vae = ""  # directory of the VAE that made the latents: decodes samples; "" = samples stay latents
+    data.vae = ""  # directory of a VAE: decodes latent samples, and encodes images for a model of latents; "" = none
     data.verify = True  # latents: compare the checksums of all shards before training
     data.num_workers = 0  # grain worker processes; 0 reads in the training process
 
@@ -125,6 +125,11 @@ def route(config: ConfigDict, variant: str | None) -> ConfigDict:
     return config
 
 
+def encodes_online(config: ConfigDict) -> bool:
+    """Whether a model of latents trains on a source of images."""
+    return config.model.channels not in (1, 3) and config.data.source not in ("latents", "synthetic")
+
+
 def check_flags(args: list[str]) -> None:
     """Raises UserError for a --config file that does not exist and for a --config.x.y that is no field."""
     for arg, following in zip(args, [*args, ""][1:], strict=True):
@@ -210,8 +215,14 @@ def validate(config: ConfigDict) -> None:
         model.input_size % model.patch_size == 0,
         f"config.model.input_size = {model.input_size} must be divisible by patch_size = {model.patch_size}.",
     )
+    online = encodes_online(config)
     require(
-        data.image_size == model.input_size,
+        not online or data.vae != "",
+        f"config.model.channels = {model.channels} does not suit images; take 1 (grey) or 3 (RGB) channels, or name in "
+        "config.data.vae the VAE that encodes them.",
+    )
+    require(
+        online or data.image_size == model.input_size,
         f"config.data.image_size = {data.image_size} must equal config.model.input_size = {model.input_size}.",
     )
     for field, value in (

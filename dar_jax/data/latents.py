@@ -98,9 +98,7 @@ class LatentSource:
         self.path, self.manifest = path, read_manifest(path)
         self.num_classes, vae = self.manifest["num_classes"], self.manifest["vae"]
         self.scale, self.dtype = vae and vae["scale"], record_dtype(self.manifest["fields"])
-        # A shard of skipped images only is no valid file.
-        files = [str(path / shard["name"]) for shard in self.manifest["shards"] if shard["records"]]
-        self.records = ArrayRecordDataSource(files) if files else []
+        self.records = ArrayRecordDataSource([str(path / shard["name"]) for shard in self.manifest["shards"]])
 
     def __len__(self) -> int:
         return len(self.records)

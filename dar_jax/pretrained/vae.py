@@ -290,11 +290,16 @@ def load(path: str, field: str) -> Vae:
 
 
 def make_encoder(vae: Vae, mesh: Mesh) -> Callable[[Array], Array]:
-    """Returns images uint8 [B, H, W, 3] -> moments float32 [B, 2, h, w, C], not scaled, as `AutoencoderKL.encode`.
+    """Returns images [B, H, W, 3] -> moments float32 [B, 2, h, w, C], not scaled, as `AutoencoderKL.encode`.
 
-    B is split over all devices of `mesh` and must be divisible by their number; a device takes CHUNK at a time.
+    Images are uint8, or float32 in [-1, 1]. B is split over all devices of `mesh` and must be divisible by their
+    number; a device takes CHUNK at a time.
     """
-    return _on_devices(vae, mesh, lambda model, x: model.encode(x.astype(jnp.float32) / 127.5 - 1))
+
+    def encode(model: AutoencoderKL, x: Array) -> Array:
+        return model.encode(x.astype(jnp.float32) / 127.5 - 1 if x.dtype == jnp.uint8 else x)
+
+    return _on_devices(vae, mesh, encode)
 
 
 def make_decoder(vae: Vae, mesh: Mesh) -> Callable[[Array], Array]:

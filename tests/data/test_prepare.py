@@ -1,5 +1,6 @@
 """Prepared shards: what they hold, that a kill does not change them, and that damage is found."""
 
+import io
 import json
 import random
 import re
@@ -10,9 +11,11 @@ import time
 
 import numpy as np
 import pytest
+import tensorflow_datasets as tfds
+from PIL import Image
 
 from dar_jax.data import prepare as prepare_lib
-from dar_jax.data.images import to_float
+from dar_jax.data.images import center_crop, to_float
 from dar_jax.data.latents import LatentSource, read_manifest
 from dar_jax.errors import UserError
 from dar_jax.pretrained import vae as vae_lib
@@ -63,6 +66,7 @@ def test_manifest_and_bytes_are_as_documented(tmp_path):
     for entry in entries:
         assert shards(tmp_path / "out")[entry["name"]] == entry["sha256"]
         assert (tmp_path / "out" / entry["name"]).stat().st_size == entry["bytes"]
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {*shards(tmp_path / "out"), "progress"}
     # A record is stored as it is: the label, then the pixels.
     content = (tmp_path / "out" / entries[1]["name"]).read_bytes()
     label, pixels = images[4]
@@ -75,8 +79,7 @@ def test_images_are_cropped_and_shards_cover_several_batches(tmp_path, monkeypat
     prepare_folder(tmp_path / "images", tmp_path / "out", size=4, shard=7)
     source = LatentSource(tmp_path / "out")
     assert [source[i]["label"] for i in range(11)] == [label for label, _ in images]
-    from dar_jax.data.images import center_crop
-
+    assert [entry["records"] for entry in source.manifest["shards"]] == [7, 4]
     for i, (_, image) in enumerate(images):
         np.testing.assert_array_equal(source[i]["image"], center_crop(image, 4))
 
@@ -115,12 +118,22 @@ def test_finished_shards_are_not_written_again(tmp_path, monkeypatch):
     assert "1 of them are finished" in prepare_folder(tmp_path / "images", tmp_path / "out")[0]
     assert first.stat().st_mtime_ns == before
     assert shards(tmp_path / "out") == shards(tmp_path / "whole")
+    (tmp_path / "out" / "manifest.json").unlink()
+    first.write_bytes(first.read_bytes()[:-1])  # as a copy cut short leaves it
+    assert "2 of them are finished" in prepare_folder(tmp_path / "images", tmp_path / "out")[0]
+    assert shards(tmp_path / "out") == shards(tmp_path / "whole")
+    before = first.stat().st_mtime_ns
     assert "is finished" in prepare_folder(tmp_path / "images", tmp_path / "out")[0]
     assert first.stat().st_mtime_ns == before
 
 
-def kill_and_restart(command, out, kills, longest):
-    """Kills the command `kills` times at random points of its work, then lets it finish."""
+def kill_and_restart(command, root, kills, longest):
+    """Kills the command `kills` times at random points of its work, then lets it finish; compares with a whole run.
+
+    At any time, a shard under its final name must be whole.
+    """
+    assert subprocess.run([*command, f"--out={root / 'whole'}"]).returncode == 0
+    whole, out = shards(root / "whole"), root / "out"
     clock, killed = random.Random(0), 0
     while killed < kills:
         process = subprocess.Popen([*command, f"--out={out}"], stdout=subprocess.PIPE, text=True)
@@ -132,17 +145,17 @@ def kill_and_restart(command, out, kills, longest):
             shutil.rmtree(out)  # it was faster than the clock: again
         else:
             killed += 1
+            assert shards(out).items() <= whole.items()
     done = subprocess.run([*command, f"--out={out}"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+    assert shards(out) == whole
 
 
 def test_kill_9_at_random_points(tmp_path):
     write_folder(tmp_path / "images", 600, side=16)
     command = [sys.executable, "-m", "dar_jax.prepare", f"--source=folder:{tmp_path / 'images'}", "--image_size=16"]
     command += ["--vae=none", "--shard_size=30"]
-    assert subprocess.run([*command, f"--out={tmp_path / 'whole'}"]).returncode == 0
-    kill_and_restart(command, tmp_path / "out", kills=4, longest=0.15)
-    assert shards(tmp_path / "out") == shards(tmp_path / "whole") and len(shards(tmp_path / "whole")) == 21
+    kill_and_restart(command, tmp_path, kills=4, longest=0.15)
 
 
 @pytest.mark.slow
@@ -151,9 +164,7 @@ def test_kill_9_at_ten_random_points_with_a_vae(tmp_path):
     vae_lib.write(str(tmp_path / "vae"), tiny_vae())
     command = [sys.executable, "-m", "dar_jax.prepare", f"--source=folder:{tmp_path / 'images'}", "--image_size=16"]
     command += [f"--vae={tmp_path / 'vae'}", "--shard_size=9", "--keep_images"]
-    assert subprocess.run([*command, f"--out={tmp_path / 'whole'}"]).returncode == 0
-    kill_and_restart(command, tmp_path / "out", kills=10, longest=12)
-    assert shards(tmp_path / "out") == shards(tmp_path / "whole")
+    kill_and_restart(command, tmp_path, kills=10, longest=12)
 
 
 def test_images_that_cannot_be_read_are_reported_and_left_out(tmp_path):
@@ -214,6 +225,41 @@ def test_door_prepares_and_verifies(tmp_path):
     shard.write_bytes(content)
     failed = door(f"--out={out}", "--verify")
     assert failed.returncode == 2 and "1 of 2 shards" in failed.stderr and shard.name in failed.stderr
+
+
+class TinyImagenet(tfds.core.GeneratorBasedBuilder):
+    """Five JPEG images with the feature names of imagenet2012; image i is of class i % 4 and 8 + i pixels high."""
+
+    VERSION = tfds.core.Version("1.0.0")
+
+    def _info(self):
+        features = {
+            "image": tfds.features.Image(encoding_format="jpeg"),
+            "label": tfds.features.ClassLabel(num_classes=4),
+            "file_name": tfds.features.Text(),
+        }
+        return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features))
+
+    def _split_generators(self, _):
+        return {"train": self._generate_examples()}
+
+    def _generate_examples(self):
+        for i in range(5):
+            buffer = io.BytesIO()
+            Image.new("RGB", (9, 8 + i), (40 * i, 0, 200)).save(buffer, "JPEG", quality=100)
+            # Encoded bytes: to encode arrays, tensorflow-datasets would import tensorflow.
+            yield i, {"image": io.BytesIO(buffer.getvalue()), "label": i % 4, "file_name": f"{i}.JPEG"}
+
+
+def test_door_reads_tensorflow_datasets(tmp_path):
+    TinyImagenet(data_dir=tmp_path / "tfds", file_format="array_record").download_and_prepare()
+    words = ["--source=tfds:tiny_imagenet", f"--data_dir={tmp_path / 'tfds'}", "--image_size=8", "--vae=none"]
+    done = door(*words, f"--out={tmp_path / 'out'}")
+    assert done.returncode == 0, done.stderr
+    source = LatentSource(tmp_path / "out")
+    assert (len(source), source.num_classes, source.manifest["source"]) == (5, 4, "tfds:tiny_imagenet")
+    found = sorted((int(source[i]["image"][4, 4, 0]) / 40, source[i]["label"]) for i in range(5))
+    np.testing.assert_allclose(found, [(i, i % 4) for i in range(5)], atol=0.1)  # the red of JPEG is not exact
 
 
 @pytest.mark.parametrize(
