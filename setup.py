@@ -13,6 +13,7 @@ setup(
     packages=find_packages(include=["dar_jax", "dar_jax.*"]),
     install_requires=[
         "absl-py",
+        "array_record",
         "clu>=0.0.12",
         "flax>=0.12,<0.13",
         "grain>=0.2.18,<0.3",
@@ -24,6 +25,7 @@ setup(
         "optax>=0.2.8",
         "orbax-checkpoint>=0.12.8,<0.13",
         "pillow",
+        "safetensors",
         "scikit-learn",
         "tensorboard",
         "tensorflow-cpu; platform_machine == 'x86_64' and sys_platform == 'linux'",

@@ -28,13 +28,15 @@ def default() -> ConfigDict:
     config.init_from = ""  # workdir whose EMA weights to start from: of the same model, or residual to any routing
 
     config.data = data = ConfigDict()
-    data.source = "digits"  # digits | idx | folder | tfds | synthetic (random latents of ImageNet's shapes)
-    data.path = ""  # idx and folder: the directory; tfds: data_dir ("" = the tfds default)
+    data.source = "digits"  # digits | idx | folder | tfds | latents (prepared) | synthetic (random latents)
+    data.path = ""  # idx, folder and latents: the directory; tfds: data_dir ("" = the tfds default)
     data.name = ""  # tfds: the data set, e.g. "imagenet2012"
     data.train_split = "train"
     data.eval_split = "test"  # held-out images, the reference of the metrics unless eval.reference is given
-    data.image_size = 8  # pixels, height = width, after crop
+    data.image_size = 8  # height = width: pixels after crop, or latents
     data.flip = False  # random horizontal flip in training
+    data.vae = ""  # directory of a VAE: decodes latent samples, and encodes images for a model of latents; "" = none
+    data.verify = True  # latents: compare the checksums of all shards before training
     data.num_workers = 0  # grain worker processes; 0 reads in the training process
 
     config.model = model = ConfigDict()
@@ -129,6 +131,11 @@ def route(config: ConfigDict, variant: str | None) -> ConfigDict:
     return config
 
 
+def encodes_online(config: ConfigDict) -> bool:
+    """Whether a model of latents trains on a source of images."""
+    return config.model.channels not in (1, 3) and config.data.source not in ("latents", "synthetic")
+
+
 def check_flags(args: list[str]) -> None:
     """Raises UserError for a --config file that does not exist and for a --config.x.y that is no field."""
     for arg, following in zip(args, [*args, ""][1:], strict=True):
@@ -169,7 +176,7 @@ def validate(config: ConfigDict) -> None:
     _check_keys(config, default(), "config")
     model, routing, data = config.model, config.model.routing, config.data
     choices = {
-        "config.data.source": ("digits", "idx", "folder", "tfds", "synthetic"),
+        "config.data.source": ("digits", "idx", "folder", "tfds", "latents", "synthetic"),
         "config.model.dtype": ("float32", "bfloat16"),
         "config.model.remat": ("dense", "block"),
         "config.model.routing.kind": ("residual", "dar"),
@@ -215,8 +222,14 @@ def validate(config: ConfigDict) -> None:
         model.input_size % model.patch_size == 0,
         f"config.model.input_size = {model.input_size} must be divisible by patch_size = {model.patch_size}.",
     )
+    online = encodes_online(config)
     require(
-        data.image_size == model.input_size,
+        not online or data.vae != "",
+        f"config.model.channels = {model.channels} does not suit images; take 1 (grey) or 3 (RGB) channels, or name in "
+        "config.data.vae the VAE that encodes them.",
+    )
+    require(
+        online or data.image_size == model.input_size,
         f"config.data.image_size = {data.image_size} must equal config.model.input_size = {model.input_size}.",
     )
     for field, value in (
@@ -256,6 +269,18 @@ def validate(config: ConfigDict) -> None:
         f"config.model.channels = {model.channels}.",
     )
     num_samples = config.eval.num_samples
+    require(
+        not config.eval.every_steps or model.channels in (1, 3) or data.vae != "",
+        f"config.eval.every_steps = {config.eval.every_steps} asks for images, but the model makes latents of "
+        f"{model.channels} channels; name their VAE in config.data.vae, or set every_steps = 0.",
+    )
+    require(
+        not (config.eval.every_steps and num_samples)
+        or model.channels in (1, 3)
+        or (config.eval.inception and config.eval.reference),
+        f"config.eval.num_samples = {num_samples}: to score decoded latents, set config.eval.inception and "
+        "config.eval.reference; set num_samples = 0 to draw grids only.",
+    )
     require(
         num_samples == 0 or num_samples >= 2,
         f"config.eval.num_samples = {num_samples} must be 0 (no metrics) or at least 2.",

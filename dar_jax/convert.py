@@ -6,38 +6,50 @@ dar_jax.sample draws from it; dar_jax.main starts from it, also with routing, by
 
 inception: --input is pt_inception-2015-12-05-6726825d.pth from the releases of pytorch-fid, and --output an .npz for
 dar_jax.evaluate --inception and config.eval.inception.
+
+vae: --input is diffusion_pytorch_model.safetensors of stabilityai/sd-vae-ft-ema or -mse, and --output a directory for
+dar_jax.prepare --vae, dar_jax.sample --vae and config.data.vae.
 """
 
 from absl import flags
 
 from dar_jax import errors
 
-KIND = flags.DEFINE_string("kind", None, "What the weights are: sit (residual, any size) | inception (of FID)")
-INPUT = flags.DEFINE_string("input", None, "A .pt, .pth or .npz file of weights")
-OUTPUT = flags.DEFINE_string("output", None, "sit: the workdir to write, without checkpoints; inception: an .npz")
+KIND = flags.DEFINE_string("kind", None, "What the weights are: sit (residual, any size) | inception (of FID) | vae")
+INPUT = flags.DEFINE_string("input", None, "A .pt, .pth, .npz or, for vae, .safetensors file of weights")
+OUTPUT = flags.DEFINE_string("output", None, "sit: a workdir without checkpoints; inception: an .npz; vae: a directory")
 NUM_HEADS = flags.DEFINE_integer("num_heads", None, "sit: attention heads; default: those of the published size")
 
 
 def main(_):
     errors.require_flags(kind=KIND.value, input=INPUT.value, output=OUTPUT.value)
-    errors.check_choice("--kind", KIND.value, ("sit", "inception"))
+    errors.check_choice("--kind", KIND.value, ("sit", "inception", "vae"))
+    {"sit": _convert_sit, "inception": _convert_inception, "vae": _convert_vae}[KIND.value]()
+
+
+def _convert_inception() -> None:
+    from dar_jax.pretrained import inception
     from dar_jax.pretrained.state_dict import read_state_dict
 
-    state_dict = read_state_dict(INPUT.value)
-    if KIND.value == "sit":
-        _convert_sit(state_dict)
-    else:
-        from dar_jax.pretrained import inception
-
-        inception.write_params(OUTPUT.value, inception.params_from_torch(state_dict))
-        print(f"wrote {OUTPUT.value}: the FID Inception network")
+    inception.write_params(OUTPUT.value, inception.params_from_torch(read_state_dict(INPUT.value)))
+    print(f"wrote {OUTPUT.value}: the FID Inception network")
 
 
-def _convert_sit(state_dict: dict) -> None:
+def _convert_vae() -> None:
+    from dar_jax.pretrained import vae
+
+    converted = vae.from_torch(vae.read_safetensors(INPUT.value))
+    vae.write(OUTPUT.value, converted)
+    print(f"wrote {OUTPUT.value}: AutoencoderKL, f{converted.model.factor}, fingerprint {converted.fingerprint}")
+
+
+def _convert_sit() -> None:
     from dar_jax import config as config_lib
     from dar_jax.pretrained import sit
+    from dar_jax.pretrained.state_dict import read_state_dict
     from dar_jax.training.checkpoint import write_weights
 
+    state_dict = read_state_dict(INPUT.value)
     config = config_lib.default()
     config.model.update(sit.infer_model(state_dict, NUM_HEADS.value))
     config.model.routing.kind = "residual"

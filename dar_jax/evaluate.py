@@ -27,6 +27,7 @@ SAMPLER = flags.DEFINE_string("sampler", None, "euler | heun | dopri5 | sde_eule
 STEPS = flags.DEFINE_integer("steps", None, "Steps of the fixed-step samplers; default: the run's")
 CFG_SCALE = flags.DEFINE_float("cfg_scale", None, "Guidance scale, 1 = none; default: the run's")
 CFG_SWEEP = flags.DEFINE_list("cfg_sweep", None, "Several guidance scales, a row of the table each: 1,1.25,1.5")
+VAE = flags.DEFINE_string("vae", None, "A converted VAE, which decodes latents; default: the run's data.vae")
 LABELS = flags.DEFINE_string("labels", None, "balanced | random class labels; default: eval.labels")
 SEED = flags.DEFINE_integer("seed", None, "Seed of noise and random labels; default: the run's")
 BATCH_SIZE = flags.DEFINE_integer("batch_size", None, "Samples at a time over all devices; default: eval.batch_size")
@@ -72,6 +73,7 @@ def _evaluate_run() -> list[dict]:
         (config.eval, "inception", INCEPTION),
         (config.eval, "reference", REFERENCE),
         (config, "seed", SEED),
+        (config.data, "vae", VAE),
     ):
         if flag.value is not None:
             section[field] = flag.value

@@ -1,7 +1,7 @@
 """Draws samples: python -m dar_jax.sample --workdir=runs/digits --labels=0,1,2 --cfg_scale=2 --out=grid.png
 
 The weights are the EMA of the latest checkpoint. With --out=x.npz the images are written in the ADM layout: arr_0
-uint8 [N, H, W, C] (float32 latents of a latent model) and, as arr_1, the labels int64 [N].
+uint8 [N, H, W, C] and, as arr_1, the labels int64 [N]. Without --vae, a model of latents gives them as float32.
 """
 
 from absl import flags
@@ -15,6 +15,7 @@ NUM_PER_LABEL = flags.DEFINE_integer("num_per_label", 8, "Samples per label, the
 SAMPLER = flags.DEFINE_string("sampler", None, "euler | heun | dopri5 | sde_euler | sde_heun; default: the run's")
 STEPS = flags.DEFINE_integer("steps", None, "Steps of the fixed-step samplers; default: the run's")
 CFG_SCALE = flags.DEFINE_float("cfg_scale", None, "Guidance scale, 1 = none; default: the run's")
+VAE = flags.DEFINE_string("vae", None, "A converted VAE, which decodes latents; default: the run's config.data.vae")
 SEED = flags.DEFINE_integer("seed", None, "Seed of the noise; default: the run's")
 BATCH_SIZE = flags.DEFINE_integer("batch_size", None, "Samples per batch over all devices; default: eval.batch_size")
 OUT = flags.DEFINE_string("out", "samples.png", "A .png grid or an .npz of images and labels")
@@ -29,6 +30,7 @@ def main(_):
     for field, flag in {"method": SAMPLER, "num_steps": STEPS, "cfg_scale": CFG_SCALE}.items():
         if flag.value is not None:
             config.sampler[field] = flag.value
+    config.data.vae = VAE.value or config.data.vae
     config.seed = config.seed if SEED.value is None else SEED.value
     config.eval.batch_size = BATCH_SIZE.value or config.eval.batch_size
     sample_to_file(config, WORKDIR.value, STEP.value, LABELS.value, NUM_PER_LABEL.value, OUT.value)

@@ -13,10 +13,16 @@ from absl import flags
 from ml_collections import ConfigDict
 
 from dar_jax.data.images import center_crop, to_channels, to_float
+from dar_jax.data.latents import LatentSource, check_checksums, draw_latent
 from dar_jax.data.sources import open_source
 from dar_jax.errors import UserError
 
 _MAX_THREADS = 16
+
+
+def _is_latent(data: ConfigDict, channels: int) -> bool:
+    """Whether the model learns latents. Prepared data may hold pixels as well, which three channels ask for."""
+    return data.source == "synthetic" or (data.source == "latents" and channels not in (1, 3))
 
 
 def _check_channels(channels: int) -> None:
@@ -36,7 +42,8 @@ def train_iterator(
     """Iterates over this process's part of the training batches, without end.
 
     The stream of examples is a new permutation of the training split for every epoch, and each example is
-    flipped, if the config says so, by a generator keyed with its place in the stream. Processes take turns
+    flipped, if the config says so, by a generator keyed with its place in the stream. Prepared latents are drawn
+    from their distribution by the same generator, anew in each epoch. Processes take turns
     within the stream. Step k thus holds examples k * batch_size to (k + 1) * batch_size of it for any number
     of processes; a batch may reach over the end of an epoch, and a split smaller than a batch recurs in it.
 
@@ -45,36 +52,42 @@ def train_iterator(
 
     Args:
       data: `config.data`.
-      channels: 1 (grey) or 3 (RGB); images are converted.
+      channels: 1 (grey) or 3 (RGB), to which images are converted; or those of latents.
       batch_size: examples per step over all processes.
       seed: of the order and the flips, 0 <= seed.
       process_index: of this process, in 0..process_count - 1.
       process_count: number of processes, a divisor of batch_size.
 
     Returns:
-      A grain iterator of {"image": float32 [b, S, S, channels] in [-1, 1], "label": int32 [b]},
-      b = batch_size / process_count, S = data.image_size.
+      A grain iterator of {"image": float32 [b, S, S, channels], "label": int32 [b]}, b = batch_size / process_count,
+      S = data.image_size: images in [-1, 1], or scaled latents.
 
     Raises:
-      UserError: the split cannot be opened, or channels or batch_size do not fit. `next` raises it for a
-        damaged image.
+      UserError: the split cannot be opened, or channels, batch_size or `data.vae` do not fit, or a shard of latents
+        is damaged. `next` raises it for a damaged image.
     """
-    if data.source != "synthetic":
+    latent = _is_latent(data, channels)
+    if not latent:
         _check_channels(channels)
     if batch_size % process_count:
         raise UserError(
             f"config.train.batch_size = {batch_size} must be divisible by the number of processes, {process_count}."
         )
     source, size, flip = open_source(data, data.train_split), data.image_size, data.flip
+    if data.source == "latents":
+        _check_latents(source, data, channels, process_index, process_count)
 
     def load(place: int, rng: np.random.Generator) -> dict[str, Any]:
         epoch, i = divmod(place, len(source))
         example = source[int(_epoch_order(seed, epoch, len(source))[i])]
-        image = example["image"]
-        if image.dtype == np.uint8:
-            image = center_crop(to_channels(image, channels), size)
-        if flip and rng.random() < 0.5:
-            image = image[:, ::-1]
+        mirrored = flip and rng.random() < 0.5
+        if latent and "moments" in example:
+            image = draw_latent(example["moments"][int(mirrored)], source.scale, rng)
+        else:
+            image = example["image"]
+            if not latent:
+                image = center_crop(to_channels(image, channels), size)
+            image = image[:, ::-1] if mirrored else image
         return {"image": image, "label": np.int32(example["label"])}
 
     def scale(batch: dict[str, Any]) -> dict[str, Any]:
@@ -92,6 +105,17 @@ def train_iterator(
             flags.FLAGS.mark_as_parsed()
         batches = batches.mp_prefetch(grain.MultiprocessingOptions(num_workers=data.num_workers))
     return iter(batches)
+
+
+def _check_latents(source: LatentSource, data: ConfigDict, channels: int, index: int, count: int) -> None:
+    fingerprint = None
+    if data.vae:
+        from dar_jax.pretrained.vae import read_header  # imports jax, which worker processes can do without
+
+        fingerprint = read_header(data.vae, "config.data.vae")["fingerprint"]
+    source.check(data.image_size, channels, fingerprint)
+    if data.verify:
+        check_checksums(source.path, source.manifest["shards"][index::count])
 
 
 def image_batches(
@@ -114,6 +138,8 @@ def image_batches(
     """
     _check_channels(channels)
     source = open_source(data, split)
+    if data.source == "latents":
+        source.check(data.image_size, channels, None)
     count = len(source) if limit is None else min(limit, len(source))
 
     def load(i: int) -> tuple[np.ndarray, int]:

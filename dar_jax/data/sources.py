@@ -1,4 +1,4 @@
-"""Random access to labelled images: scikit-learn's digits, idx files, image folders, tensorflow-datasets.
+"""Random access to labelled images: digits, idx files, image folders, tensorflow-datasets, prepared latents.
 
 `open_source` checks everything that can be wrong with a config before it reads an image.
 """
@@ -7,6 +7,7 @@ import gzip
 import io
 import math
 import os
+import pathlib
 import zlib
 from typing import Any, Protocol
 
@@ -27,7 +28,10 @@ class Source(Protocol):
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        """Returns {"image": uint8 [h, w, c] of any size, c = 1 or 3, "label": int}."""
+        """Returns {"image": uint8 [h, w, c] of any size, c = 1 or 3, "label": int}.
+
+        Synthetic latents are float32 images; `latents.LatentSource` has "moments" instead, or too.
+        """
         ...
 
 
@@ -157,15 +161,20 @@ def _subfolders(path: str) -> list[str]:
         return sorted(entry.name for entry in entries if entry.is_dir() and not entry.name.startswith("."))
 
 
-def _open_folder(path: str, split: str) -> Source:
+def _subfolder(path: str, split: str) -> str:
     if not os.path.isdir(path):
-        raise UserError(f'config.data.path = "{path}" is no directory; name the directory of the images.')
+        raise UserError(f'config.data.path = "{path}" is no directory; name the directory of the data.')
     root = os.path.join(path, split) if split not in ("", ".") else path
     if not os.path.isdir(root):
         raise UserError(
-            f'split "{split}" is no sub folder of config.data.path = "{path}" (use "." if the classes are '
-            f"directly in it).{near_miss(split, _subfolders(path))}"
+            f'split "{split}" is no sub folder of config.data.path = "{path}" (use "." if the data is directly in '
+            f"it).{near_miss(split, _subfolders(path))}"
         )
+    return root
+
+
+def _open_folder(path: str, split: str) -> Source:
+    root = _subfolder(path, split)
     classes = _subfolders(root)
     if not classes:
         raise UserError(f'image folder "{root}" has no sub folders; it needs one for each class.')
@@ -220,6 +229,12 @@ def _open_tfds(name: str, path: str, split: str) -> Source:
     return TfdsSource(records, label.num_classes if isinstance(label, tfds.features.ClassLabel) else None)
 
 
+def _open_latents(path: str, split: str) -> Source:
+    from dar_jax.data.latents import LatentSource
+
+    return LatentSource(pathlib.Path(_subfolder(path, split)))
+
+
 def open_source(data: ConfigDict, split: str) -> Source:
     """Opens one split of the data set named by the config.
 
@@ -231,6 +246,7 @@ def open_source(data: ConfigDict, split: str) -> Source:
     tfds: any split expression of the set `data.name`, prepared as array_record in `data.path`; its features
       are "image" and, if it has one, the class label "label". Nothing is downloaded, and tensorflow is not
       imported.
+    latents: what dar_jax.prepare wrote to the sub folder `split` of `data.path`, "." for `data.path` itself.
     synthetic: random latents of ImageNet's shapes, whatever the split; not uint8 but float32, and not cropped.
 
     Args:
@@ -243,7 +259,7 @@ def open_source(data: ConfigDict, split: str) -> Source:
     Raises:
       UserError: a path, file, set or split is missing, empty or damaged.
     """
-    check_choice("config.data.source", data.source, ("digits", "idx", "folder", "tfds", "synthetic"))
+    check_choice("config.data.source", data.source, ("digits", "idx", "folder", "tfds", "latents", "synthetic"))
     if data.source == "digits":
         source = _open_digits(split)
     elif data.source == "idx":
@@ -252,6 +268,8 @@ def open_source(data: ConfigDict, split: str) -> Source:
         source = SyntheticSource(data.image_size)
     elif data.source == "folder":
         source = _open_folder(data.path, split)
+    elif data.source == "latents":
+        source = _open_latents(data.path, split)
     else:
         source = _open_tfds(data.name, data.path, split)
     if len(source) == 0:

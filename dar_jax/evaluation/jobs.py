@@ -32,9 +32,10 @@ from dar_jax.evaluation.metrics import (
     score,
     warn_if_few,
 )
-from dar_jax.evaluation.sampling import class_labels, make_sampler, sample_images
+from dar_jax.evaluation.sampling import class_labels, image_shape, make_sampler, sample_images
 from dar_jax.evaluation.sets import MOMENT_KEYS, check_output, open_images, write_set
 from dar_jax.pretrained.inception import how_to_get
+from dar_jax.pretrained.vae import read_header
 from dar_jax.training.checkpoint import restore_ema
 from dar_jax.training.logs import say
 from dar_jax.training.state import abstract_params
@@ -63,10 +64,12 @@ def evaluate_run(
     Raises:
       UserError: something does not fit, before anything is sampled.
     """
-    if config.model.channels not in (1, 3):
+    if config.model.channels not in (1, 3) and not (
+        config.data.vae and config.eval.inception and config.eval.reference
+    ):
         raise UserError(
-            f"--workdir: the model makes latents of {config.model.channels} channels, and the VAE that decodes them "
-            "comes with a later release; sample an .npz, decode it elsewhere and pass it as --samples."
+            f"--workdir: the model makes latents of {config.model.channels} channels; to score them give --vae, "
+            "--inception and --reference."
         )
     if samples_out:
         check_output(samples_out, ".npz", "--samples_out")
@@ -96,7 +99,7 @@ def evaluate_run(
             samples = _sample(draw, ema, labels, features, shards, config.eval.batch_size, mesh)
             results.append({"scores": score(features, reference, samples), "settings": settings})
             if samples_out and jax.process_index() == 0:
-                shape = (len(labels), *[config.model.input_size] * 2, config.model.channels)
+                shape = (len(labels), *image_shape(config))
                 others = {"arr_1": labels.astype(np.int64)}
                 write_set(samples_out, shape, shards.images(len(labels)), others, "--samples_out")
             shards.remove()
@@ -270,6 +273,7 @@ def _settings(config: ConfigDict, features: Features, *, workdir: str, step: int
         "sampler": config.sampler.to_dict(),
         "diffusion": config.diffusion.to_dict(),
         "model": config.model.to_dict(),
+        "vae": config.data.vae and read_header(config.data.vae, "config.data.vae")["fingerprint"],
         **reference,
         **_files(config, features),
     }

@@ -12,6 +12,7 @@ from ml_collections import ConfigDict
 from dar_jax.data.pipeline import image_batches
 from dar_jax.errors import UserError
 from dar_jax.evaluation.features import Features, extract_all
+from dar_jax.evaluation.sampling import image_shape
 from dar_jax.evaluation.sets import array_names, open_images, read_moments
 from dar_jax.evaluation.statistics import (
     Accumulator,
@@ -118,8 +119,7 @@ def split_reference(config: ConfigDict, features: Features, mesh: Mesh) -> Featu
 def load_reference(config: ConfigDict, features: Features, mesh: Mesh) -> FeatureSet:
     """The reference of a run: `config.eval.reference`, else its held-out images."""
     if config.eval.reference:
-        size = config.data.image_size, config.data.image_size
-        return read_reference(config.eval.reference, features, mesh, size)
+        return read_reference(config.eval.reference, features, mesh, image_shape(config)[:2])
     return split_reference(config, features, mesh)
 
 

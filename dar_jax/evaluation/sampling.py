@@ -18,14 +18,20 @@ from dar_jax.diffusion import guidance, sampler
 from dar_jax.errors import UserError
 from dar_jax.evaluation.grid import save_grid
 from dar_jax.models import SiT
+from dar_jax.pretrained.vae import AutoencoderKL, make_decoder, read_header
+from dar_jax.pretrained.vae import load as load_vae
 from dar_jax.training.checkpoint import restore_ema
 from dar_jax.training.state import abstract_params
 
 
 def make_sampler(config: ConfigDict, model: SiT, mesh: Mesh) -> Callable[[dict, Array, Array], Array]:
-    """Returns a jitted function (params, index int32 [B], label int32 [B]) -> images float32 [B, H, W, C].
+    """Returns a function (params, index int32 [B], label int32 [B]) -> images float32 [B, H, W, C].
 
-    Its batch is split over all devices of `mesh`. The noise of sample i follows from (config.seed, i).
+    Its batch is split over all devices of `mesh`. The noise of sample i follows from (config.seed, i). The VAE of
+    `config.data.vae` decodes latents; without it they are what is returned.
+
+    Raises:
+      UserError: there is no VAE there, or its latents are not the model's.
     """
 
     def draw(params: dict, index: Array, label: Array) -> Array:
@@ -48,7 +54,27 @@ def make_sampler(config: ConfigDict, model: SiT, mesh: Mesh) -> Callable[[dict, 
         return sampler.sample(predict_guided, x0, sde_keys, config.sampler, config.diffusion)
 
     batch = sharding.batch_sharding(mesh)
-    return jax.jit(draw, in_shardings=(None, batch, batch), out_shardings=batch)
+    draw = jax.jit(draw, in_shardings=(None, batch, batch), out_shardings=batch)
+    if not config.data.vae:
+        return draw
+    vae = load_vae(config.data.vae, "config.data.vae")
+    if vae.model.latent_channels != model.channels:
+        raise UserError(
+            f'config.data.vae = "{config.data.vae}" decodes {vae.model.latent_channels} channels, but '
+            f"config.model.channels = {model.channels}; name another VAE, or none for a model of pixels."
+        )
+    decode = make_decoder(vae, mesh)
+    return lambda params, index, label: decode(draw(params, index, label))
+
+
+def image_shape(config: ConfigDict) -> tuple[int, int, int]:
+    """[H, W, C] of what `make_sampler` draws. Raises UserError if there is no VAE in `config.data.vae`."""
+    side = config.model.input_size
+    if not config.data.vae:
+        return side, side, config.model.channels
+    header = read_header(config.data.vae, "config.data.vae")
+    side *= AutoencoderKL(tuple(header["channels"]), header["latent_channels"]).factor
+    return side, side, 3
 
 
 def class_labels(config: ConfigDict, count: int) -> np.ndarray:
@@ -119,9 +145,12 @@ def sample_to_file(
     path = pathlib.Path(out)
     if path.suffix not in (".png", ".npz"):
         raise UserError(f'--out = "{out}" must end in .png or .npz.')
-    is_image = config.model.channels in (1, 3)
+    is_image = config.model.channels in (1, 3) or bool(config.data.vae)
     if path.suffix == ".png" and not is_image:
-        raise UserError(f'--out = "{out}": the model makes latents of {config.model.channels} channels; write an .npz.')
+        raise UserError(
+            f'--out = "{out}": the model makes latents of {config.model.channels} channels; name their VAE '
+            "with --vae, or write an .npz."
+        )
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:

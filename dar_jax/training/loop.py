@@ -11,7 +11,7 @@ from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
 from dar_jax import models, sharding
-from dar_jax.config import validate
+from dar_jax.config import encodes_online, validate
 from dar_jax.data.pipeline import train_iterator
 from dar_jax.data.sources import open_source
 from dar_jax.diffusion import sampler
@@ -20,6 +20,7 @@ from dar_jax.evaluation.inline import InlineEvaluation
 from dar_jax.training.checkpoint import Checkpoints, claim_workdir, has_checkpoint
 from dar_jax.training.init_from import check_init_from, restore_initial
 from dar_jax.training.logs import Logs, say
+from dar_jax.training.online import make_online_encoder
 from dar_jax.training.optimizer import make_optimizer
 from dar_jax.training.state import make_state
 from dar_jax.training.step import make_train_step
@@ -45,7 +46,7 @@ def train(config: ConfigDict, workdir: str) -> None:
         )
     iterator = train_iterator(
         config.data,
-        channels=config.model.channels,
+        channels=3 if encodes_online(config) else config.model.channels,
         batch_size=config.train.batch_size,
         seed=config.seed,
         process_index=jax.process_index(),
@@ -79,6 +80,7 @@ def _run(config, workdir, mesh, iterator, checkpoints, stop) -> None:
         say(f"nothing to do: {workdir} is at step {step} of {num_steps}; raise --config.train.num_steps to go on")
         return
 
+    encode = make_online_encoder(config, mesh) if encodes_online(config) else None
     evaluation = InlineEvaluation(config, model, mesh, workdir, say) if config.eval.every_steps else None
     logs = Logs(workdir, first_step=step, num_steps=num_steps, batch_size=config.train.batch_size)
     batch_sharding = sharding.batch_sharding(mesh)
@@ -102,6 +104,8 @@ def _run(config, workdir, mesh, iterator, checkpoints, stop) -> None:
     try:
         while step < num_steps and not stop(step):
             batch = jax.tree.map(lambda x: jax.make_array_from_process_local_data(batch_sharding, x), next(iterator))
+            if encode:
+                batch["image"] = encode(batch["image"], step)
             state, metrics = take_step(state, batch)
             step += 1
             settle()

@@ -1,0 +1,135 @@
+"""Prepared data: few large ArrayRecord shards and the manifest that describes them. `dar_jax.prepare` writes them.
+
+A record is one example, its fields one after the other, little-endian and without padding:
+
+    label    int32
+    moments  float16 or float32 [2, 2, h, w, C]: of the image, of its mirror; each mean, standard deviation, not scaled
+    image    uint8 [S, S, 3]: after the crop
+
+with moments if a VAE made them, and with the image if asked for or if there is no VAE. manifest.json lists the fields
+(numpy's names and shapes, in this order) and
+
+    schema        SCHEMA; another one is another layout
+    source, split, num_source, num_classes   what was prepared, and how many images and classes it had
+    image_size, crop                         S; "adm": `images.center_crop`
+    vae           null, or the fingerprint and scale of the VAE
+    shard_size    source images per shard: shard i is made of images i * shard_size to (i + 1) * shard_size
+    num_examples, skipped                    how many records there are; what was wrong with the other images
+    shards        name, records, bytes and sha256 of every file, in order
+"""
+
+import hashlib
+import json
+import pathlib
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+from array_record.python.array_record_data_source import ArrayRecordDataSource
+
+from dar_jax.errors import UserError
+
+SCHEMA = 1
+
+
+def record_dtype(fields: Iterable[tuple[str, str, Iterable[int]]]) -> np.dtype:
+    """The record as a numpy structure, of fields (name, dtype, shape)."""
+    return np.dtype([(name, dtype, tuple(shape)) for name, dtype, shape in fields])
+
+
+def read_manifest(path: pathlib.Path) -> dict[str, Any]:
+    """The manifest of the directory `path`.
+
+    Raises UserError unless the set is finished, its manifest of this schema, and every shard there in its full size.
+    """
+    try:
+        manifest = json.loads((path / "manifest.json").read_text())
+    except OSError as error:
+        state = "is unfinished; repeat its" if (path / "progress").exists() else "holds no manifest.json; make it with"
+        raise UserError(f'prepared data "{path}" {state} python -m dar_jax.prepare --out={path}.') from error
+    except ValueError as error:
+        raise UserError(f'"{path}/manifest.json" cannot be read ({error}); prepare the data again.') from error
+    if manifest.get("schema") != SCHEMA:
+        raise UserError(
+            f'"{path}/manifest.json" has schema {manifest.get("schema")}, not {SCHEMA}; prepare the data again.'
+        )
+    for shard in manifest["shards"]:
+        file = path / shard["name"]
+        if not file.is_file():
+            raise UserError(f'shard "{file}" is missing; copy it again, or prepare the data again.')
+        if file.stat().st_size != shard["bytes"]:
+            raise UserError(
+                f'shard "{file}" has {file.stat().st_size} bytes, not the {shard["bytes"]} of its manifest; copy it '
+                "again, or prepare the data again."
+            )
+    return manifest
+
+
+def checksum(path: pathlib.Path) -> str:
+    """SHA-256 of a file."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def check_checksums(path: pathlib.Path, shards: list[dict[str, Any]]) -> None:
+    """Reads `shards`, entries of the manifest, as a whole; raises UserError that names those that are damaged."""
+    with ThreadPoolExecutor(8) as pool:  # hashing releases the interpreter
+        sums = pool.map(checksum, [path / shard["name"] for shard in shards])
+        bad = [shard["name"] for shard, found in zip(shards, sums, strict=True) if found != shard["sha256"]]
+    if bad:
+        raise UserError(
+            f'{len(bad)} of {len(shards)} shards of "{path}" are damaged (checksum): {", ".join(bad)}; copy them '
+            "again, or prepare the data again."
+        )
+
+
+class LatentSource:
+    """The records of a prepared directory, in the order of its source; a `sources.Source`.
+
+    Attributes:
+      path: the directory.
+      manifest: its manifest.
+      dtype: the record.
+      scale: of the latents, None without a VAE.
+    """
+
+    def __init__(self, path: pathlib.Path):
+        self.path, self.manifest = path, read_manifest(path)
+        self.num_classes, vae = self.manifest["num_classes"], self.manifest["vae"]
+        self.scale, self.dtype = vae and vae["scale"], record_dtype(self.manifest["fields"])
+        self.records = ArrayRecordDataSource([str(path / shard["name"]) for shard in self.manifest["shards"]])
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        """Returns {"label": int} with "moments" and "image", the arrays of the record, if it has them."""
+        (record,) = np.frombuffer(self.records[index], self.dtype)
+        return {name: record[name] for name in self.dtype.names} | {"label": int(record["label"])}
+
+    def check(self, image_size: int, channels: int, vae_fingerprint: str | None) -> None:
+        """Raises UserError unless a model of these inputs, and of this VAE, if there is one, can learn from here."""
+        wanted = "image" if channels in (1, 3) else "moments"
+        if wanted not in self.dtype.names:
+            option = "--keep_images" if wanted == "image" else "--vae=DIR"
+            raise UserError(
+                f'config.model.channels = {channels} asks for {wanted}, but the records of "{self.path}" have only '
+                f"{', '.join(self.dtype.names)}; prepare them with {option}."
+            )
+        if wanted == "moments" and self.dtype["moments"].shape[2:] != (image_size, image_size, channels):
+            raise UserError(
+                f"config.data.image_size = {image_size}, config.model.channels = {channels} do not suit the latents of "
+                f'"{self.path}", which are {"x".join(map(str, self.dtype["moments"].shape[2:]))}.'
+            )
+        if wanted == "moments" and vae_fingerprint not in (None, self.manifest["vae"]["fingerprint"]):
+            raise UserError(
+                f'config.data.vae has the fingerprint {vae_fingerprint[:12]}, but the latents of "{self.path}" are of '
+                f"{self.manifest['vae']['fingerprint'][:12]}; name the VAE that made them, or prepare them with this."
+            )
+
+
+def draw_latent(moments: np.ndarray, scale: float, rng: np.random.Generator) -> np.ndarray:
+    """scale * (mean + std * noise), float32 [h, w, C], of the moments [2, h, w, C] of one image."""
+    mean, std = moments.astype(np.float32)
+    return np.float32(scale) * (mean + std * rng.standard_normal(mean.shape, np.float32))

@@ -1,0 +1,275 @@
+"""Writes prepared data (`data.latents`): each image decoded, cropped and encoded once, in shards that survive a kill.
+
+A shard depends on its own source images alone, and so does not on when, where or beside which others it was made. It
+is written under a temporary name, renamed, and recorded in progress/; one that is recorded is never written again.
+Workers share the shards by their numbers and need not know of each other: who finds all recorded writes the manifest.
+"""
+
+import json
+import os
+import pathlib
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from array_record.python.array_record_module import ArrayRecordWriter
+
+from dar_jax.data.images import center_crop, to_channels
+from dar_jax.data.latents import SCHEMA, checksum, read_manifest, record_dtype
+from dar_jax.data.sources import Source
+from dar_jax.errors import UserError
+
+if TYPE_CHECKING:
+    from dar_jax.pretrained.vae import Vae
+
+# One record a chunk, for random access; not compressed, because latents hardly can be and it takes time to undo.
+_OPTIONS = "group_size:1,uncompressed"
+_BATCH = 64  # images at a time without a VAE
+_REPORT_SECONDS = 30
+
+
+def describe(
+    source: Source, name: str, split: str, image_size: int, vae: "Vae | None", dtype: str, keep_image: bool,
+    shard_size: int,
+) -> dict[str, Any]:  # fmt: skip
+    """The part of a manifest that is known before the first image: what two runs must share to continue each other.
+
+    Args:
+      source: the images.
+      name: of the source, as in "tfds:imagenet2012".
+      split: of the source.
+      image_size: S, height = width after the crop.
+      vae: makes the moments, or None to keep pixels only.
+      dtype: of the moments, float16 or float32.
+      keep_image: whether to keep the pixels beside the moments.
+      shard_size: source images per shard.
+
+    Raises:
+      UserError: image_size cannot be encoded, or there are no images.
+    """
+    if not len(source):
+        raise UserError(f'"{name}" has no images in split "{split}".')
+    fields = [["label", "<i4", []]]
+    if vae:
+        side, rest = divmod(image_size, vae.model.factor)
+        if rest:
+            raise UserError(f"--image_size = {image_size} must be divisible by {vae.model.factor}, as the VAE asks.")
+        shape = [2, 2, side, side, vae.model.latent_channels]
+        fields.append(["moments", {"float16": "<f2", "float32": "<f4"}[dtype], shape])
+    if keep_image or not vae:
+        fields.append(["image", "|u1", [image_size, image_size, 3]])
+    return {
+        "schema": SCHEMA,
+        "source": name,
+        "split": split,
+        "num_source": len(source),
+        "num_classes": source.num_classes,
+        "image_size": image_size,
+        "crop": "adm",
+        "vae": vae and {"fingerprint": vae.fingerprint, "scale": vae.scale},
+        "fields": fields,
+        "shard_size": shard_size,
+    }
+
+
+def prepare(
+    source: Source, settings: dict[str, Any], vae: "Vae | None", out: str, *, max_skipped: int, worker: int,
+    workers: int, say: Callable[[str], None],
+) -> None:  # fmt: skip
+    """Writes the shards worker, worker + workers, ... that are not there yet; the last worker, the manifest.
+
+    Args:
+      source: the images.
+      settings: of `describe`.
+      vae: as there.
+      out: the directory.
+      max_skipped: how many images that cannot be read a worker reports and leaves out.
+      worker: 0 <= worker < workers.
+      workers: how many processes share the work; also hosts that share a file system.
+      say: takes lines of progress.
+
+    Raises:
+      UserError: `out` holds another set or cannot be written, more than max_skipped images cannot be read, or the VAE
+        gives a number that the dtype cannot hold.
+    """
+    directory = pathlib.Path(out)
+    try:
+        _claim(directory, settings)
+    except OSError as error:
+        raise UserError(f'--out = "{out}" cannot be written: {error.strerror}; take another.') from error
+    count = -(-settings["num_source"] // settings["shard_size"])
+    names = [f"shard-{i:05d}-of-{count:05d}.array_record" for i in range(count)]
+    if (directory / "manifest.json").exists():
+        read_manifest(directory)
+        say(f"{out} is finished; --verify checks it")
+        return
+    mine = range(worker, count, workers)
+    done = {i: entry for i in mine if (entry := _finished(directory, names[i]))}
+    todo = [i for i in mine if i not in done]
+    say(f"{len(mine)} shards to write, {len(done)} of them are finished")
+    if todo:
+        progress = _Progress(todo, settings, say, max_skipped, sum(len(entry["skipped"]) for entry in done.values()))
+        encode, batch_size = _make_encode(vae) if vae else (None, _BATCH)
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            for i in todo:
+                _write_shard(directory, names[i], i, source, settings, encode, batch_size, pool, progress)
+    entries = [_finished(directory, name) for name in names]
+    if missing := entries.count(None):
+        say(f"{missing} shards of other workers are not finished; the last of them writes the manifest")
+        return
+    manifest = {
+        **settings,
+        "num_examples": sum(entry["records"] for entry in entries),
+        "skipped": [line for entry in entries for line in entry.pop("skipped")],
+        "shards": entries,
+    }
+    _write_json(directory / "manifest.json", manifest)
+    size = sum(entry["bytes"] for entry in entries)
+    say(
+        f"wrote {out}: {manifest['num_examples']:,} examples in {count} shards, {size / 1e9:.3g} GB, "
+        f"{len(manifest['skipped'])} images skipped"
+    )
+
+
+class _Progress:
+    """Counts the images of the shards that are to be written, and says how long the rest will take."""
+
+    def __init__(self, todo: list[int], settings: dict, say: Callable[[str], None], max_skipped: int, skipped: int):
+        size, total = settings["shard_size"], settings["num_source"]
+        self.total = sum(min((i + 1) * size, total) - i * size for i in todo)
+        self.say, self.max_skipped, self.skipped, self.count = say, max_skipped, skipped, 0
+        self.start = self.reported = time.monotonic()
+
+    def add(self, count: int) -> None:
+        self.count += count
+        now = time.monotonic()
+        if now - self.reported > _REPORT_SECONDS or self.count == self.total:
+            self.reported = now
+            rate = self.count / max(now - self.start, 1e-9)
+            hours, minutes = divmod(round((self.total - self.count) / rate / 60), 60)
+            self.say(f"{self.count:,} of {self.total:,} images, {rate:.1f} images/s, {hours} h {minutes:02} min left")
+
+    def skip(self, error: UserError) -> str:
+        self.skipped += 1
+        if self.skipped > self.max_skipped:
+            raise UserError(f"{error} It is one more than --max_skipped = {self.max_skipped}.")
+        self.say(f"skipped: {error}")
+        return str(error)
+
+
+def _claim(directory: pathlib.Path, settings: dict[str, Any]) -> None:
+    """Notes what is prepared in `directory`, or raises UserError if that is something else."""
+    manifest, notes = directory / "manifest.json", directory / "progress" / "settings.json"
+    if not manifest.exists() and not notes.exists():
+        notes.parent.mkdir(parents=True, exist_ok=True)
+        _write_json(notes, settings)
+    stored = json.loads((manifest if manifest.exists() else notes).read_text())
+    for key, value in settings.items():
+        if stored.get(key) != value:
+            raise UserError(
+                f'--out = "{directory}" holds data with {key} = {stored.get(key)}, not {value}; take another, or '
+                "repeat the command it was begun with."
+            )
+
+
+def _finished(directory: pathlib.Path, name: str) -> dict[str, Any] | None:
+    """What progress/ says of a shard (name, records, bytes, sha256, skipped), if it is there in its full size."""
+    try:
+        entry = json.loads((directory / "progress" / f"{name}.json").read_text())
+        return entry if (directory / name).stat().st_size == entry["bytes"] else None
+    except FileNotFoundError:
+        return None
+
+
+def _write_json(path: pathlib.Path, content: dict[str, Any]) -> None:
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    temporary.write_text(json.dumps(content, indent=1) + "\n")
+    os.replace(temporary, path)
+
+
+def _make_encode(vae: "Vae") -> tuple[Callable[[np.ndarray], Any], int]:
+    """(images uint8 [B, S, S, 3] -> moments [B, 2 (image, mirror), 2, h, w, C] on all devices of this host, B)."""
+    import jax
+
+    from dar_jax import sharding
+    from dar_jax.config import default
+    from dar_jax.pretrained.vae import CHUNK, make_encoder
+
+    mesh = sharding.make_mesh(default().mesh, jax.local_devices())
+    encode = make_encoder(vae, mesh)
+    return lambda images: (encode(images), encode(images[:, :, ::-1])), CHUNK * mesh.size
+
+
+def _write_shard(directory, name, number, source, settings, encode, batch_size, pool, progress) -> None:
+    size = settings["shard_size"]
+    indices = range(number * size, min((number + 1) * size, settings["num_source"]))
+    dtype, skipped, records = record_dtype(settings["fields"]), [], 0
+    temporary = directory / f"{name}.tmp"
+    writer = ArrayRecordWriter(str(temporary), _OPTIONS)
+
+    def write(labels: list[int], images: np.ndarray, moments: Any) -> None:
+        batch = np.zeros(len(labels), dtype)
+        batch["label"] = labels
+        if "image" in dtype.names:
+            batch["image"] = images[: len(labels)]
+        if moments is not None:
+            with np.errstate(over="ignore"):
+                batch["moments"] = np.stack(moments, axis=1)[: len(labels)]
+            if not np.isfinite(batch["moments"]).all():
+                raise UserError(f"the VAE gives moments that are no numbers of {dtype['moments'].base} in {name}.")
+        for record in batch:
+            writer.write(record.tobytes())
+
+    pending = None  # a batch on its way through the devices
+    try:
+        for labels, images, errors in _batches(source, indices, settings["image_size"], batch_size, pool):
+            skipped += [progress.skip(error) for error in errors]
+            # Dispatched before the batch before is fetched, so that the devices need not wait for the disk.
+            following = labels, images, encode(images) if encode and labels else None
+            if pending:
+                write(*pending)
+            pending, records = following, records + len(labels)
+            progress.add(len(labels) + len(errors))
+        write(*pending)
+    finally:
+        writer.close()
+    entry = {
+        "name": name,
+        "records": records,
+        "bytes": temporary.stat().st_size,
+        "sha256": checksum(temporary),
+        "skipped": skipped,
+    }
+    os.replace(temporary, directory / name)
+    _write_json(directory / "progress" / f"{name}.json", entry)
+
+
+def _batches(
+    source: Source, indices: range, image_size: int, batch_size: int, pool: ThreadPoolExecutor
+) -> Iterator[tuple[list[int], np.ndarray, list[UserError]]]:
+    """Yields labels, cropped images uint8 [batch_size, S, S, 3] (zeros follow the last) and what cannot be read."""
+
+    def load(index: int) -> tuple[int, np.ndarray] | UserError:
+        try:
+            example = source[index]
+        except UserError as error:
+            return error
+        return example["label"], center_crop(to_channels(example["image"], 3), image_size)
+
+    ahead: deque[Future] = deque()
+    for start in range(0, len(indices) + 2 * batch_size, batch_size):  # the pool works two batches ahead
+        ahead.extend(pool.submit(load, index) for index in indices[start : start + batch_size])
+        if start < 2 * batch_size:
+            continue
+        labels, images, errors = [], np.zeros((batch_size, image_size, image_size, 3), np.uint8), []
+        for _ in range(min(batch_size, len(ahead))):
+            loaded = ahead.popleft().result()
+            if isinstance(loaded, UserError):
+                errors.append(loaded)
+            else:
+                images[len(labels)] = loaded[1]
+                labels.append(loaded[0])
+        yield labels, images, errors

@@ -1,0 +1,349 @@
+"""The autoencoder of Stable Diffusion 1 (AutoencoderKL, f8, 4 channels; Rombach et al. 2022, arXiv:2112.10752).
+
+An image becomes a normal distribution over latents, its moments; a diffusion model learns draws from it times SCALE,
+which makes their variance about one. Layers carry the names of diffusers, `down_blocks.0` as `down_blocks_0`, so that
+the published weights (stabilityai/sd-vae-ft-ema and -mse) are renamed by one rule.
+
+A converted VAE is a directory: weights/ (orbax, float32) and vae.json with the widths, the scale and a fingerprint of
+the weights, by which latents remember who made them.
+"""
+
+import hashlib
+import json
+import math
+import pathlib
+import re
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint.experimental.v1 as ocp
+from flax import traverse_util
+from jax import Array
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from safetensors import SafetensorError
+from safetensors.numpy import load_file
+
+from dar_jax import sharding
+from dar_jax.errors import UserError
+
+SCALE = 0.18215
+GROUPS = 32  # of every GroupNorm; leaves no trace in the weights
+CHUNK = 8  # images a device encodes or decodes at a time: 256x256 pixels need about 0.3 GB each
+OLD_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}  # of diffusers before 0.15
+
+# Full precision: latents and FID must not depend on an accelerator's default for convolutions.
+_PRECISION = jax.lax.Precision.HIGHEST
+
+
+def _conv(features: int, kernel: int, name: str, **options) -> nn.Conv:
+    return nn.Conv(features, (kernel, kernel), precision=_PRECISION, name=name, **options)
+
+
+def _norm(name: str) -> nn.GroupNorm:
+    return nn.GroupNorm(GROUPS, epsilon=1e-6, use_fast_variance=False, name=name)
+
+
+class _Resnet(nn.Module):
+    """[B, H, W, C] -> [B, H, W, features]."""
+
+    features: int
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        h = _conv(self.features, 3, "conv1")(nn.silu(_norm("norm1")(x)))
+        h = _conv(self.features, 3, "conv2")(nn.silu(_norm("norm2")(h)))
+        if x.shape[-1] != self.features:
+            x = _conv(self.features, 1, "conv_shortcut")(x)
+        return x + h
+
+
+class _Attention(nn.Module):
+    """One head over all pixels; [B, H, W, C] -> the same."""
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        size = x.shape[-1]
+        h = _norm("group_norm")(x).reshape(x.shape[0], -1, size)  # [B, T, C]
+        q, k, v = (nn.Dense(size, precision=_PRECISION, name=name)(h) for name in ("to_q", "to_k", "to_v"))
+        scores = jnp.einsum("bqc,bkc->bqk", q, k, precision=_PRECISION) / math.sqrt(size)
+        h = jnp.einsum("bqk,bkc->bqc", nn.softmax(scores), v, precision=_PRECISION)
+        return x + nn.Dense(size, precision=_PRECISION, name="to_out_0")(h).reshape(x.shape)
+
+
+class _MidBlock(nn.Module):
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        x = _Resnet(x.shape[-1], name="resnets_0")(x)
+        x = _Attention(name="attentions_0")(x)
+        return _Resnet(x.shape[-1], name="resnets_1")(x)
+
+
+class _Downsample(nn.Module):
+    """Halves the sides. Only the lower and the right edge are padded, so the result leans to one side."""
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        return _conv(x.shape[-1], 3, "conv", strides=2, padding=((0, 1), (0, 1)))(x)
+
+
+class _Upsample(nn.Module):
+    """Doubles the sides: nearest neighbour, then a convolution."""
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        return _conv(x.shape[-1], 3, "conv")(x.repeat(2, axis=1).repeat(2, axis=2))
+
+
+class _DownBlock(nn.Module):
+    features: int
+    last: bool
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        for i in range(2):
+            x = _Resnet(self.features, name=f"resnets_{i}")(x)
+        return x if self.last else _Downsample(name="downsamplers_0")(x)
+
+
+class _UpBlock(nn.Module):
+    features: int
+    last: bool
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        for i in range(3):
+            x = _Resnet(self.features, name=f"resnets_{i}")(x)
+        return x if self.last else _Upsample(name="upsamplers_0")(x)
+
+
+class _Encoder(nn.Module):
+    channels: tuple[int, ...]
+    latent_channels: int
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        x = _conv(self.channels[0], 3, "conv_in")(x)
+        for i, features in enumerate(self.channels):
+            x = _DownBlock(features, i == len(self.channels) - 1, name=f"down_blocks_{i}")(x)
+        x = _MidBlock(name="mid_block")(x)
+        return _conv(2 * self.latent_channels, 3, "conv_out")(nn.silu(_norm("conv_norm_out")(x)))
+
+
+class _Decoder(nn.Module):
+    channels: tuple[int, ...]
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        x = _conv(self.channels[-1], 3, "conv_in")(x)
+        x = _MidBlock(name="mid_block")(x)
+        for i, features in enumerate(reversed(self.channels)):
+            x = _UpBlock(features, i == len(self.channels) - 1, name=f"up_blocks_{i}")(x)
+        return _conv(3, 3, "conv_out")(nn.silu(_norm("conv_norm_out")(x)))
+
+
+class AutoencoderKL(nn.Module):
+    """Encoder and decoder, float32.
+
+    Attributes:
+      channels: width of each level, from the pixels inward; every level but the last halves the sides.
+      latent_channels: C of the latents.
+    """
+
+    channels: tuple[int, ...] = (128, 256, 512, 512)
+    latent_channels: int = 4
+
+    def setup(self):
+        self.encoder = _Encoder(self.channels, self.latent_channels)
+        self.quant_conv = nn.Conv(2 * self.latent_channels, (1, 1), precision=_PRECISION)
+        self.post_quant_conv = nn.Conv(self.latent_channels, (1, 1), precision=_PRECISION)
+        self.decoder = _Decoder(self.channels)
+
+    @property
+    def factor(self) -> int:
+        """Pixels per latent, along each side."""
+        return 2 ** (len(self.channels) - 1)
+
+    def encode(self, x: Array) -> Array:
+        """Moments of the latents' distribution, not scaled.
+
+        Args:
+          x: images float32 [B, H, W, 3] in [-1, 1].
+
+        Returns:
+          float32 [B, 2, H / factor, W / factor, latent_channels], rounded down: mean, standard deviation.
+        """
+        mean, log_variance = jnp.split(self.quant_conv(self.encoder(x)), 2, axis=-1)
+        return jnp.stack([mean, jnp.exp(0.5 * jnp.clip(log_variance, -30, 20))], axis=1)
+
+    def decode(self, z: Array) -> Array:
+        """Latents, not scaled, float32 [B, h, w, latent_channels] -> images [B, factor * h, factor * w, 3]."""
+        return self.decoder(self.post_quant_conv(z))
+
+    def __call__(self, x: Array) -> Array:
+        """Images to the images of their mean latents."""
+        return self.decode(self.encode(x)[:, 0])
+
+
+class Vae(NamedTuple):
+    """A VAE with its weights: the params tree of `model`, the scale of its latents, the SHA-256 of the weights."""
+
+    model: AutoencoderKL
+    params: dict
+    scale: float
+    fingerprint: str
+
+
+def read_safetensors(path: str) -> dict[str, np.ndarray]:
+    """Reads a state dict, arrays by name. Raises UserError if the file cannot be read."""
+    if not pathlib.Path(path).is_file() or pathlib.Path(path).suffix != ".safetensors":
+        raise UserError(f'--input = "{path}" is no .safetensors file; name diffusion_pytorch_model.safetensors.')
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f'--input = "{path}" cannot be read ({error}); fetch it again.') from error
+
+
+def from_torch(state_dict: Mapping[str, Any]) -> Vae:
+    """The VAE of float32 arrays under the names of diffusers, with old or new names of the attention layers.
+
+    Raises UserError if a key is missing, unexpected or of a shape that does not fit the others.
+    """
+    old = re.compile(rf"(\.attentions\.0)\.({'|'.join(OLD_NAMES)})\.")
+    rest = {old.sub(lambda m: f"{m[1]}.{OLD_NAMES[m[2]]}.", key): array for key, array in state_dict.items()}
+    model = _infer_model(rest)
+    params = {}
+    for path, expected in traverse_util.flatten_dict(_abstract(model), sep="/").items():
+        # down_blocks_0/resnets_1/norm1/scale is down_blocks.0.resnets.1.norm1.weight
+        key = re.sub(r"_(\d+)", r".\1", path).replace("/", ".")
+        key = re.sub(r"\.(kernel|scale)$", ".weight", key)
+        if key not in rest:
+            raise UserError(f'the weights lack the key "{key}" of AutoencoderKL.')
+        array = np.asarray(rest.pop(key), np.float32)
+        found = array.shape
+        if array.ndim == 4:
+            array = array.transpose(2, 3, 1, 0)
+        elif array.ndim == 2:
+            array = array.T
+        if array.shape != expected.shape:
+            raise UserError(f'"{key}" has shape {found}, which does not fit the other weights of AutoencoderKL.')
+        params[path] = np.ascontiguousarray(array)
+    if rest:
+        raise UserError(f'the weights have the key "{min(rest)}", which AutoencoderKL has not.')
+    params = traverse_util.unflatten_dict(params, sep="/")
+    return Vae(model, params, SCALE, _fingerprint(params))
+
+
+def write(path: str, vae: Vae) -> None:
+    """Writes the directory of a VAE. Raises UserError if there is one already or it cannot be written."""
+    directory = pathlib.Path(path).absolute()
+    if (directory / "vae.json").exists():
+        raise UserError(f'--output = "{path}" holds a VAE; take another.')
+    content = {
+        "channels": vae.model.channels,
+        "latent_channels": vae.model.latent_channels,
+        "scale": vae.scale,
+        "fingerprint": vae.fingerprint,
+    }
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        ocp.save_pytree(directory / "weights", vae.params, overwrite=True)
+        (directory / "vae.json").write_text(json.dumps(content, indent=2) + "\n")  # last: it marks a whole directory
+    except OSError as error:
+        raise UserError(f'--output = "{path}" cannot be written: {error.strerror}; take another.') from error
+
+
+def read_header(path: str, field: str) -> dict[str, Any]:
+    """channels, latent_channels, scale and fingerprint of the directory `path`, without its weights.
+
+    `field` is the flag or config field of the path, for the UserError if there is no VAE.
+    """
+    try:
+        return json.loads((pathlib.Path(path) / "vae.json").read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f'{field} = "{path}" is no directory of a VAE ({error}); make one with python -m dar_jax.convert '
+            "--kind=vae."
+        ) from error
+
+
+def load(path: str, field: str) -> Vae:
+    """Loads a directory that `write` made; weights are numpy arrays.
+
+    `field` is the flag or config field of the path, for the UserError if there is no VAE or its weights are not those
+    of its fingerprint.
+    """
+    header = read_header(path, field)
+    model = AutoencoderKL(tuple(header["channels"]), header["latent_channels"])
+    restore = jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), _abstract(model))
+    try:
+        params = ocp.load_pytree(pathlib.Path(path).absolute() / "weights", restore)
+        damaged = _fingerprint(params) != header["fingerprint"]
+    except Exception as error:  # orbax raises what its readers happen to
+        raise UserError(f'{field} = "{path}": the weights cannot be read ({error}); convert them again.') from error
+    if damaged:
+        raise UserError(f'{field} = "{path}": the weights are not those of vae.json; convert them again.')
+    return Vae(model, params, header["scale"], header["fingerprint"])
+
+
+def make_encoder(vae: Vae, mesh: Mesh) -> Callable[[Array], Array]:
+    """Returns images [B, H, W, 3] -> moments float32 [B, 2, h, w, C], not scaled, as `AutoencoderKL.encode`.
+
+    Images are uint8, or float32 in [-1, 1]. B is split over all devices of `mesh` and must be divisible by their
+    number; a device takes CHUNK at a time.
+    """
+
+    def encode(model: AutoencoderKL, x: Array) -> Array:
+        return model.encode(x.astype(jnp.float32) / 127.5 - 1 if x.dtype == jnp.uint8 else x)
+
+    return _on_devices(vae, mesh, encode)
+
+
+def make_decoder(vae: Vae, mesh: Mesh) -> Callable[[Array], Array]:
+    """Returns scaled latents float32 [B, h, w, C] -> images float32 [B, H, W, 3], about in [-1, 1].
+
+    B is split over all devices of `mesh` and must be divisible by their number; a device takes CHUNK at a time.
+    """
+    return _on_devices(vae, mesh, lambda model, z: model.decode(z / vae.scale))
+
+
+def _on_devices(vae: Vae, mesh: Mesh, method: Callable[[AutoencoderKL, Array], Array]) -> Callable[[Array], Array]:
+    batch, everywhere = sharding.batch_sharding(mesh), NamedSharding(mesh, PartitionSpec())
+    params = jax.device_put(vae.params, everywhere)
+
+    def local(params, x):
+        one = lambda x: vae.model.apply({"params": params}, x[None], method=method)[0]  # noqa: E731
+        return jax.lax.map(one, x, batch_size=min(CHUNK, len(x)))
+
+    run = jax.jit(jax.shard_map(local, mesh=mesh, in_specs=(everywhere.spec, batch.spec), out_specs=batch.spec))
+    return lambda x: run(params, x)
+
+
+def _abstract(model: AutoencoderKL) -> dict:
+    side = model.factor
+    return jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, side, side, 3)))["params"]
+
+
+def _infer_model(state_dict: Mapping[str, Any]) -> AutoencoderKL:
+    channels = []
+    while (key := f"encoder.down_blocks.{len(channels)}.resnets.0.conv1.weight") in state_dict:
+        channels.append(state_dict[key].shape[0])
+    latents = state_dict.get("post_quant_conv.bias")
+    if not channels or latents is None:
+        key = "post_quant_conv.bias" if channels else key
+        raise UserError(f'the weights lack the key "{key}" of AutoencoderKL in diffusers.')
+    if bad := [width for width in channels if width % GROUPS]:
+        raise UserError(f"the weights have a layer of {bad[0]} channels, which {GROUPS} groups do not divide.")
+    return AutoencoderKL(tuple(channels), len(latents))
+
+
+def _fingerprint(params: dict) -> str:
+    """SHA-256 of the weights: names, shapes and float32 bytes, in the order of the names."""
+    digest = hashlib.sha256()
+    for path, leaf in sorted(traverse_util.flatten_dict(params, sep="/").items()):
+        digest.update(f"{path} {leaf.shape}\n".encode())
+        digest.update(np.ascontiguousarray(leaf, "<f4").data)
+    return digest.hexdigest()
