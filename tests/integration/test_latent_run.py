@@ -104,7 +104,7 @@ def test_images_are_encoded_online(tmp_path, monkeypatch, capsys):
     ("fields", "message"),
     [
         ({"eval.num_samples": 0}, "latents of 4 channels; name their VAE in config.data.vae"),
-        ({"data.vae": "vae"}, "num_samples = 1000: .* set it to 0"),
+        ({"data.vae": "vae"}, "num_samples = 10000: to score decoded latents"),
     ],
 )
 def test_evaluation_of_latents_needs_what_it_has_not(fields, message):
