@@ -25,10 +25,12 @@ from tests.training import tiny
 NUM_FEATURES = 24
 
 
-def network(name="test", pool_size=NUM_FEATURES):
+def network(name="test", pool_size=NUM_FEATURES, channels=1):
     """Random convolutions of 8 x 8 images; as "inception" it has the other outputs of that network, too."""
     rng = np.random.default_rng(0)
-    kernels = [rng.normal(size=shape).astype(np.float32) / 3 for shape in ((3, 3, 1, 8), (3, 3, 8, NUM_FEATURES))]
+    kernels = [
+        rng.normal(size=shape).astype(np.float32) / 3 for shape in ((3, 3, channels, 8), (3, 3, 8, NUM_FEATURES))
+    ]
     spread = rng.normal(size=(NUM_FEATURES, pool_size)).astype(np.float32)
 
     def extract(images):

@@ -11,12 +11,15 @@ from PIL import Image
 from dar_jax import models, sharding
 from dar_jax.config import validate
 from dar_jax.errors import UserError
+from dar_jax.evaluation import jobs
 from dar_jax.evaluation.grid import save_grid
+from dar_jax.evaluation.jobs import evaluate_run
 from dar_jax.evaluation.sampling import make_sampler, sample_to_file, to_uint8
 from dar_jax.pretrained import vae as vae_lib
 from dar_jax.training.loop import train
 from dar_jax.training.online import make_online_encoder
 from tests.data.prepared import tiny_vae, write_folder
+from tests.evaluation.test_metrics import network
 from tests.parity import torch_vae
 from tests.training import tiny
 
@@ -53,6 +56,18 @@ def test_from_weights_and_a_folder_to_decoded_samples(tmp_path, monkeypatch):
     with Image.open(tmp_path / "grid.png") as grid, Image.open(tmp_path / "expected.png") as expected:
         ours, theirs = (np.asarray(picture, np.int32) for picture in (grid, expected))
     assert np.abs(ours - theirs).max() <= 1 and ours[:, :100].std() > 20
+
+    # Scored are the decoded images, of their size.
+    config.data.vae = str(tmp_path / "vae")
+    with pytest.raises(UserError, match="latents of 4 channels; to score them give --vae, --inception and --reference"):
+        evaluate_run(config, run, None, [1.0], None)
+    monkeypatch.setattr(jobs, "load_features", lambda *_: network("inception", channels=3))
+    np.savez(tmp_path / "ref.npz", np.random.default_rng(0).integers(0, 256, (30, 8, 8, 3)).astype(np.uint8))
+    config.eval.update(num_samples=24, inception=str(tmp_path / "ref.npz"), reference=str(tmp_path / "ref.npz"))
+    (result,) = evaluate_run(config, run, None, [1.0], str(tmp_path / "samples.npz"))
+    assert result["scores"]["fid"] > 0 and len(result["settings"]["vae"]) == 64
+    with np.load(tmp_path / "samples.npz") as file:
+        assert file["arr_0"].shape == (24, 8, 8, 3) and file["arr_0"].std() > 20
 
 
 def latent_config(**fields):
