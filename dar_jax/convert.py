@@ -15,41 +15,42 @@ from absl import flags
 
 from dar_jax import errors
 
-KIND = flags.DEFINE_string("kind", None, "What the weights are: sit (residual, any size) | inception (of FID) | vae")
-INPUT = flags.DEFINE_string("input", None, "A .pt, .pth, .npz or, for vae, .safetensors file of weights")
-OUTPUT = flags.DEFINE_string("output", None, "sit: a workdir without checkpoints; inception: an .npz; vae: a directory")
+KIND = flags.DEFINE_string(
+    "kind", None, "What the weights are: sit (residual, any size) | inception (of FID) | vae (f8)"
+)
+INPUT = flags.DEFINE_string("input", None, "A .pt, .pth, .npz or .safetensors file of weights")
+OUTPUT = flags.DEFINE_string(
+    "output", None, "sit: the workdir to write, without checkpoints; inception: an .npz; vae: a directory"
+)
 NUM_HEADS = flags.DEFINE_integer("num_heads", None, "sit: attention heads; default: those of the published size")
 
 
 def main(_):
     errors.require_flags(kind=KIND.value, input=INPUT.value, output=OUTPUT.value)
     errors.check_choice("--kind", KIND.value, ("sit", "inception", "vae"))
-    {"sit": _convert_sit, "inception": _convert_inception, "vae": _convert_vae}[KIND.value]()
-
-
-def _convert_inception() -> None:
-    from dar_jax.pretrained import inception
     from dar_jax.pretrained.state_dict import read_state_dict
-
-    inception.write_params(OUTPUT.value, inception.params_from_torch(read_state_dict(INPUT.value)))
-    print(f"wrote {OUTPUT.value}: the FID Inception network")
-
-
-def _convert_vae() -> None:
-    from dar_jax.pretrained import vae
-
-    converted = vae.from_torch(vae.read_safetensors(INPUT.value))
-    vae.write(OUTPUT.value, converted)
-    print(f"wrote {OUTPUT.value}: AutoencoderKL, f{converted.model.factor}, fingerprint {converted.fingerprint}")
-
-
-def _convert_sit() -> None:
-    from dar_jax import config as config_lib
-    from dar_jax.pretrained import sit
-    from dar_jax.pretrained.state_dict import read_state_dict
-    from dar_jax.training.checkpoint import write_weights
 
     state_dict = read_state_dict(INPUT.value)
+    if KIND.value == "sit":
+        _convert_sit(state_dict)
+    elif KIND.value == "inception":
+        from dar_jax.pretrained import inception
+
+        inception.write_params(OUTPUT.value, inception.params_from_torch(state_dict))
+        print(f"wrote {OUTPUT.value}: the FID Inception network")
+    else:
+        from dar_jax.pretrained import vae
+
+        converted = vae.from_torch(state_dict)
+        vae.write(OUTPUT.value, converted)
+        print(f"wrote {OUTPUT.value}: AutoencoderKL, f{converted.model.factor}, fingerprint {converted.fingerprint}")
+
+
+def _convert_sit(state_dict: dict) -> None:
+    from dar_jax import config as config_lib
+    from dar_jax.pretrained import sit
+    from dar_jax.training.checkpoint import write_weights
+
     config = config_lib.default()
     config.model.update(sit.infer_model(state_dict, NUM_HEADS.value))
     config.model.routing.kind = "residual"

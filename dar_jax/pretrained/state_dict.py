@@ -6,27 +6,34 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import load_file
 
 from dar_jax.errors import UserError
 
 
 def read_state_dict(path: str) -> dict[str, Any]:
-    """Reads a state dict from a .npz (arrays by name) or a .pt file (torch.load, weights only).
+    """Reads a state dict from a .npz or .safetensors (arrays by name) or a .pt file (torch.load, weights only).
 
     Of a training checkpoint, {"ema": ..., "model": ...}, it is the moving average, else the model. Raises UserError
     if the file cannot be read, holds no state dict, or needs a torch that is not installed.
     """
     suffix = pathlib.Path(path).suffix
     if not pathlib.Path(path).is_file():
-        raise UserError(f'--input = "{path}" is no file; name a .pt or .npz of weights.')
-    if suffix not in (".pt", ".pth", ".npz"):
-        raise UserError(f'--input = "{path}" must end in .pt, .pth or .npz.')
+        raise UserError(f'--input = "{path}" is no file; name a .pt, .npz or .safetensors of weights.')
+    if suffix not in (".pt", ".pth", ".npz", ".safetensors"):
+        raise UserError(f'--input = "{path}" must end in .pt, .pth, .npz or .safetensors.')
     if suffix == ".npz":
         try:
             with np.load(path) as file:
                 return dict(file)
         except Exception as error:  # a damaged zip raises many things
             raise UserError(f'--input = "{path}" cannot be read as .npz: {error}') from error
+    if suffix == ".safetensors":
+        try:
+            return load_file(path)
+        except (OSError, SafetensorError) as error:
+            raise UserError(f'--input = "{path}" cannot be read as .safetensors: {error}') from error
     try:
         import torch
     except ImportError as error:

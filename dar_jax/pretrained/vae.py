@@ -24,11 +24,10 @@ import orbax.checkpoint.experimental.v1 as ocp
 from flax import traverse_util
 from jax import Array
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from safetensors import SafetensorError
-from safetensors.numpy import load_file
 
 from dar_jax import sharding
 from dar_jax.errors import UserError
+from dar_jax.pretrained.state_dict import to_numpy
 
 SCALE = 0.18215
 GROUPS = 32  # of every GroupNorm; leaves no trace in the weights
@@ -197,18 +196,8 @@ class Vae(NamedTuple):
     fingerprint: str
 
 
-def read_safetensors(path: str) -> dict[str, np.ndarray]:
-    """Reads a state dict, arrays by name. Raises UserError if the file cannot be read."""
-    if not pathlib.Path(path).is_file() or pathlib.Path(path).suffix != ".safetensors":
-        raise UserError(f'--input = "{path}" is no .safetensors file; name diffusion_pytorch_model.safetensors.')
-    try:
-        return load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise UserError(f'--input = "{path}" cannot be read ({error}); fetch it again.') from error
-
-
 def from_torch(state_dict: Mapping[str, Any]) -> Vae:
-    """The VAE of float32 arrays under the names of diffusers, with old or new names of the attention layers.
+    """The VAE of arrays or torch tensors under the names of diffusers, with old or new names of the attention layers.
 
     Raises UserError if a key is missing, unexpected or of a shape that does not fit the others.
     """
@@ -222,7 +211,7 @@ def from_torch(state_dict: Mapping[str, Any]) -> Vae:
         key = re.sub(r"\.(kernel|scale)$", ".weight", key)
         if key not in rest:
             raise UserError(f'the weights lack the key "{key}" of AutoencoderKL.')
-        array = np.asarray(rest.pop(key), np.float32)
+        array = to_numpy(rest.pop(key))
         found = array.shape
         if array.ndim == 4:
             array = array.transpose(2, 3, 1, 0)
