@@ -257,8 +257,8 @@ def _save(tree, known) -> jax.tree_util.Partial:
 
     Without this a scan that saves the residuals of its steps would save the whole history in each.
     """
-    num_known = len(jax.tree.leaves(known))
     arrays = jax.tree.leaves(known)
+    num_known = len(arrays)
     leaves, treedef = jax.tree.flatten(tree)
     positions = []
     for leaf in leaves:

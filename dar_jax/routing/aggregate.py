@@ -90,9 +90,13 @@ def read(
     return _read_forward(how, u, sources, inv_rms, count, tap)[0]
 
 
+def _like(sources: Array, u: tuple[Array, ...]) -> tuple[Array, ...]:
+    """Queries in the type of the sources, as the passes over the history take them."""
+    return tuple(u_q.astype(sources.dtype) for u_q in u)
+
+
 def _read_forward(how, u, sources, inv_rms, count, tap):
-    narrow = tuple(u_q.astype(sources.dtype) for u_q in u)
-    result = how.run("forward", narrow, sources, inv_rms, count)
+    result = how.run("forward", _like(sources, u), sources, inv_rms, count)
     has_tap = None if tap is None else ()
     return result, (u, sources, inv_rms, count, has_tap, *result)
 
@@ -100,8 +104,7 @@ def _read_forward(how, u, sources, inv_rms, count, tap):
 def _read_backward(how, residuals, cotangents):
     u, sources, inv_rms, count, has_tap, aggregates, log_sum = residuals
     g, l = cotangents
-    narrow = tuple(u_q.astype(sources.dtype) for u_q in u)
-    arguments = narrow, sources, inv_rms, count, aggregates, log_sum, g, l
+    arguments = _like(sources, u), sources, inv_rms, count, aggregates, log_sum, g, l
     d_u, l = how.run("query_cotangent", *arguments)
     d_u = tuple(d.astype(u_q.dtype) for d, u_q in zip(d_u, u, strict=True))
     if has_tap is not None:
@@ -121,8 +124,7 @@ def add_cotangent(how, d_sources, u, sources, inv_rms, count, log_sum, g, l) -> 
       u, log_sum: queries and log sums of the reads, Q times `[B, 1 or T, D]` and `[Q, B, T]`.
       g, l: cotangents of their taps, Q times `[B, T, D]` and `[Q, B, T]`.
     """
-    narrow = tuple(u_q.astype(sources.dtype) for u_q in u)
-    arguments = d_sources, narrow, sources, inv_rms, count, log_sum, g, l
+    arguments = d_sources, _like(sources, u), sources, inv_rms, count, log_sum, g, l
     return how.run("add_source_cotangent", *arguments)
 
 

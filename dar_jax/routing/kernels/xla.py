@@ -44,6 +44,13 @@ def _scores(u: tuple[Array, ...], sources: Array, inv_rms: Array, count: Array) 
     return jnp.where(filled[:, None, None], _dots(u, sources, count) * inv_rms, -jnp.inf)
 
 
+def _cotangent_weights(u, sources, inv_rms, count, log_sum, g, l):
+    """The weights alpha, the cotangents of the scores s_k = alpha_k (g . v_k + l), and the scores: `[Q, K, B, T]`."""
+    scores = _scores(u, sources, inv_rms, count)
+    alpha = jnp.exp(scores - log_sum[:, None])
+    return alpha, alpha * (_dots(g, sources, count) + l[:, None]), scores
+
+
 def forward(u, sources, inv_rms, count):
     """The aggregates and log sums of `routing.read`."""
     scores = _scores(u, sources, inv_rms, count)
@@ -56,8 +63,8 @@ def query_cotangent(u, sources, inv_rms, count, aggregates, log_sum, g, l):
     """The cotangents of u, sum_k s_k r_k v_k, and l - g . aggregate."""
     dtype = l.dtype
     l = l - jnp.stack([jnp.sum(x.astype(dtype) * y.astype(dtype), axis=-1) for x, y in zip(g, aggregates, strict=True)])
-    alpha = jnp.exp(_scores(u, sources, inv_rms, count) - log_sum[:, None])
-    s_r = alpha * (_dots(g, sources, count) + l[:, None]) * inv_rms
+    _, s, _ = _cotangent_weights(u, sources, inv_rms, count, log_sum, g, l)
+    s_r = s * inv_rms
     if u[0].shape[1] > 1:
         return tuple(_weighted_sum(x, sources) for x in s_r), l
     d_u = jnp.einsum("qkbt,kbtd->kbqd", s_r.astype(sources.dtype), sources, preferred_element_type=dtype)
@@ -66,9 +73,7 @@ def query_cotangent(u, sources, inv_rms, count, aggregates, log_sum, g, l):
 
 def add_source_cotangent(d_sources, u, sources, inv_rms, count, log_sum, g, l):
     """Adds alpha_k g + s_k r_k u - (s_k score_k r_k^2 / D) v_k of every query to the cotangent of source k."""
-    scores = _scores(u, sources, inv_rms, count)
-    alpha = jnp.exp(scores - log_sum[:, None])
-    s = alpha * (_dots(g, sources, count) + l[:, None])
+    alpha, s, scores = _cotangent_weights(u, sources, inv_rms, count, log_sum, g, l)
     along_v = jnp.sum(jnp.where(alpha > 0, s * scores, 0), axis=0) * jnp.square(inv_rms) / sources.shape[-1]
     s_r = s * inv_rms
 
