@@ -3,7 +3,7 @@
     python -m dar_jax.main --config=configs/sit_b_dar.py --workdir=runs/sit_b_dar
 
 Variants: residual | static | static_t (default) | dynamic, all with chunks of 4 sublayers. The published residual
-SiT-B/2 reaches FID 33.0 (SDE, no guidance). Not measured here: no TPU or GPU run of this config has been made.
+SiT-B/2 reaches FID 33.0 (400K steps, no guidance). Not measured here: no TPU or GPU run of this config has been made.
 
 The data are latents that dar_jax.prepare wrote to latents/train, and vae is the VAE that made them, which decodes the
 sample grid. --config.data.source=synthetic --config.eval.every_steps=0 times the step without either.

@@ -1,5 +1,6 @@
 """Training batches from prepared data: draws, mirrors, order, resumption, and every way the data can be wrong."""
 
+import functools
 import json
 import pickle
 
@@ -8,11 +9,13 @@ import pytest
 
 from dar_jax.config import default
 from dar_jax.data.latents import draw_latent
-from dar_jax.data.pipeline import load_images, train_iterator
+from dar_jax.data.pipeline import load_images
 from dar_jax.data.sources import open_source
 from dar_jax.errors import UserError
 from dar_jax.pretrained import vae as vae_lib
+from tests.data import test_pipeline
 from tests.data.prepared import prepare_folder, tiny_vae, write_folder
+from tests.data.test_pipeline import take
 
 COUNT = 24
 
@@ -33,14 +36,7 @@ def data_config(root, flip=True):
     return data
 
 
-def iterate(data, batch_size=8, seed=3, index=0, count=1, channels=4):
-    return train_iterator(
-        data, channels=channels, batch_size=batch_size, seed=seed, process_index=index, process_count=count
-    )
-
-
-def take(iterator, steps):
-    return [next(iterator) for _ in range(steps)]
+iterate = functools.partial(test_pipeline.iterate, batch_size=8, channels=4)
 
 
 def assert_same(ours, theirs):
@@ -66,7 +62,10 @@ def explain(source, batches):
 
 
 def test_latents_are_fresh_draws_of_the_image_or_its_mirror(prepared):
-    source, batches = open_source(data_config(prepared), "train"), take(iterate(data_config(prepared), COUNT), 30)
+    source, batches = (
+        open_source(data_config(prepared), "train"),
+        take(iterate(data_config(prepared), batch_size=COUNT), 30),
+    )
     assert all(batch["image"].dtype == np.float32 and batch["image"].shape == (COUNT, 4, 4, 4) for batch in batches)
     records, mirrors, noises = zip(*explain(source, batches), strict=True)
     for epoch in np.reshape(records, (30, COUNT)):
@@ -79,7 +78,7 @@ def test_latents_are_fresh_draws_of_the_image_or_its_mirror(prepared):
 
 def test_without_flip_there_are_no_mirrors(prepared):
     data = data_config(prepared, flip=False)
-    _, mirrors, _ = zip(*explain(open_source(data, "train"), take(iterate(data, COUNT), 3)), strict=True)
+    _, mirrors, _ = zip(*explain(open_source(data, "train"), take(iterate(data, batch_size=COUNT), 3)), strict=True)
     assert not any(mirrors)
 
 

@@ -24,19 +24,8 @@ from tests.training import tiny
 
 @pytest.fixture(autouse=True, scope="module")
 def two_devices(tmp_path_factory):
-    """All evaluations of this process are on two of the eight, and compile the same program once."""
-    caching = {
-        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("cache")),
-        "jax_persistent_cache_min_compile_time_secs": 0.0,
-    }
-    before = {name: getattr(jax.config, name) for name in caching}
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sharding, "make_mesh", lambda mesh: tiny.make_mesh(2, 1))
-        for name, value in caching.items():
-            jax.config.update(name, value)
+    with tiny.all_runs_on((2, 1), tmp_path_factory.mktemp("cache")):
         yield
-    for name, value in before.items():
-        jax.config.update(name, value)
 
 
 @pytest.fixture(scope="module")

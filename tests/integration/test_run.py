@@ -6,12 +6,10 @@ import signal
 import subprocess
 import sys
 
-import jax
 import numpy as np
 import pytest
 from PIL import Image
 
-from dar_jax import sharding
 from dar_jax.errors import UserError
 from dar_jax.evaluation.sampling import sample_to_file
 from dar_jax.training import loop
@@ -48,19 +46,8 @@ errors.run(main.main)
 
 @pytest.fixture(autouse=True, scope="module")
 def one_device(tmp_path_factory):
-    """All runs of this process are on one device, and compile the same program once."""
-    caching = {
-        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("cache")),
-        "jax_persistent_cache_min_compile_time_secs": 0.0,
-    }
-    before = {name: getattr(jax.config, name) for name in caching}
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sharding, "make_mesh", lambda mesh: tiny.make_mesh(1, 1))
-        for name, value in caching.items():
-            jax.config.update(name, value)
+    with tiny.all_runs_on((1, 1), tmp_path_factory.mktemp("cache")):
         yield
-    for name, value in before.items():
-        jax.config.update(name, value)
 
 
 def losses(workdir):

@@ -1,7 +1,11 @@
 """The smallest run that has every part: a routed SiT of 4 tokens and 16 features, and random batches for it."""
 
+import contextlib
+import pathlib
+
 import jax
 import numpy as np
+import pytest
 from jax.sharding import AxisType, Mesh
 
 from dar_jax import config as config_lib
@@ -26,6 +30,20 @@ def make_mesh(data: int, fsdp: int) -> Mesh:
     """A mesh over the first data * fsdp of the eight host devices."""
     devices = np.array(jax.devices()[: data * fsdp]).reshape(data, fsdp)
     return Mesh(devices, ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2)
+
+
+@contextlib.contextmanager
+def all_runs_on(mesh_shape: tuple[int, int], cache: pathlib.Path):
+    """All runs of this process are on such a mesh, and compile the same program once."""
+    caching = {"jax_compilation_cache_dir": str(cache), "jax_persistent_cache_min_compile_time_secs": 0.0}
+    before = {name: getattr(jax.config, name) for name in caching}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sharding, "make_mesh", lambda mesh: make_mesh(*mesh_shape))
+        for name, value in caching.items():
+            jax.config.update(name, value)
+        yield
+    for name, value in before.items():
+        jax.config.update(name, value)
 
 
 def batches(config, count: int):
