@@ -99,6 +99,7 @@ def default() -> ConfigDict:
     train.batch_size = 64  # images per optimizer step over all devices
     train.accumulate_steps = 1  # microbatches per step
     train.log_every_steps = 50
+    train.max_skipped = 0  # steps in a row of NaN or infinite loss or gradient that are left out; one more ends the run
 
     config.eval = evaluation = ConfigDict()
     evaluation.every_steps = 0  # sample grid and metrics on the EMA, after saving a checkpoint; 0 = off
@@ -117,6 +118,7 @@ def default() -> ConfigDict:
     config.mesh = mesh = ConfigDict()
     mesh.data = -1  # devices over which only the batch is split; -1 = all the rest
     mesh.fsdp = 1  # devices over which batch, parameters and optimizer state are split
+    mesh.tensor = 1  # devices that share the matrices and tokens of one sample; it divides num_heads and the tokens
     return config.lock()
 
 
@@ -253,6 +255,7 @@ def validate(config: ConfigDict) -> None:
         ("seed", config.seed),
         ("data.num_workers", data.num_workers),
         ("optimizer.warmup_steps", config.optimizer.warmup_steps),
+        ("train.max_skipped", config.train.max_skipped),
         ("eval.every_steps", config.eval.every_steps),
         ("eval.final_samples", config.eval.final_samples),
     ):

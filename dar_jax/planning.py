@@ -299,6 +299,7 @@ def make_plan(config: ConfigDict, topology: str) -> Plan:
     sampler.check(config.sampler)
     devices = _devices(topology)
     mesh = sharding.make_mesh(config.mesh, devices)
+    sharding.check_model(mesh, config.model)
     num_micro = config.train.accumulate_steps
     sharding.check_batch(mesh, "config.train.batch_size / accumulate_steps", config.train.batch_size // num_micro)
 

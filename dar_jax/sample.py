@@ -6,7 +6,7 @@ uint8 [N, H, W, C] and, as arr_1, the labels int64 [N]. Without --vae, a model o
 
 from absl import flags
 
-from dar_jax import errors
+from dar_jax import errors, runtime
 
 WORKDIR = flags.DEFINE_string("workdir", None, "A directory that dar_jax.main wrote")
 STEP = flags.DEFINE_integer("step", None, "Checkpoint to load; default: the latest")
@@ -23,6 +23,7 @@ OUT = flags.DEFINE_string("out", "samples.png", "A .png grid or an .npz of image
 
 def main(_):
     errors.require_flags(workdir=WORKDIR.value)
+    runtime.start()
     from dar_jax.evaluation.sampling import sample_to_file
     from dar_jax.training.checkpoint import load_config
 

@@ -1,6 +1,5 @@
 """Samples from a model on all devices: sample i depends on the seed and i alone, not on its batch."""
 
-import math
 import pathlib
 from collections.abc import Callable, Iterator
 
@@ -161,7 +160,7 @@ def sample_to_file(
     for label in labels:
         if not label.isdecimal() or int(label) >= num_classes:
             raise UserError(f"--labels: {label} is no class; the model has classes 0 to {num_classes - 1}.")
-    config.mesh.update(data=-1, fsdp=math.gcd(config.mesh.fsdp, jax.device_count()))  # the run may have had more
+    sharding.fit(config.mesh, jax.device_count())
     validate(config)
     sampler.check(config.sampler)
     mesh = sharding.make_mesh(config.mesh)

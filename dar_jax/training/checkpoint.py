@@ -1,10 +1,11 @@
 """Checkpoints of a run: workdir/checkpoints/<step> by orbax, workdir/config.json beside them.
 
-A checkpoint holds three items: "train" (step, params, optimizer state), "ema", and "data" (the iterator); one of
-converted weights "ema" alone. A step's directory appears under its final name only when it is whole, so a crash while
-saving leaves the last good one. workdir/best.json names the step with the lowest FID.
+A checkpoint holds two items: "train" (step, params, optimizer state) and "ema"; one of converted weights "ema" alone.
+The data need no third, because a batch is a function of the step. A step's directory appears under its final name only
+when it is whole, so a crash while saving leaves the last good one. workdir/best.json names the one with the lowest FID.
 """
 
+import contextlib
 import json
 import os
 import pathlib
@@ -62,6 +63,7 @@ class Checkpoints:
 
     def __init__(self, workdir: str, keep: int):
         _set_incomplete_aside(workdir)
+        self._workdir = workdir
         self._best = _Best(workdir)
         policies = ocp.training.preservation_policies
         self._checkpointer = ocp.training.Checkpointer(
@@ -80,24 +82,46 @@ class Checkpoints:
     def latest_step(self) -> int | None:
         return max(self.steps, default=None)
 
-    def save(self, state: TrainState, iterator, step: int) -> None:
-        """Starts saving; returns when the state may be donated. A step that is already saved is left alone."""
+    def save(self, state: TrainState, step: int) -> None:
+        """Starts saving; returns when the state may be donated. A step that is already saved is left alone.
+
+        Raises UserError if this save, or the one before it, fails: the disk is full, say.
+        """
         if self.latest_step != step:
-            self._checkpointer.save_checkpointables_async(step, {**_items(state), "data": iterator})
+            with self._explained():
+                self._checkpointer.save_checkpointables_async(step, _items(state))
 
     def note_score(self, step: int, metric: str, value: float) -> None:
         """Keeps the checkpoint of `step` for good if its score is the lowest yet of this metric."""
         self._best.note(step, self.steps, metric, value)
 
-    def restore(self, abstract: TrainState, iterator) -> TrainState:
-        """The latest state, on the shardings of `abstract`; sets `iterator` to where it was."""
-        items = self._checkpointer.load_checkpointables(self.latest_step, {**_items(abstract), "data": iterator})
+    def restore(self, abstract: TrainState) -> TrainState:
+        """The latest state, on the shardings of `abstract`."""
+        items = self._checkpointer.load_checkpointables(self.latest_step, _items(abstract))
         train = items["train"]
         return TrainState(train["step"], train["params"], items["ema"], train["opt_state"])
 
     def close(self) -> None:
-        """Waits for the save under way."""
+        """As `wait`, and ends."""
+        self.wait()
         self._checkpointer.close()
+
+    def wait(self) -> None:
+        """Returns when the save under way is done. Raises UserError if it fails."""
+        with self._explained():
+            self._checkpointer.wait()
+
+    @contextlib.contextmanager
+    def _explained(self):
+        try:
+            yield
+        except OSError as error:
+            good = max(_steps(self._workdir), default=None)
+            kept = "No checkpoint was saved before." if good is None else f"The last good checkpoint is step {good}."
+            raise UserError(
+                f'workdir "{self._workdir}" cannot be written: {error.strerror or error}. {kept} Make room there, and '
+                "the same command goes on."
+            ) from error
 
 
 def _directory(workdir: str) -> pathlib.Path:
@@ -114,7 +138,7 @@ def _parts(path: pathlib.Path) -> set[str]:
 
 
 def _is_whole(path: pathlib.Path) -> bool:
-    return _parts(path) in ({"train", "ema", "data"}, {"ema"})
+    return _parts(path) in ({"train", "ema"}, {"ema"})
 
 
 def _steps(workdir: str) -> list[int]:
@@ -122,9 +146,9 @@ def _steps(workdir: str) -> list[int]:
     return sorted(int(p.name) for p in _directory(workdir).glob("*") if p.name.isdigit() and _is_whole(p))
 
 
-def has_checkpoint(workdir: str) -> bool:
-    """Whether `workdir` holds a whole checkpoint, which a run there resumes."""
-    return bool(_steps(workdir))
+def latest_step(workdir: str) -> int | None:
+    """Step of the latest whole checkpoint of `workdir`, from which a run there goes on; None if there is none."""
+    return max(_steps(workdir), default=None)
 
 
 def _set_incomplete_aside(workdir: str) -> None:
