@@ -49,8 +49,12 @@ def main(_):
         _write_reference()
         return
     results = _evaluate_run() if WORKDIR.value else [_evaluate_file()]
+    import jax
+
     from dar_jax.evaluation import jobs
 
+    if jax.process_index() > 0:
+        return
     print(jobs.table(results))
     if JSON.value:
         pathlib.Path(JSON.value).write_text(json.dumps(results, indent=2) + "\n")

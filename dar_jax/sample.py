@@ -26,6 +26,7 @@ def main(_):
     runtime.start()
     from dar_jax.evaluation.sampling import sample_to_file
     from dar_jax.training.checkpoint import load_config
+    from dar_jax.training.logs import say
 
     config = load_config(WORKDIR.value)
     for field, flag in {"method": SAMPLER, "num_steps": STEPS, "cfg_scale": CFG_SCALE}.items():
@@ -35,7 +36,7 @@ def main(_):
     config.seed = config.seed if SEED.value is None else SEED.value
     config.eval.batch_size = BATCH_SIZE.value or config.eval.batch_size
     sample_to_file(config, WORKDIR.value, STEP.value, LABELS.value, NUM_PER_LABEL.value, OUT.value)
-    print(f"wrote {OUT.value}")
+    say(f"wrote {OUT.value}")
 
 
 if __name__ == "__main__":

@@ -137,7 +137,8 @@ def sample_to_file(
 ) -> None:
     """Draws `num_per_label` samples of each label from a run's EMA and writes them to `out`.
 
-    A .png is a grid with a column per label; an .npz is in the ADM layout, or holds float32 latents as they are.
+    A .png is a grid with a column per label; an .npz is in the ADM layout, or holds float32 latents as they are. Of
+    several processes the first writes.
     Raises UserError for a label, file type or checkpoint that does not exist.
     """
     num_classes = config.model.num_classes
@@ -172,6 +173,8 @@ def sample_to_file(
         draw = make_sampler(config, model, mesh)
         batches = sample_images(draw, ema, columns, config.eval.batch_size, mesh, as_uint8=is_image)
         images = np.concatenate(list(batches))
+    if jax.process_index() > 0:
+        return
     if path.suffix == ".png":
         save_grid(path, images, columns=len(labels))
     else:

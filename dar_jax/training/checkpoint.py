@@ -9,6 +9,7 @@ import contextlib
 import json
 import os
 import pathlib
+import re
 import time
 from collections.abc import Iterable
 from typing import Any
@@ -63,7 +64,6 @@ class Checkpoints:
 
     def __init__(self, workdir: str, keep: int):
         _set_incomplete_aside(workdir)
-        self._workdir = workdir
         self._best = _Best(workdir)
         policies = ocp.training.preservation_policies
         self._checkpointer = ocp.training.Checkpointer(
@@ -85,11 +85,10 @@ class Checkpoints:
     def save(self, state: TrainState, step: int) -> None:
         """Starts saving; returns when the state may be donated. A step that is already saved is left alone.
 
-        Raises UserError if this save, or the one before it, fails: the disk is full, say.
+        If the one before failed, for want of room, say, its error is raised here.
         """
         if self.latest_step != step:
-            with self._explained():
-                self._checkpointer.save_checkpointables_async(step, _items(state))
+            self._checkpointer.save_checkpointables_async(step, _items(state))
 
     def note_score(self, step: int, metric: str, value: float) -> None:
         """Keeps the checkpoint of `step` for good if its score is the lowest yet of this metric."""
@@ -102,26 +101,12 @@ class Checkpoints:
         return TrainState(train["step"], train["params"], items["ema"], train["opt_state"])
 
     def close(self) -> None:
-        """As `wait`, and ends."""
-        self.wait()
+        """Waits, and ends."""
         self._checkpointer.close()
 
     def wait(self) -> None:
-        """Returns when the save under way is done. Raises UserError if it fails."""
-        with self._explained():
-            self._checkpointer.wait()
-
-    @contextlib.contextmanager
-    def _explained(self):
-        try:
-            yield
-        except OSError as error:
-            good = max(_steps(self._workdir), default=None)
-            kept = "No checkpoint was saved before." if good is None else f"The last good checkpoint is step {good}."
-            raise UserError(
-                f'workdir "{self._workdir}" cannot be written: {error.strerror or error}. {kept} Make room there, and '
-                "the same command goes on."
-            ) from error
+        """Returns when the save under way is done; raises its error."""
+        self._checkpointer.wait()
 
 
 def _directory(workdir: str) -> pathlib.Path:
@@ -221,6 +206,24 @@ def write_weights(workdir: str, config: ConfigDict, params: dict) -> None:
         raise UserError(f'--output = "{workdir}" holds checkpoints; take another.')
     claim_workdir(workdir, config)
     ocp.save_checkpointables(_directory(workdir) / "0", {"ema": params})
+
+
+@contextlib.contextmanager
+def writing_to(workdir: str):
+    """Turns the error of a disk that is full or cannot be written, from whichever library, into a UserError."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        full = re.search("No space left on device|Disk quota exceeded|File too large|Read-only file system", str(error))
+        if not full:
+            raise
+        step = latest_step(workdir)
+        kept = "No checkpoint was saved." if step is None else f"The checkpoint of step {step} is whole."
+        raise UserError(
+            f'workdir "{workdir}" cannot be written: {full[0]}. {kept} Make room, and the same command goes on.'
+        ) from error
 
 
 def first_difference(stored: ConfigDict, wanted: ConfigDict, fields: Iterable[str]) -> str | None:

@@ -18,7 +18,7 @@ from dar_jax.diffusion import sampler
 from dar_jax.errors import UserError
 from dar_jax.evaluation.inline import InlineEvaluation
 from dar_jax.models.flops import forward_flops
-from dar_jax.training.checkpoint import Checkpoints, claim_workdir, latest_step
+from dar_jax.training.checkpoint import Checkpoints, claim_workdir, latest_step, writing_to
 from dar_jax.training.init_from import check_init_from, restore_initial
 from dar_jax.training.logs import Logs, say
 from dar_jax.training.online import make_online_encoder
@@ -58,7 +58,7 @@ def train(config: ConfigDict, workdir: str, profile_steps: int = 0) -> None:
         first_step=latest_step(workdir) or 0,
         rows=rows,
     )
-    with sharding.use(mesh), _StopSignal() as stop, closing(iterator):
+    with writing_to(workdir), sharding.use(mesh), _StopSignal() as stop, closing(iterator):
         if config.init_from and latest_step(workdir) is None:
             check_init_from(config)
         claim_workdir(workdir, config)
