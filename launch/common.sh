@@ -73,9 +73,9 @@ parse_flags() {
 
 # need NAMES: each of these flags was given.
 need() {
-  local name
-  for name; do
-    [[ ${!name} ]] || fail "--$name is required; write --$name=VALUE, see --help"
+  local key
+  for key; do
+    [[ ${!key} ]] || fail "--$key is required; write --$key=VALUE, see --help"
   done
 }
 

@@ -9,7 +9,7 @@
 # --per=gpu|host     one process per GPU (default), or one per host, which drives all its GPUs
 # --venv=DIR         virtual environment with dar_jax (default .venv of this checkout); made by
 #                    python -m venv .venv && .venv/bin/pip install -e ".[gpu]"
-# --logs=DIR         where the job writes its log, dar_jax-JOB.log (default logs of this checkout)
+# --logs=DIR         where the job writes its log, dar_jax-JOB.log (default runs/logs of this checkout)
 # --sbatch=OPTIONS   further options of sbatch, separated by spaces: --sbatch="--partition=gpu --time=24:00:00"
 # --dry_run          prints the command that would submit or start, and runs nothing
 # --requeue          set inside the job: back into the queue when a signal stopped the run
@@ -29,7 +29,7 @@ source "$checkout/launch/xla_flags.sh"
 commands=""
 flags="nodes gpus_per_node per venv logs sbatch"
 switches="dry_run requeue"
-nodes=1 gpus_per_node=8 per=gpu venv=$checkout/.venv logs=$checkout/logs sbatch='' dry_run='' requeue=''
+nodes=1 gpus_per_node=8 per=gpu venv=$checkout/.venv logs=$checkout/runs/logs sbatch='' dry_run='' requeue=''
 parse_flags "$@"
 
 [[ $nodes =~ ^[1-9][0-9]*$ ]] || fail "--nodes=$nodes is not a number of hosts; write --nodes=2"

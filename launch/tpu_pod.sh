@@ -61,9 +61,10 @@ on() {
   tpus tpu-vm ssh "$name" --worker="$1" --ssh-flag="-o ServerAliveInterval=30" --command="$2"
 }
 
-# worker WORKER WORDS: calls launch/tpu_worker.sh there.
+# worker WORKER WORDS: calls launch/tpu_worker.sh there, with the compiler flags of the environment here.
 worker() {
-  on "$1" "bash dar_jax/launch/tpu_worker.sh $(quote "${@:2}")"
+  local env=${LIBTPU_INIT_ARGS:+LIBTPU_INIT_ARGS=${LIBTPU_INIT_ARGS@Q} }
+  on "$1" "${env}bash dar_jax/launch/tpu_worker.sh $(quote "${@:2}")"
 }
 
 # state: prints what gcloud calls the state of the TPU, or MISSING.
@@ -192,7 +193,7 @@ train() {
       if ready; then fail "the run could not be started on $name; the reason is above"; fi
       continue
     fi
-    echo "following the log; Ctrl-C leaves the run going" >&2
+    [[ $dry_run ]] || echo "following the log; Ctrl-C leaves the run going"
     worker 0 follow || true # a broken connection; what became of the run is asked next
     followed=1
     [[ -z $dry_run ]] || return 0
