@@ -10,7 +10,7 @@ import sys
 import pytest
 
 ROOT = pathlib.Path(__file__).parents[2]
-NAMES = "gcloud sbatch srun scontrol sudo mountpoint gcsfuse uv curl sleep python lsb_release".split()
+NAMES = ("gcloud", "sbatch", "srun", "scontrol", "sudo", "mountpoint", "gcsfuse", "uv", "sleep", "python")
 
 
 class World:

@@ -1,9 +1,9 @@
 """Stands in for gcloud, sbatch, srun and what they reach: one file under many names, all of them on PATH.
 
-Every call is one line of JSON in $FAKE/calls: the name it was called by, its arguments and some of its environment. What
-the outside world does is in more files: `hosts`, how many the TPU has; `state`, what gcloud says of it (one line for each
-time it is asked; the last one stays); `runs`, what becomes of python -m dar_jax.main on the first host (one line each): an
-exit code, "signal" (it is stopped by one), "wait" (until it is), "preempt" (the TPU is taken away).
+Every call is one line of JSON in $FAKE/calls: the name it was called by, its arguments and some of its environment.
+What the outside world does is in more files: `hosts`, how many the TPU has; `state`, what gcloud says of it (one line
+for each time it is asked; the last one stays); `runs`, what becomes of python -m dar_jax.main on the first host (one
+line each): an exit code, "signal" (it is stopped by one), "wait" (until it is), "preempt" (the TPU is taken away).
 """
 
 import json

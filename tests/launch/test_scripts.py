@@ -1,4 +1,4 @@
-"""What holds for every script of launch/: shellcheck is silent, --help is whole, and the lines they read are written."""
+"""What holds for all scripts of launch/: shellcheck is silent, --help is whole, the lines they read are written."""
 
 import pathlib
 import re
