@@ -13,6 +13,7 @@ set -euo pipefail
 cd "$HOME"
 shared=/mnt/shared
 state=$HOME/dar_jax_run
+venv=$HOME/dar_jax_venv
 # shellcheck source=launch/xla_flags.sh
 source dar_jax/launch/xla_flags.sh
 
@@ -25,8 +26,9 @@ mount_bucket() {
     sudo apt-get -qq install -y gcsfuse
   fi
   sudo chown "$(id -un)" "$shared"
-  # Nothing about files is remembered: a host must see the checkpoint that another one has just renamed.
-  gcsfuse --implicit-dirs --metadata-cache-ttl-secs=0 "$1" "$shared"
+  # A host must see the checkpoint that another one has just renamed, so nothing about files is remembered; by default
+  # it is, that they exist for a minute or on large machines for ever, that they do not for some seconds.
+  gcsfuse --implicit-dirs --metadata-cache-ttl-secs=0 --metadata-cache-negative-ttl-secs=0 "$1" "$shared"
 }
 
 mount_nfs() {
@@ -49,8 +51,8 @@ install() {
   # The images bring Python 3.10; dar_jax needs 3.11, which uv fetches.
   export PATH="$HOME/.local/bin:$PATH"
   command -v uv >/dev/null || curl -LsSf https://astral.sh/uv/install.sh | sh
-  [[ -e dar_jax_venv ]] || uv venv --quiet --seed --python=3.11 dar_jax_venv
-  (cd dar_jax && ../dar_jax_venv/bin/python -m pip install --quiet -e ".[tpu]")
+  [[ -e $venv ]] || uv venv --quiet --seed --python=3.11 "$venv"
+  (cd dar_jax && "$venv/bin/python" -m pip install --quiet -e ".[tpu]")
 }
 
 # alive: the supervisor of the latest run is there, and not another process with its number after a reboot.
@@ -77,7 +79,7 @@ start() {
 supervise() {
   local child code again=1
   cd dar_jax
-  ../dar_jax_venv/bin/python -m dar_jax.main --distributed=on "$@" &
+  "$venv/bin/python" -m dar_jax.main --distributed=on "$@" &
   child=$!
   trap 'again=1; kill -TERM "$child" || true' TERM
   while [[ $again ]]; do # a signal ends "wait" before the child has ended

@@ -80,7 +80,7 @@ def test_training_command_gives_a_valid_config(words, monkeypatch):
 
 @pytest.mark.parametrize("words", launches(), ids=" ".join)
 def test_launch_command_is_understood(words, monkeypatch):
-    monkeypatch.delenv("SLURM_JOB_ID", raising=False)  # else the tests themselves are a job, and slurm.sh would say srun
+    monkeypatch.delenv("SLURM_JOB_ID", raising=False)  # else it is inside a job, and says srun
     result = subprocess.run([words[0], "--dry_run", *words[1:]], cwd=ROOT, text=True, capture_output=True)
     assert result.returncode == 0 and result.stdout.startswith(("gcloud ", "sbatch ")), result.stderr
 

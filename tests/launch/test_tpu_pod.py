@@ -69,7 +69,13 @@ def test_uncommitted_changes_are_copied_and_untracked_files_are_not(first):
 
 
 def test_bucket_is_mounted_on_every_host(first):
-    mount = ["--implicit-dirs", "--metadata-cache-ttl-secs=0", "mine", "/mnt/shared"]
+    mount = [
+        "--implicit-dirs",
+        "--metadata-cache-ttl-secs=0",
+        "--metadata-cache-negative-ttl-secs=0",
+        "mine",
+        "/mnt/shared",
+    ]
     assert [call["args"] for call in first[0].calls("gcsfuse")] == [mount, mount]
 
 
@@ -241,3 +247,29 @@ def test_no_capacity_is_an_error_that_names_the_queue(world):
     world.set(no_capacity="")
     result = world.run("tpu_pod.sh", *TPU, *TRAIN)
     assert result.returncode == 2 and "--queued" in result.stderr
+
+
+def test_start_ends_what_is_left_of_a_broken_run(world):
+    """The host whose run is still there when another host's has died: it holds the chips."""
+    world.set(runs="wait\n0")
+    home = world.folder / "host0"
+    (home / "dar_jax_venv" / "bin").mkdir(parents=True)
+    (home / "dar_jax_venv" / "bin" / "python").symlink_to(world.folder / "bin" / "python")
+    (home / "dar_jax").symlink_to(world.checkout)
+
+    def worker(*words):
+        command = ["bash", "dar_jax/launch/tpu_worker.sh", *words]
+        return subprocess.run(
+            command, cwd=home, env=world.env | {"HOME": str(home)}, text=True, capture_output=True
+        ).stdout
+
+    assert worker("outcome") == "none\n"
+    worker("start")
+    first = (home / "dar_jax_run" / "pid").read_text()
+    while not (home / "dar_jax_run" / "log").read_text():
+        pass
+    assert worker("outcome") == "running\n"
+    worker("start")
+    assert worker("follow").endswith("training: 0\n") and worker("outcome") == "finished\n"
+    processes = subprocess.run(["ps", "-o", "pid=", "-g", first.strip()], text=True, capture_output=True).stdout
+    assert not processes.strip()
