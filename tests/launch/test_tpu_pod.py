@@ -3,6 +3,7 @@
 import re
 import shlex
 import subprocess
+import time
 
 import pytest
 
@@ -267,7 +268,7 @@ def test_start_ends_what_is_left_of_a_broken_run(world):
     worker("start")
     first = (home / "dar_jax_run" / "pid").read_text()
     while not (home / "dar_jax_run" / "log").read_text():
-        pass
+        time.sleep(0.05)
     assert worker("outcome") == "running\n"
     worker("start")
     assert worker("follow").endswith("training: 0\n") and worker("outcome") == "finished\n"
