@@ -62,7 +62,8 @@ parse_flags() {
         fi
         ;;
       *)
-        [[ " $commands " == *" $1 "* ]] || fail "\"$1\" is not understood; see --help. Flags of dar_jax.main come after --"
+        [[ " $commands " == *" $1 "* ]] ||
+          fail "\"$1\" is not understood; see --help. Flags of dar_jax.main come after --"
         [[ -z $command ]] || fail "\"$1\" comes after \"$command\"; give one command"
         command=$1
         ;;
@@ -90,7 +91,7 @@ check_main_flags() {
       --distributed*) fail "$word is set by this script; leave it out" ;;
     esac
   done
-  [[ $config ]] || fail "the flags after -- have no --config=FILE; write -- --config=configs/sit_xl_dar.py --workdir=DIR"
+  [[ $config ]] || fail "the flags after -- have no --config=FILE; write --config=configs/sit_xl_dar.py"
   [[ $workdir ]] || fail "the flags after -- have no --workdir=DIR; name a directory that all hosts share"
   [[ $workdir != *://* ]] || fail "--workdir=$workdir is no directory: dar_jax reads mounted storage only; see --help"
 }

