@@ -15,30 +15,46 @@ from ml_collections import config_flags
 from dar_jax import errors
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "Experiment, and its variant: configs/digits.py:static_t")
-TOPOLOGY = flags.DEFINE_string("topology", None, "v5e:4x4, v6e:4x4, v4:4x4x4, v5p:2x4x4 or cpu:8, in other sizes too")
-JSON = flags.DEFINE_string("json", None, "Also write the plan to this file")
+TOPOLOGY = flags.DEFINE_list(
+    "topology", None, "v5e:4x4, v6e:4x4, v4:4x4x4, v5p:2x4x4, v5e:16x16*2 (two slices) or cpu:8, in other sizes too. "
+    "Several are compared in a table, each with as many microbatches as the step needs to fit"
+)  # fmt: skip
+JSON = flags.DEFINE_string("json", None, "Also write the plan, or the list of plans, to this file")
+PLOT = flags.DEFINE_string("plot", None, "Of several topologies: draw speed and memory to this .png")
 
 
 def main(_):
     errors.require_flags(config=CONFIG.value, topology=TOPOLOGY.value)
-    if JSON.value and not pathlib.Path(JSON.value).absolute().parent.is_dir():
-        raise errors.UserError(f'--json = "{JSON.value}" is in no directory; make it first.')
+    for flag, path in {"json": JSON.value, "plot": PLOT.value}.items():
+        if path and not pathlib.Path(path).absolute().parent.is_dir():
+            raise errors.UserError(f'--{flag} = "{path}" is in no directory; make it first.')
     _set_environment(TOPOLOGY.value)
     from dar_jax import planning
 
-    plan = planning.make_plan(CONFIG.value, TOPOLOGY.value)
-    print(planning.report(plan))
+    if len(TOPOLOGY.value) == 1:
+        plans = [planning.make_plan(CONFIG.value, TOPOLOGY.value[0])]
+        print(planning.report(plans[0]))
+    else:
+        plans = []
+        for topology in TOPOLOGY.value:
+            plans.append(planning.make_fitting_plan(CONFIG.value, topology))
+            print(f"{topology}: compiled in {plans[-1].compile_seconds:.0f} s", flush=True)
+        print(planning.table(plans))
     if JSON.value:
-        pathlib.Path(JSON.value).write_text(json.dumps(dataclasses.asdict(plan), indent=2) + "\n")
+        found = [dataclasses.asdict(plan) for plan in plans]
+        pathlib.Path(JSON.value).write_text(json.dumps(found if len(found) > 1 else found[0], indent=2) + "\n")
         print(f"wrote {JSON.value}")
+    if PLOT.value:
+        planning.plot({"": plans}, PLOT.value)
+        print(f"wrote {PLOT.value}")
 
 
-def _set_environment(topology: str) -> None:
+def _set_environment(topologies: list[str]) -> None:
     """What jax and libtpu read when they start: run on the host, as many devices as asked for, look for no TPU."""
     os.environ["JAX_PLATFORMS"] = "cpu"
-    kind, _, size = topology.partition(":")
-    if kind == "cpu" and size.isdecimal():
-        flag = f"--xla_force_host_platform_device_count={size}"
+    sizes = [int(name[4:]) for name in topologies if name.startswith("cpu:") and name[4:].isdecimal()]
+    if sizes:
+        flag = f"--xla_force_host_platform_device_count={max(sizes)}"
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flag}".strip()
     os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"  # no TPU is opened, so plans may run side by side
     os.environ["TPU_SKIP_MDS_QUERY"] = "1"
