@@ -108,7 +108,7 @@ def _devices(topology: str):
     try:
         mode = CHIPS[kind].mode
         options = {"chip_config_name": mode, **({"num_slices": slices} if slices > 1 else {})}
-        return topologies.get_topology_desc("tpu", topology.partition("*")[0], **options).devices
+        return topologies.get_topology_desc(topology.partition("*")[0], platform="tpu", **options).devices
     except jax.errors.JaxRuntimeError as error:
         raise UserError(f'--topology = "{topology}" is refused by libtpu: {str(error).splitlines()[0]}') from error
 
