@@ -20,6 +20,10 @@ SIZES = {
 
 VARIANTS = ("residual", "static", "static_t", "dynamic")
 
+# config.mesh by hardware (TPU slices, hosts of 8 GPUs), in any number: the fsdp that leaves room beside the 11 GB which
+# weights, EMA and optimizer of XL/2 take. All other devices are along the data axis.
+MESHES = {"v4": {"fsdp": 8}, "v5e": {"fsdp": 16}, "v5p": {"fsdp": 4}, "v6e": {"fsdp": 16}, "gpu8": {"fsdp": 8}}
+
 
 def default() -> ConfigDict:
     """Returns the locked config of all fields. Sizes are for 8x8 digits; experiments override what they mean."""
@@ -123,9 +127,13 @@ def default() -> ConfigDict:
 
 
 def route(config: ConfigDict, variant: str | None) -> ConfigDict:
-    """Sets the routing named in a config argument (`configs/x.py:static_t`); every config has the same names."""
+    """Sets what a config argument names, routing and hardware (`configs/x.py:static_t@v5e`), alike in all configs."""
+    variant, _, hardware = (variant or "").partition("@")
     variant = variant or "static_t"
     check_choice("config variant", variant, VARIANTS)
+    if hardware:
+        check_choice("hardware of the config variant", hardware, MESHES)
+        config.mesh.update(MESHES[hardware])
     if variant == "residual":
         config.model.routing.kind = "residual"
     else:

@@ -20,6 +20,7 @@ TOPOLOGY = flags.DEFINE_list(
     "Several are compared in a table, each with as many microbatches as the step needs to fit"
 )  # fmt: skip
 JSON = flags.DEFINE_string("json", None, "Also write the plan, or the list of plans, to this file")
+FIT = flags.DEFINE_bool("fit", False, "Take as many microbatches as the step needs to fit, as of several topologies")
 PLOT = flags.DEFINE_string("plot", None, "Of several topologies: draw speed and memory to this .png")
 
 
@@ -31,18 +32,17 @@ def main(_):
     _set_environment(TOPOLOGY.value)
     from dar_jax import planning
 
-    if len(TOPOLOGY.value) == 1:
-        plans = [planning.make_plan(CONFIG.value, TOPOLOGY.value[0])]
-        print(planning.report(plans[0]))
-    else:
-        plans = []
-        for topology in TOPOLOGY.value:
-            plans.append(planning.make_fitting_plan(CONFIG.value, topology))
-            print(f"{topology}: compiled in {plans[-1].compile_seconds:.0f} s", flush=True)
+    several = len(TOPOLOGY.value) > 1
+    make = planning.make_fitting_plan if several or FIT.value else planning.make_plan
+    plans = []
+    for topology in TOPOLOGY.value:
+        plans.append(make(CONFIG.value, topology))
+        print(planning.report(plans[-1]), end="\n\n" if several else "\n", flush=True)
+    if several:
         print(planning.table(plans))
     if JSON.value:
         found = [dataclasses.asdict(plan) for plan in plans]
-        pathlib.Path(JSON.value).write_text(json.dumps(found if len(found) > 1 else found[0], indent=2) + "\n")
+        pathlib.Path(JSON.value).write_text(json.dumps(found if several else found[0], indent=2) + "\n")
         print(f"wrote {JSON.value}")
     if PLOT.value:
         planning.plot({"": plans}, PLOT.value)
