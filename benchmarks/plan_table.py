@@ -52,9 +52,9 @@ def main(_):
         "# SiT-XL/2 at batch 1024, planned",
         "",
         f"Written by `python benchmarks/plan_table.py` on {datetime.date.today()} at commit {commit}.",
-        "Memory, in GiB per chip, is what the TPU compiler assigns. Times are its estimates, not timings: `ms` leaves out",
-        "what crosses chips, `traffic` is the least that this takes. `micro` is the number of microbatches with which the",
-        "step fits; the mesh is data x fsdp x tensor.",
+        "Memory, in GiB per chip, is what the TPU compiler assigns. Times are its estimates, not timings: `ms` leaves",
+        "out what crosses chips, `traffic` is the least that this takes. `micro` is the number of microbatches with",
+        "which the step fits; the mesh is data x fsdp x tensor.",
     ]
     for name, found in groups.items():
         text += ["", f"## {name}", "", "```text", planning.table(found), "```"]
