@@ -24,6 +24,7 @@ RULES = (
     ("classes", None),
     ("condition", "tensor"),
     ("features", None),
+    ("group", "data"),
     ("heads", "tensor"),
     ("hidden", None),
     ("layers", None),

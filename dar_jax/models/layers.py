@@ -29,6 +29,16 @@ def modulate(x: Array, shift: Array, scale: Array) -> Array:
     return x * (1 + scale) + shift
 
 
+def modulate_by(adaln: nn.Module, condition: Array) -> Array:
+    """adaln(silu(condition)), `[B, D]` -> `[B, 1, n * D]`: shifts, scales and gates.
+
+    Where fsdp splits the large kernel over devices, the few samples of these devices go to the kernel's parts instead
+    of the kernel to every device.
+    """
+    condition = nn.with_logical_constraint(nn.silu(condition), ("group", "embed"))
+    return nn.with_logical_constraint(adaln(condition), ("batch", None))[:, None]
+
+
 def position_table(grid: int, size: int) -> np.ndarray:
     """Fixed 2-D sin-cos table `[grid * grid, size]`, float32; the first half of the features encodes the column."""
     frequencies = 1.0 / 10000 ** (np.arange(size // 4, dtype=np.float64) / (size // 4))
@@ -153,8 +163,7 @@ class Block(nn.Module):
 
     def modulation(self, condition: Array) -> list[Array]:
         """Shift, scale and gate of the attention and then of the MLP: six `[B, 1, D]` from `[B, D]`."""
-        modulation = nn.with_logical_constraint(self.adaln(nn.silu(condition)), ("batch", None))
-        return jnp.split(modulation[:, None], 6, axis=-1)
+        return jnp.split(modulate_by(self.adaln, condition), 6, axis=-1)
 
     @keep_dense_outputs
     def attention_branch(self, h: Array, modulation: list[Array]) -> Array:
@@ -182,7 +191,7 @@ class Head(nn.Module):
     @nn.compact
     def __call__(self, h: Array, condition: Array) -> Array:
         size = h.shape[-1]
-        modulation = Dense((2 * size,), ("embed", "modulation"), self.dtype, zeros, name="adaln")(nn.silu(condition))
-        shift, scale = jnp.split(modulation[:, None], 2, axis=-1)
+        adaln = Dense((2 * size,), ("embed", "modulation"), self.dtype, zeros, name="adaln")
+        shift, scale = jnp.split(modulate_by(adaln, condition), 2, axis=-1)
         x = modulate(layer_norm(h).astype(self.dtype), shift, scale)
         return Dense((self.features,), ("embed", "patch"), self.dtype, zeros, name="dense")(x)
