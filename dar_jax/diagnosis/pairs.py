@@ -1,0 +1,60 @@
+"""Batches of pairs of an image and a noise that stay the same for every timestep, checkpoint and batch size."""
+
+from collections.abc import Iterator
+from contextlib import closing
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from dar_jax import sharding
+from dar_jax.config import encodes_online
+from dar_jax.data.pipeline import train_iterator
+from dar_jax.training.online import make_online_encoder
+
+
+def batches(config: ConfigDict, num_images: int, batch_size: int, mesh: Mesh) -> Iterator[dict[str, Array]]:
+    """Yields `num_images` examples of `config.data.eval_split` in a fixed random order, split over all devices.
+
+    Args:
+      config: of the run; images are not flipped, latents are drawn from their distribution.
+      num_images: at most the size of the split, or images recur.
+      batch_size: over all devices. The last batch is filled up with examples of weight 0.
+      mesh: the devices.
+
+    Yields:
+      {"image": float32 [B, H, W, C], "label": int32 [B], "index": int32 [B], "weight": float32 [B]}: `index` is the
+      pair's number, from which its noise follows, and `weight` 1, or 0 for filling.
+    """
+    data = config.data.copy_and_resolve_references()
+    data.update(train_split=data.eval_split, flip=False, verify=False)
+    online = encodes_online(config)
+    process, num_processes = jax.process_index(), jax.process_count()
+    iterator = train_iterator(
+        data,
+        channels=3 if online else config.model.channels,
+        batch_size=batch_size,
+        seed=config.seed,
+        process_index=process,
+        process_count=num_processes,
+    )
+    encode = make_online_encoder(config, mesh) if online else None
+    sharded = sharding.batch_sharding(mesh)
+    with closing(iterator):
+        for start in range(0, num_images, batch_size):
+            # Processes take turns within the stream of examples.
+            index = start + np.arange(process, batch_size, num_processes, dtype=np.int32)
+            batch = {**next(iterator), "index": index, "weight": (index < num_images).astype(np.float32)}
+            batch = jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharded, x), batch)
+            if encode:
+                batch["image"] = encode(batch["image"], start)
+            yield batch
+
+
+def noise(seed: int, index: Array, shape: tuple[int, ...]) -> Array:
+    """N(0, 1) noise of the pairs `index` `[B]`, each of `shape`: float32 `[B, *shape]`."""
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), index)
+    return jax.vmap(lambda key: jax.random.normal(key, shape, jnp.float32))(keys)
