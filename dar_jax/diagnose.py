@@ -13,6 +13,7 @@ from dar_jax import errors
 WORKDIR = flags.DEFINE_string("workdir", None, "A directory that dar_jax.main wrote, residual or routed")
 COMPARE = flags.DEFINE_string("compare", None, "Another one, to show beside it")
 OUT = flags.DEFINE_string("out", None, "Directory of the report, the figures and the numbers; created if missing")
+SPLIT = flags.DEFINE_string("split", None, "Which images of the runs' data; default: their data.eval_split")
 NUM_IMAGES = flags.DEFINE_integer("num_images", 4096, "Images, each with one noise for all times", lower_bound=8)
 TIMESTEPS = flags.DEFINE_list("timesteps", None, "Times from 0 (noise) to 1 (data): 0,0.5,1; default: eleven, evenly")
 BATCH_SIZE = flags.DEFINE_integer("batch_size", None, "Images at a time over all devices; default: of a train step")
@@ -30,7 +31,14 @@ def main(_):
 
     workdirs = [workdir for workdir in (WORKDIR.value, COMPARE.value) if workdir]
     written = diagnose(
-        workdirs, OUT.value, NUM_IMAGES.value, times, BATCH_SIZE.value, CANONICAL.value, NUM_SAMPLES.value
+        workdirs,
+        OUT.value,
+        split=SPLIT.value,
+        num_images=NUM_IMAGES.value,
+        timesteps=times,
+        batch_size=BATCH_SIZE.value,
+        canonical=CANONICAL.value,
+        num_samples=NUM_SAMPLES.value,
     )
     for path in written:
         print(f"wrote {path}")

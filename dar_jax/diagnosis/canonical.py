@@ -25,19 +25,17 @@ def compare_canonical(
     model: SiT,
     mesh: Mesh,
     params: dict,
-    times: np.ndarray,
+    chosen: pairs.Pairs,
     weights: np.ndarray,
     workdir: str,
-    num_images: int,
-    batch_size: int,
 ) -> dict:
     """Losses with fixed weights, and the metrics of `config.eval` of samples with and without.
 
     Args:
       params: of the routed `model`.
-      times, weights: mean weights `[times, A, A]` over images and tokens, by reader and source, at these times.
+      chosen: pairs for the losses.
+      weights: mean weights `[times, A, A]` over images and tokens, by reader and source, at the times of `chosen`.
       workdir: keeps the convnet of fd_convnet.
-      num_images, batch_size: pairs, as for `pairs.batches`.
 
     Returns:
       {"weights": [A, A], the means over the times; "loss_content_blind": [times], at each time with its own mean;
@@ -55,12 +53,12 @@ def compare_canonical(
 
     total_loss = jax.jit(total_loss, out_shardings=NamedSharding(mesh, PartitionSpec()))
     say("canonical routing: losses")
-    sums = np.zeros((2, len(times)))
-    for batch in pairs.batches(config, num_images, batch_size, mesh):
-        for i, t in enumerate(times):
-            at = np.full(batch_size, t, np.float32)
+    sums = np.zeros((2, len(chosen.times)))
+    for batch in pairs.batches(config, chosen, mesh):
+        for i, t in enumerate(chosen.times):
+            at = np.full(chosen.batch_size, t, np.float32)
             sums[:, i] += [total_loss(params, batch, at, w.astype(np.float32)) for w in (weights[i], canonical)]
-    content_blind, loss = sums / num_images
+    content_blind, loss = sums / chosen.num_images
     result = {"weights": canonical, "loss_content_blind": content_blind, "loss": loss}
     if config.eval.num_samples:
         say(f"canonical routing: {config.eval.num_samples} samples with and without")

@@ -13,8 +13,9 @@ from ml_collections import ConfigDict
 from dar_jax import models, sharding
 from dar_jax.config import validate
 from dar_jax.data.sources import open_source
-from dar_jax.diagnosis import figures, pairs
+from dar_jax.diagnosis import figures
 from dar_jax.diagnosis.canonical import compare_canonical
+from dar_jax.diagnosis.pairs import Pairs, batches
 from dar_jax.diagnosis.probes import LinearProbe, averages, make_measure, relative_entropy, source_mask, summary
 from dar_jax.diagnosis.report import write_report
 from dar_jax.diffusion import sampler
@@ -32,6 +33,8 @@ HELD_OUT = 4  # the linear probe is scored on one pair in so many
 def diagnose(
     workdirs: Sequence[str],
     out: str,
+    *,
+    split: str | None,
     num_images: int,
     timesteps: Sequence[float] | None,
     batch_size: int | None,
@@ -43,7 +46,8 @@ def diagnose(
     Args:
       workdirs: one run, or two to compare.
       out: directory to write to.
-      num_images: of each run's `data.eval_split`; all of it, if it has fewer.
+      split: of each run's data; None: its `data.eval_split`.
+      num_images: of that split; all of it, if it has fewer.
       timesteps: times at which to measure; None: eleven over the range in which the model samples.
       batch_size: images at a time over all devices; None: of a train step (or microbatch) of the run.
       canonical: also freeze the weights of the routed runs to their mean over t (`canonical.compare_canonical`).
@@ -60,10 +64,12 @@ def diagnose(
         raise UserError("--canonical freezes routing weights, and a residual model has none; leave it out.")
     plans = []
     for config, workdir in zip(configs, workdirs, strict=True):
+        config.data.eval_split = split or config.data.eval_split
         config.eval.num_samples = config.eval.num_samples if num_samples is None else num_samples
+        mesh = _check(config, batch_size)
         if canonical:
-            _check_sampling(config)
-        plans.append(_check(config, workdir, num_images, timesteps, batch_size))
+            _check_sampling(config, mesh)
+        plans.append((config, workdir, mesh, _choose(config, workdir, num_images, timesteps, batch_size)))
     folder = pathlib.Path(out)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -78,7 +84,16 @@ def diagnose(
     return [write_report(results, drawn, folder), numbers, *(path for figure in drawn for path in figure.paths)]
 
 
-def _check_sampling(config: ConfigDict) -> None:
+def _check(config: ConfigDict, batch_size: int | None) -> Mesh:
+    config.mesh.update(data=-1, fsdp=math.gcd(config.mesh.fsdp, jax.device_count()))  # the run may have had more
+    config.eval.every_steps = 0  # what a run could not evaluate can still be diagnosed
+    validate(config)
+    mesh = sharding.make_mesh(config.mesh)
+    sharding.check_batch(mesh, "--batch_size", batch_size or _micro_batch(config))
+    return mesh
+
+
+def _check_sampling(config: ConfigDict, mesh: Mesh) -> None:
     model, scores = config.model, config.eval
     if not scores.num_samples:
         return
@@ -88,51 +103,41 @@ def _check_sampling(config: ConfigDict) -> None:
             "eval.inception and eval.reference to score them; add --num_samples=0 for losses only."
         )
     sampler.check(config.sampler)
+    sharding.check_batch(mesh, "config.eval.batch_size", scores.batch_size)
 
 
-def _check(config, workdir, num_images, timesteps, batch_size) -> tuple:
-    """The arguments of `_measure_run`."""
-    config.mesh.update(data=-1, fsdp=math.gcd(config.mesh.fsdp, jax.device_count()))  # the run may have had more
-    config.eval.every_steps = 0  # what a run could not evaluate can still be diagnosed
-    validate(config)
-    mesh = sharding.make_mesh(config.mesh)
-    batch_size = batch_size or config.train.batch_size // config.train.accumulate_steps
-    sharding.check_batch(mesh, "--batch_size", batch_size)
-    sharding.check_batch(mesh, "config.eval.batch_size", config.eval.batch_size)
+def _micro_batch(config: ConfigDict) -> int:
+    return config.train.batch_size // config.train.accumulate_steps
+
+
+def _choose(config, workdir, num_images, timesteps, batch_size) -> Pairs:
+    split = config.data.eval_split
     t0, t1 = time_range(config.diffusion.interpolant, config.diffusion.prediction, sampling=True)
     times = np.linspace(t0, t1, NUM_TIMES) if timesteps is None else np.asarray(timesteps, np.float64)
     if len(np.unique(times)) < 2 or not ((t0 <= times) & (times <= t1)).all():
         raise UserError(
             f"--timesteps = {','.join(f'{t:g}' for t in times)} must be at least two times in [{t0:g}, {t1:g}]."
         )
-    available = len(open_source(config.data, config.data.eval_split))
+    available = len(open_source(config.data, split))
     if num_images > available:
-        say(f'{workdir}: split "{config.data.eval_split}" has {available} images, fewer than --num_images={num_images}')
-    return config, workdir, mesh, times, min(num_images, available), batch_size
+        say(f'{workdir}: split "{split}" has {available} images, fewer than --num_images={num_images}')
+    return Pairs(split, min(num_images, available), batch_size or _micro_batch(config), times)
 
 
-def _measure_run(
-    config: ConfigDict,
-    workdir: str,
-    mesh: Mesh,
-    times: np.ndarray,
-    num_images: int,
-    batch_size: int,
-    canonical: bool,
-) -> dict:
+def _measure_run(config: ConfigDict, workdir: str, mesh: Mesh, chosen: Pairs, canonical: bool) -> dict:
     """All numbers of a run, arrays with the times leading; the entries are those of `make_measure` and more."""
     model = models.build(config.model)
     with sharding.use(mesh):
         params, step = restore_ema(workdir, abstract_params(config, model, mesh))
-        say(f"{workdir}: step {step}, {num_images} images at {len(times)} times")
-        sums, probes = _stream(config, model, mesh, params, times, num_images, batch_size)
+        say(f"{workdir}: step {step}, {chosen.num_images} images at {len(chosen.times)} times")
+        sums, probes = _stream(config, model, mesh, params, chosen)
         result = {
             "workdir": workdir,
             "step": step,
             "model": config.model.to_dict(),
-            "split": config.data.eval_split,
-            "num_images": num_images,
-            "timesteps": times,
+            "split": chosen.split,
+            "num_images": chosen.num_images,
+            "timesteps": chosen.times,
             **averages(sums),
             "probe_r2": [probe.r2() for probe in probes[1:]],
             "probe_r2_x_t": probes[0].r2(),
@@ -141,23 +146,20 @@ def _measure_run(
         if model.layout is not None:
             result["relative_entropy"] = relative_entropy(result["entropy"], result["is_source"])
             if canonical:
-                result["canonical"] = compare_canonical(
-                    config, model, mesh, params, times, result["weights"], workdir, num_images, batch_size
-                )
+                result["canonical"] = compare_canonical(config, model, mesh, params, chosen, result["weights"], workdir)
     return result
 
 
-def _stream(
-    config: ConfigDict, model: SiT, mesh: Mesh, params: dict, times: np.ndarray, num_images: int, batch_size: int
-) -> tuple[dict, list[LinearProbe]]:
+def _stream(config: ConfigDict, model: SiT, mesh: Mesh, params: dict, chosen: Pairs) -> tuple[dict, list[LinearProbe]]:
     """Sums of `measure`, float64 with the times leading, and the probes of x_t and of every reader."""
     everywhere = NamedSharding(mesh, PartitionSpec())  # so that every process has the numbers
     measure = jax.jit(make_measure(config, model), out_shardings=everywhere)
     probes = [LinearProbe() for _ in range(2 * model.depth + 2)]
-    rows_t = np.repeat(times, batch_size)
+    rows_t = np.repeat(chosen.times, chosen.batch_size)
+    times = np.float32(rows_t).reshape(-1, chosen.batch_size)
     sums, done = None, 0
-    for batch in pairs.batches(config, num_images, batch_size, mesh):
-        measured = jax.device_get([measure(params, batch, np.full(batch_size, t, np.float32)) for t in times])
+    for batch in batches(config, chosen, mesh):
+        measured = jax.device_get([measure(params, batch, t) for t in times])
         found, features = jax.tree.map(lambda *by_time: np.stack(by_time), *measured)
         found = jax.tree.map(np.float64, found)
         sums = found if sums is None else jax.tree.map(np.add, sums, found)
@@ -167,8 +169,8 @@ def _stream(
         readers = [features["x_t"], *np.moveaxis(features["states"], 1, 0)]  # each [times, B, F]
         for probe, x in zip(probes, readers, strict=True):
             probe.update(x.reshape(len(rows_t), -1)[counts], rows_t[counts], held_out[counts])
-        done = min(done + batch_size, num_images)
-        say(f"{done} of {num_images} images")
+        done = min(done + chosen.batch_size, chosen.num_images)
+        say(f"{done} of {chosen.num_images} images")
     return sums, probes
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import closing
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,22 +17,36 @@ from dar_jax.data.pipeline import train_iterator
 from dar_jax.training.online import make_online_encoder
 
 
-def batches(config: ConfigDict, num_images: int, batch_size: int, mesh: Mesh) -> Iterator[dict[str, Array]]:
-    """Yields `num_images` examples of `config.data.eval_split` in a fixed random order, split over all devices.
+class Pairs(NamedTuple):
+    """Which pairs are measured, and when.
 
-    Args:
-      config: of the run; images are not flipped, latents are drawn from their distribution.
+    Attributes:
+      split: of `config.data`.
       num_images: at most the size of the split, or images recur.
-      batch_size: over all devices. The last batch is filled up with examples of weight 0.
-      mesh: the devices.
+      batch_size: images at a time over all devices.
+      times: float64 [N], t of each measurement.
+    """
+
+    split: str
+    num_images: int
+    batch_size: int
+    times: np.ndarray
+
+
+def batches(config: ConfigDict, chosen: Pairs, mesh: Mesh) -> Iterator[dict[str, Array]]:
+    """Yields the examples in a fixed random order, spread over all devices.
+
+    Images are not flipped, and latents are drawn from their distribution. The last batch is filled up with examples of
+    weight 0.
 
     Yields:
       {"image": float32 [B, H, W, C], "label": int32 [B], "index": int32 [B], "weight": float32 [B]}: `index` is the
       pair's number, from which its noise follows, and `weight` 1, or 0 for filling.
     """
     data = config.data.copy_and_resolve_references()
-    data.update(train_split=data.eval_split, flip=False, verify=False)
+    data.update(train_split=chosen.split, flip=False, verify=False)
     online = encodes_online(config)
+    batch_size = chosen.batch_size
     process, num_processes = jax.process_index(), jax.process_count()
     iterator = train_iterator(
         data,
@@ -44,10 +59,10 @@ def batches(config: ConfigDict, num_images: int, batch_size: int, mesh: Mesh) ->
     encode = make_online_encoder(config, mesh) if online else None
     sharded = sharding.batch_sharding(mesh)
     with closing(iterator):
-        for start in range(0, num_images, batch_size):
+        for start in range(0, chosen.num_images, batch_size):
             # Processes take turns within the stream of examples.
             index = start + np.arange(process, batch_size, num_processes, dtype=np.int32)
-            batch = {**next(iterator), "index": index, "weight": (index < num_images).astype(np.float32)}
+            batch = {**next(iterator), "index": index, "weight": (index < chosen.num_images).astype(np.float32)}
             batch = jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharded, x), batch)
             if encode:
                 batch["image"] = encode(batch["image"], start)

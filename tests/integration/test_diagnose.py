@@ -56,7 +56,16 @@ def one_device():
 
 def run(folder, out, batch_size, canonical):
     workdirs = [str(folder / "residual"), str(folder / "dar")]
-    jobs.diagnose(workdirs, str(out), NUM_IMAGES, TIMES, batch_size, canonical, None)
+    jobs.diagnose(
+        workdirs,
+        str(out),
+        split=None,
+        num_images=NUM_IMAGES,
+        timesteps=TIMES,
+        batch_size=batch_size,
+        canonical=canonical,
+        num_samples=None,
+    )
     return json.loads((out / "diagnosis.json").read_text())["runs"]
 
 
@@ -97,7 +106,7 @@ def pairs_of(config):
     data = config.data
     images, labels = load_images(data, data.eval_split, channels=1)
     with sharding.use(tiny.make_mesh(1, 1)) as mesh:
-        (batch,) = pairs.batches(config, NUM_IMAGES, NUM_IMAGES, mesh)
+        (batch,) = pairs.batches(config, pairs.Pairs("test", NUM_IMAGES, NUM_IMAGES, TIMES), mesh)
     batch = jax.device_get(batch)
     for image, label in zip(batch["image"], batch["label"], strict=True):  # held-out ones, whatever the order
         same = np.isclose(images / 127.5 - 1, image, atol=1e-6).all(axis=(1, 2, 3))
@@ -200,6 +209,7 @@ def test_report_fits_in_a_browser(diagnosed, tmp_path, width):
         ({"timesteps": [0.5, math.nan]}, "--timesteps = 0.5,nan must be"),
         ({"batch_size": 12}, "--batch_size = 12 must be divisible by the 8 devices"),
         ({"workdirs": ["residual"], "canonical": True}, "--canonical freezes routing weights"),
+        ({"split": "trian"}, '"trian"'),
         ({"out": "/proc/nowhere"}, '--out = "/proc/nowhere" cannot be written'),
     ],
     ids=str,
@@ -207,7 +217,7 @@ def test_report_fits_in_a_browser(diagnosed, tmp_path, width):
 def test_what_cannot_work_is_refused(diagnosed, tmp_path, monkeypatch, changes, words):
     monkeypatch.chdir(diagnosed[0])
     monkeypatch.setattr(jobs, "_measure_run", lambda *_: pytest.fail("nothing may be measured"))
-    arguments = {"workdirs": ["dar"], "out": str(tmp_path / "out"), "num_images": 8, "timesteps": None}
+    arguments = {"workdirs": ["dar"], "out": str(tmp_path / "out"), "split": None, "num_images": 8, "timesteps": None}
     arguments |= {"batch_size": 8, "canonical": False, "num_samples": None} | changes
     with pytest.raises(UserError, match=re.escape(words)):
         jobs.diagnose(**arguments)
