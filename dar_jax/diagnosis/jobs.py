@@ -169,8 +169,9 @@ def _stream(config: ConfigDict, model: SiT, mesh: Mesh, params: dict, chosen: Pa
         readers = [features["x_t"], *np.moveaxis(features["states"], 1, 0)]  # each [times, B, F]
         for probe, x in zip(probes, readers, strict=True):
             probe.update(x.reshape(len(rows_t), -1)[counts], rows_t[counts], held_out[counts])
-        done = min(done + chosen.batch_size, chosen.num_images)
-        say(f"{done} of {chosen.num_images} images")
+        before, done = done, min(done + chosen.batch_size, chosen.num_images)
+        if 10 * done // chosen.num_images > 10 * before // chosen.num_images:
+            say(f"{done} of {chosen.num_images} images")
     return sums, probes
 
 

@@ -35,6 +35,7 @@ def make_run(folder: pathlib.Path, kind: str):
     config = tiny.make_config()
     config.model.routing.update(kind=kind, chunk_size=2)
     config.eval.num_samples = 16
+    config.mesh.fsdp = 2  # of eight devices, where nothing says otherwise
     params = sharding.unbox(init_params(models.build(config.model), 0))
     rng = np.random.default_rng(0)
     params = jax.tree.map(lambda p: jnp.asarray(0.3 * rng.normal(size=p.shape), jnp.float32), params)

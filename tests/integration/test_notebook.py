@@ -30,7 +30,7 @@ def test_notebook_runs_from_top_to_bottom(tmp_path, monkeypatch):
             exec(compile("".join(cell["source"]), f"cell {i}", "exec"), names)
     samples, curves, maps = (plt.figure(number) for number in plt.get_fignums())
     plain, guided = (ax.images[0].get_array() for ax in samples.axes)
-    assert plain.shape == guided.shape == (8 * 8, 10 * 8) and (plain != guided).any()
+    assert plain.shape == guided.shape == (8 * 10, 10 * 10) and (plain != guided).any()
     drawn = [line.get_ydata() for ax in curves.axes for line in ax.lines]
     assert len(drawn) == 9 and all(np.isfinite(y).all() for y in drawn)
     weights = [ax.images[0].get_array() for ax in maps.axes if ax.images]
