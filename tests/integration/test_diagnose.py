@@ -178,6 +178,7 @@ document.getElementById("page").onload = (event) => {{
     images: images.length, loaded: images.filter((i) => i.complete && i.naturalWidth > 0).length,
     width: page.documentElement.scrollWidth, client: page.documentElement.clientWidth,
     spills: spills.map((e) => e.outerHTML.slice(0, 80)),
+    scrolled: [...page.querySelectorAll(".scroll")].filter((e) => e.scrollWidth > e.clientWidth).length,
     columns: new Set(images.map((i) => Math.round(i.getBoundingClientRect().left))).size,
   }});
 }};</script></body>
@@ -194,11 +195,12 @@ def test_report_fits_in_a_browser(diagnosed, tmp_path, width):
     command = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"]
     command += ["--disable-background-networking", "--disable-component-update", "--disable-sync"]
     command += [f"--user-data-dir={tmp_path / 'profile'}", "--window-size=1400,1000", "--virtual-time-budget=20000"]
-    shown = subprocess.run([*command, "--dump-dom", wrapper.as_uri()], capture_output=True, text=True, timeout=120)
+    shown = subprocess.run([*command, "--dump-dom", wrapper.as_uri()], capture_output=True, text=True, timeout=300)
     found = json.loads(html.unescape(re.search(r'data-found="([^"]*)"', shown.stdout)[1]))
     assert found["loaded"] == found["images"] == len(list(diagnosed[1].glob("*.png")))
     assert found["width"] <= found["client"] <= width and not found["spills"]
     assert found["columns"] == (2 if width == 1280 else 1)
+    assert (found["scrolled"] > 0) == (width == 390)  # wide figures stay legible on a phone
 
 
 @pytest.mark.parametrize(
