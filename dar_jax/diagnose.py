@@ -16,9 +16,11 @@ OUT = flags.DEFINE_string("out", None, "Directory of the report, the figures and
 SPLIT = flags.DEFINE_string("split", None, "Which images of the runs' data; default: their data.eval_split")
 NUM_IMAGES = flags.DEFINE_integer("num_images", 4096, "Images, each with one noise for all times", lower_bound=8)
 TIMESTEPS = flags.DEFINE_list("timesteps", None, "Times from 0 (noise) to 1 (data): 0,0.5,1; default: eleven, evenly")
-BATCH_SIZE = flags.DEFINE_integer("batch_size", None, "Images at a time over all devices; default: of a train step")
+BATCH_SIZE = flags.DEFINE_integer(
+    "batch_size", None, "Images at a time over all devices; default: a train step's", lower_bound=1
+)
 CANONICAL = flags.DEFINE_boolean("canonical", False, "Also freeze routing weights to their mean over t, and score it")
-NUM_SAMPLES = flags.DEFINE_integer("num_samples", None, "Samples to score with --canonical; default: eval.num_samples")
+NUM_SAMPLES = flags.DEFINE_integer("num_samples", None, "Samples it scores; default: eval.num_samples", lower_bound=0)
 
 
 def main(_):

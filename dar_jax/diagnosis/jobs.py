@@ -22,7 +22,7 @@ from dar_jax.diffusion import sampler
 from dar_jax.diffusion.interpolant import time_range
 from dar_jax.errors import UserError
 from dar_jax.models import SiT
-from dar_jax.training.checkpoint import load_config, restore_ema
+from dar_jax.training.checkpoint import has_checkpoint, load_config, restore_ema
 from dar_jax.training.logs import say
 from dar_jax.training.state import abstract_params
 
@@ -64,6 +64,8 @@ def diagnose(
         raise UserError("--canonical freezes routing weights, and a residual model has none; leave it out.")
     plans = []
     for config, workdir in zip(configs, workdirs, strict=True):
+        if not has_checkpoint(workdir):
+            raise UserError(f'workdir "{workdir}" holds no checkpoint; train with python -m dar_jax.main first.')
         config.data.eval_split = split or config.data.eval_split
         config.eval.num_samples = config.eval.num_samples if num_samples is None else num_samples
         mesh = _check(config, batch_size)
@@ -94,14 +96,16 @@ def _check(config: ConfigDict, batch_size: int | None) -> Mesh:
 
 
 def _check_sampling(config: ConfigDict, mesh: Mesh) -> None:
-    model, scores = config.model, config.eval
+    scores, side = config.eval, config.data.image_size
     if not scores.num_samples:
         return
-    if model.channels not in (1, 3) and not (config.data.vae and scores.inception and scores.reference):
-        raise UserError(
-            f"--canonical: the model makes latents of {model.channels} channels, and its run had no config.data.vae, "
-            "eval.inception and eval.reference to score them; add --num_samples=0 for losses only."
-        )
+    if config.model.channels in (1, 3):
+        lacking = not scores.inception and not 8 <= side <= 64 and f"config.eval.inception for images of {side} pixels"
+    else:
+        found = config.data.vae and scores.inception and scores.reference
+        lacking = not found and "config.data.vae, eval.inception and eval.reference to score latents"
+    if lacking:
+        raise UserError(f"--canonical: the run lacks {lacking}; add --num_samples=0 for losses only.")
     sampler.check(config.sampler)
     sharding.check_batch(mesh, "config.eval.batch_size", scores.batch_size)
 

@@ -23,7 +23,7 @@ from dar_jax.diagnosis import canonical, jobs, pairs, probes
 from dar_jax.diagnosis.forward import frozen_routing
 from dar_jax.errors import UserError
 from dar_jax.evaluation.features import Features
-from dar_jax.training.checkpoint import write_weights
+from dar_jax.training.checkpoint import load_config, write_weights
 from dar_jax.training.state import init_params
 from tests.training import tiny
 
@@ -36,7 +36,7 @@ def make_run(folder: pathlib.Path, kind: str):
     config.model.routing.update(kind=kind, chunk_size=2)
     config.eval.num_samples = 16
     config.mesh.fsdp = 2  # of eight devices, where nothing says otherwise
-    params = sharding.unbox(init_params(models.build(config.model), 0))
+    params = sharding.unbox(jax.eval_shape(lambda: init_params(models.build(config.model), 0)))
     rng = np.random.default_rng(0)
     params = jax.tree.map(lambda p: jnp.asarray(0.3 * rng.normal(size=p.shape), jnp.float32), params)
     write_weights(str(folder), config, params)
@@ -71,10 +71,16 @@ def run(folder, out, batch_size, canonical):
 
 
 @pytest.fixture(scope="module")
-def diagnosed(tmp_path_factory):
-    """Workdirs, the output directory, what was found on one device in one batch, and what the runs are made of."""
+def runs(tmp_path_factory):
+    """The folder of a residual and a routed run, and their configs and weights."""
     folder = tmp_path_factory.mktemp("diagnosis")
-    made = {kind: make_run(folder / kind, kind) for kind in ("residual", "dar")}
+    return folder, {kind: make_run(folder / kind, kind) for kind in ("residual", "dar")}
+
+
+@pytest.fixture(scope="module")
+def diagnosed(runs):
+    """Workdirs, the output directory, what was found on one device in one batch, and what the runs are made of."""
+    folder, made = runs
     with one_device(), pytest.MonkeyPatch.context() as patch:
         patch.setattr(canonical, "load_features", fake_features)
         found = run(folder, folder / "out", NUM_IMAGES, True)
@@ -207,6 +213,8 @@ def test_report_fits_in_a_browser(diagnosed, tmp_path, width):
     ("changes", "words"),
     [
         ({"workdirs": ["nowhere"]}, '"nowhere/config.json" does not exist'),
+        ({"workdirs": ["dar", "empty"]}, 'workdir "empty" holds no checkpoint'),
+        ({"workdirs": ["latents"], "canonical": True}, "config.data.vae, eval.inception and eval.reference to score"),
         ({"timesteps": [0.5]}, "--timesteps = 0.5 must be at least two times in [0, 1]"),
         ({"timesteps": [0.5, 1.5]}, "--timesteps = 0.5,1.5 must be"),
         ({"timesteps": [0.5, math.nan]}, "--timesteps = 0.5,nan must be"),
@@ -217,8 +225,15 @@ def test_report_fits_in_a_browser(diagnosed, tmp_path, width):
     ],
     ids=str,
 )
-def test_what_cannot_work_is_refused(diagnosed, tmp_path, monkeypatch, changes, words):
-    monkeypatch.chdir(diagnosed[0])
+def test_what_cannot_work_is_refused(runs, tmp_path, monkeypatch, changes, words):
+    monkeypatch.chdir(runs[0])
+    for name, channels in (("empty", 1), ("latents", 4)):
+        config = load_config("dar")
+        config.model.channels = channels
+        config.data.source = "digits" if channels == 1 else "synthetic"
+        pathlib.Path(name, "checkpoints").mkdir(parents=True, exist_ok=True)
+        pathlib.Path(name, "config.json").write_text(config.to_json())
+    shutil.copytree("dar/checkpoints", "latents/checkpoints", dirs_exist_ok=True)
     monkeypatch.setattr(jobs, "_measure_run", lambda *_: pytest.fail("nothing may be measured"))
     arguments = {"workdirs": ["dar"], "out": str(tmp_path / "out"), "split": None, "num_images": 8, "timesteps": None}
     arguments |= {"batch_size": 8, "canonical": False, "num_samples": None} | changes
