@@ -115,6 +115,10 @@ def default() -> ConfigDict:
     evaluation.inception = ""  # converted Inception weights (.npz) for FID; "" = the distance by a small convnet
     evaluation.reference = ""  # reference .npz in the ADM layout; "" = at most 10,000 images of data.eval_split
 
+    config.diagnosis = diagnosis = ConfigDict()
+    diagnosis.every_steps = 0  # states, gradients and routing entropy by depth, to TensorBoard; 0 = off
+    diagnosis.num_images = 16  # training images measured each time, over all devices
+
     config.checkpoint = checkpoint = ConfigDict()
     checkpoint.every_steps = 500
     checkpoint.keep = 2  # latest checkpoints kept, beside the best by the first metric of eval
@@ -252,6 +256,7 @@ def validate(config: ConfigDict) -> None:
         ("sampler.num_steps", config.sampler.num_steps),
         ("eval.batch_size", config.eval.batch_size),
         ("eval.grid_size", config.eval.grid_size),
+        ("diagnosis.num_images", config.diagnosis.num_images),
     ):
         require(value >= 1, f"config.{field} = {value} must be at least 1.")
     require(
@@ -266,6 +271,7 @@ def validate(config: ConfigDict) -> None:
         ("train.max_skipped", config.train.max_skipped),
         ("eval.every_steps", config.eval.every_steps),
         ("eval.final_samples", config.eval.final_samples),
+        ("diagnosis.every_steps", config.diagnosis.every_steps),
     ):
         require(value >= 0, f"config.{field} = {value} must not be negative.")
     require(config.diffusion.time_std > 0, f"config.diffusion.time_std = {config.diffusion.time_std} must be positive.")

@@ -14,6 +14,7 @@ from dar_jax import models, sharding
 from dar_jax.config import encodes_online, validate
 from dar_jax.data.pipeline import train_iterator
 from dar_jax.data.sources import open_source
+from dar_jax.diagnosis.inline import InlineDiagnosis
 from dar_jax.diffusion import sampler
 from dar_jax.errors import UserError
 from dar_jax.evaluation.inline import InlineEvaluation
@@ -43,6 +44,8 @@ def train(config: ConfigDict, workdir: str, profile_steps: int = 0) -> None:
     sharding.check_batch(mesh, "config.train.batch_size / accumulate_steps", _micro_batch(config))
     if config.eval.every_steps:
         sharding.check_batch(mesh, "config.eval.batch_size", config.eval.batch_size)
+    if config.diagnosis.every_steps:
+        sharding.check_batch(mesh, "config.diagnosis.num_images", config.diagnosis.num_images)
     num_classes = open_source(config.data, config.data.train_split).num_classes
     if num_classes > config.model.num_classes:
         raise UserError(
@@ -92,6 +95,7 @@ def _run(config, workdir, mesh, batches, checkpoints, stop, profile_steps) -> No
 
     encode = make_online_encoder(config, mesh) if encodes_online(config) else None
     evaluation = InlineEvaluation(config, model, mesh, workdir, say) if config.eval.every_steps else None
+    diagnosis = InlineDiagnosis(config, model, mesh) if config.diagnosis.every_steps else None
     flops_per_step = 3 * config.train.batch_size * forward_flops(config.model)
     logs = Logs(workdir, first_step, num_steps, config.train.batch_size, flops_per_step)
     take_step = jax.jit(make_train_step(config, model, optimizer), donate_argnums=0)
@@ -126,6 +130,8 @@ def _run(config, workdir, mesh, batches, checkpoints, stop, profile_steps) -> No
             step += 1
             settle()
             pending = step, metrics
+            if diagnosis and step % config.diagnosis.every_steps == 0:
+                logs.write(step, diagnosis.run(state.params))
             evaluate = evaluation and (step % config.eval.every_steps == 0 or step == num_steps)
             save = evaluate or step % config.checkpoint.every_steps == 0 or step == num_steps
             if profile_steps and step - first_step in (PROFILE_AFTER, PROFILE_AFTER + profile_steps):

@@ -32,7 +32,8 @@ def index(tree, i):
 
 
 def linear(x, p):
-    return x @ p["kernel"] + p.get("bias", 0)
+    kernel = p["kernel"].flatten(1)
+    return x @ kernel + (p["bias"].flatten() if "bias" in p else 0)
 
 
 def sublayer(p, h, condition, num_heads, l):
@@ -62,8 +63,11 @@ def attend(sources, p, query, e_t):
     return (alpha[..., None] * values).sum(0), alpha
 
 
-def routed_stack(params, layout, query, num_heads, v_0, condition, e_t):
-    """Returns the head's state [B, T, D], all values by source name, and the weights of the L + 1 aggregators."""
+def routed_stack(params, layout, query, num_heads, v_0, condition, e_t, on_read=lambda h: h):
+    """Returns the head's state [B, T, D], all values by source name, and the weights of the L + 1 aggregators.
+
+    `on_read` is shown every aggregated state and returns what is read instead.
+    """
     values, weights = {("c", 0): v_0}, []
     per_step = sum(name.startswith("query_") for name in params["steps"])
     for l, names in enumerate(source_sets(layout.depth, layout.chunk_size, layout.final), start=1):
@@ -75,6 +79,7 @@ def routed_stack(params, layout, query, num_heads, v_0, condition, e_t):
             p_query = index(params["steps"][f"query_{position}"], step)
         h, alpha = attend([values[name] for name in names], p_query, query, e_t)
         weights.append(alpha)
+        h = on_read(h)
         if is_final:
             return h, values, weights
         block = index(params["steps"][f"block_{position // 2}"], step)

@@ -1,0 +1,187 @@
+"""What the door `diagnose` does: measure one or two runs, draw the figures, write numbers and report."""
+
+import json
+import pathlib
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from ml_collections import ConfigDict
+
+from dar_jax import models, sharding
+from dar_jax.config import validate
+from dar_jax.data.sources import open_source
+from dar_jax.diagnosis import figures
+from dar_jax.diagnosis.canonical import compare_canonical
+from dar_jax.diagnosis.pairs import Pairs, batches
+from dar_jax.diagnosis.probes import LinearProbe, averages, make_measure, relative_entropy, source_mask, summary
+from dar_jax.diagnosis.report import write_report
+from dar_jax.diffusion import sampler
+from dar_jax.diffusion.interpolant import time_range
+from dar_jax.errors import UserError
+from dar_jax.models import SiT
+from dar_jax.training.checkpoint import has_checkpoint, load_config, restore_ema
+from dar_jax.training.logs import say
+from dar_jax.training.state import abstract_params
+
+NUM_TIMES = 11  # of the default grid
+HELD_OUT = 4  # the linear probe is scored on one pair in so many
+
+
+def diagnose(
+    workdirs: Sequence[str],
+    out: str,
+    *,
+    split: str | None,
+    num_images: int,
+    timesteps: Sequence[float] | None,
+    batch_size: int | None,
+    canonical: bool,
+    num_samples: int | None,
+) -> list[pathlib.Path]:
+    """Diagnoses the EMA of the latest checkpoint of each run and writes figures, diagnosis.json and report.html.
+
+    Args:
+      workdirs: one run, or two to compare.
+      out: directory to write to.
+      split: of each run's data; None: its `data.eval_split`.
+      num_images: of that split; all of it, if it has fewer.
+      timesteps: times at which to measure; None: eleven over the range in which the model samples.
+      batch_size: images at a time over all devices; None: of a train step (or microbatch) of the run.
+      canonical: also freeze the weights of the routed runs to their mean over t (`canonical.compare_canonical`).
+      num_samples: to score for that, 0 for losses only; None: `config.eval.num_samples` of the run.
+
+    Returns:
+      What was written, the report first.
+
+    Raises:
+      UserError: something does not fit, before anything is compiled.
+    """
+    configs = [load_config(workdir) for workdir in workdirs]
+    if canonical and all(config.model.routing.kind == "residual" for config in configs):
+        raise UserError("--canonical freezes routing weights, and a residual model has none; leave it out.")
+    plans = []
+    for config, workdir in zip(configs, workdirs, strict=True):
+        if not has_checkpoint(workdir):
+            raise UserError(f'workdir "{workdir}" holds no checkpoint; train with python -m dar_jax.main first.')
+        config.data.eval_split = split or config.data.eval_split
+        config.eval.num_samples = config.eval.num_samples if num_samples is None else num_samples
+        mesh = _check(config, batch_size)
+        if canonical:
+            _check_sampling(config, mesh)
+        plans.append((config, workdir, mesh, _choose(config, workdir, num_images, timesteps, batch_size)))
+    folder = pathlib.Path(out)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f'--out = "{out}" cannot be written: {error.strerror}; take another.') from error
+
+    results = [_measure_run(*plan, canonical) for plan in plans]
+    if jax.process_index() > 0:
+        return []
+    numbers, drawn = folder / "diagnosis.json", figures.draw(results, folder)
+    numbers.write_text(json.dumps({"runs": _plain(results)}, indent=1, allow_nan=False) + "\n")
+    return [write_report(results, drawn, folder), numbers, *(path for figure in drawn for path in figure.paths)]
+
+
+def _check(config: ConfigDict, batch_size: int | None) -> Mesh:
+    sharding.fit(config.mesh, jax.device_count())
+    config.eval.every_steps = 0  # what a run could not evaluate can still be diagnosed
+    validate(config)
+    mesh = sharding.make_mesh(config.mesh)
+    sharding.check_batch(mesh, "--batch_size", batch_size or _micro_batch(config))
+    return mesh
+
+
+def _check_sampling(config: ConfigDict, mesh: Mesh) -> None:
+    scores, side = config.eval, config.data.image_size
+    if not scores.num_samples:
+        return
+    if config.model.channels in (1, 3):
+        lacking = not scores.inception and not 8 <= side <= 64 and f"config.eval.inception for images of {side} pixels"
+    else:
+        found = config.data.vae and scores.inception and scores.reference
+        lacking = not found and "config.data.vae, eval.inception and eval.reference to score latents"
+    if lacking:
+        raise UserError(f"--canonical: the run lacks {lacking}; add --num_samples=0 for losses only.")
+    sampler.check(config.sampler)
+    sharding.check_batch(mesh, "config.eval.batch_size", scores.batch_size)
+
+
+def _micro_batch(config: ConfigDict) -> int:
+    return config.train.batch_size // config.train.accumulate_steps
+
+
+def _choose(config, workdir, num_images, timesteps, batch_size) -> Pairs:
+    split = config.data.eval_split
+    t0, t1 = time_range(config.diffusion.interpolant, config.diffusion.prediction, sampling=True)
+    times = np.linspace(t0, t1, NUM_TIMES) if timesteps is None else np.asarray(timesteps, np.float64)
+    if len(np.unique(times)) < 2 or not ((t0 <= times) & (times <= t1)).all():
+        raise UserError(
+            f"--timesteps = {','.join(f'{t:g}' for t in times)} must be at least two times in [{t0:g}, {t1:g}]."
+        )
+    available = len(open_source(config.data, split))
+    if num_images > available:
+        say(f'{workdir}: split "{split}" has {available} images, fewer than --num_images={num_images}')
+    return Pairs(split, min(num_images, available), batch_size or _micro_batch(config), times)
+
+
+def _measure_run(config: ConfigDict, workdir: str, mesh: Mesh, chosen: Pairs, canonical: bool) -> dict:
+    """All numbers of a run, arrays with the times leading; the entries are those of `make_measure` and more."""
+    model = models.build(config.model)
+    with sharding.use(mesh):
+        params, step = restore_ema(workdir, abstract_params(config, model, mesh))
+        say(f"{workdir}: step {step}, {chosen.num_images} images at {len(chosen.times)} times")
+        sums, probes = _stream(config, model, mesh, params, chosen)
+        result = {
+            "workdir": workdir,
+            "step": step,
+            "model": config.model.to_dict(),
+            "split": chosen.split,
+            "num_images": chosen.num_images,
+            "timesteps": chosen.times,
+            **averages(sums),
+            "probe_r2": [probe.r2() for probe in probes[1:]],
+            "probe_r2_x_t": probes[0].r2(),
+        }
+        result |= {"is_source": source_mask(model.depth, model.layout), "summary": summary(result)}
+        if model.layout is not None:
+            result["relative_entropy"] = relative_entropy(result["entropy"], result["is_source"])
+            if canonical:
+                result["canonical"] = compare_canonical(config, model, mesh, params, chosen, result["weights"], workdir)
+    return result
+
+
+def _stream(config: ConfigDict, model: SiT, mesh: Mesh, params: dict, chosen: Pairs) -> tuple[dict, list[LinearProbe]]:
+    """Sums of `measure`, float64 with the times leading, and the probes of x_t and of every reader."""
+    everywhere = NamedSharding(mesh, PartitionSpec())  # so that every process has the numbers
+    measure = jax.jit(make_measure(config, model), out_shardings=everywhere)
+    probes = [LinearProbe() for _ in range(2 * model.depth + 2)]
+    rows_t = np.repeat(chosen.times, chosen.batch_size)
+    times = np.float32(rows_t).reshape(-1, chosen.batch_size)
+    sums, done = None, 0
+    for batch in batches(config, chosen, mesh):
+        measured = jax.device_get([measure(params, batch, t) for t in times])
+        found, features = jax.tree.map(lambda *by_time: np.stack(by_time), *measured)
+        found = jax.tree.map(np.float64, found)
+        sums = found if sums is None else jax.tree.map(np.add, sums, found)
+
+        counts = features["weight"].ravel() > 0
+        held_out = features["index"].ravel() % HELD_OUT == 0
+        readers = [features["x_t"], *np.moveaxis(features["states"], 1, 0)]  # each [times, B, F]
+        for probe, x in zip(probes, readers, strict=True):
+            probe.update(x.reshape(len(rows_t), -1)[counts], rows_t[counts], held_out[counts])
+        before, done = done, min(done + chosen.batch_size, chosen.num_images)
+        if 10 * done // chosen.num_images > 10 * before // chosen.num_images:
+            say(f"{done} of {chosen.num_images} images")
+    return sums, probes
+
+
+def _plain(tree):
+    """Arrays to nested lists, scalars to Python's."""
+    if isinstance(tree, dict):
+        return {name: _plain(x) for name, x in tree.items()}
+    if isinstance(tree, list | tuple | np.ndarray):
+        return [_plain(x) for x in tree]
+    return tree.item() if isinstance(tree, np.generic) else tree
