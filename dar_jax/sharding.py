@@ -61,9 +61,9 @@ def make_mesh(mesh: ConfigDict, devices: Sequence[jax.Device] | None = None) -> 
         )
     shape = sizes["data"] // slices, sizes["fsdp"], sizes["tensor"]
     if slices == 1:
-        array = mesh_utils.create_device_mesh(shape, devices)
+        array = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
     else:
-        array = mesh_utils.create_hybrid_device_mesh(shape, (slices, 1, 1), devices)
+        array = mesh_utils.create_hybrid_device_mesh(shape, (slices, 1, 1), devices, allow_split_physical_axes=True)
     return Mesh(array, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
