@@ -155,6 +155,13 @@ def _block_axis(ax: Axes, y: str, is_log: bool) -> None:
         ax.yaxis.set_minor_formatter(NullFormatter())
 
 
+def _with_legend(canvas: Canvas, ax: Axes) -> Canvas:
+    """The labels of `ax` above all panels, where they cover nothing."""
+    handles, names = ax.get_legend_handles_labels()
+    canvas.legend(handles, names, loc="outside upper center", ncols=len(names), frameon=False)
+    return canvas
+
+
 def _curves(results, names) -> Canvas:
     canvas = Canvas(figsize=(WIDTH, 2.3))
     for ax, (name, y, is_log) in zip(canvas.subplots(1, 3), CURVES, strict=True):
@@ -164,8 +171,7 @@ def _curves(results, names) -> Canvas:
             low, high = result[name].min(axis=0), result[name].max(axis=0)
             ax.fill_between(blocks, low, high, color=line["color"], alpha=0.15, linewidth=0)
         _block_axis(ax, y, is_log)
-    canvas.legend(*ax.get_legend_handles_labels(), loc="outside upper center", ncols=len(results), frameon=False)
-    return canvas
+    return _with_legend(canvas, ax)
 
 
 def _some_times(result: dict) -> np.ndarray:
@@ -181,8 +187,7 @@ def _by_time(result) -> Canvas:
             line = _line(i, 0.9 * i / len(chosen))
             ax.plot(np.arange(1, len(curve) + 1), curve, label=f"$t$ = {result['timesteps'][at]:.2g}", **line)
         _block_axis(ax, y, is_log)
-    canvas.legend(*ax.get_legend_handles_labels(), loc="outside upper center", ncols=len(chosen), frameon=False)
-    return canvas
+    return _with_legend(canvas, ax)
 
 
 def _probe(results, names) -> Canvas:
@@ -195,8 +200,7 @@ def _probe(results, names) -> Canvas:
     ax.set_xlabel(READER)
     ax.set_ylabel("$R^2$ of $t$")
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
-    ax.legend()
-    return canvas
+    return _with_legend(canvas, ax)
 
 
 def _shares(result: dict) -> tuple[np.ndarray, str]:
@@ -238,8 +242,7 @@ def _depth(result, shares, what) -> Canvas:
         right.plot(several + 1, entropy[at, several], label=label, **_line(i, 0.9 * i / len(chosen)))
     right.set_xlabel(READER)
     right.set_ylabel("entropy / log(number of sources)")
-    right.legend()
-    return canvas
+    return _with_legend(canvas, right)
 
 
 def _limit(shares: np.ndarray) -> float:
@@ -281,5 +284,4 @@ def _canonical(result) -> Canvas:
     ax.axhline(1, color="0.5", linestyle=":", label="routed")
     ax.set_xlabel("$t$ (0 = noise, 1 = data)")
     ax.set_ylabel("loss / loss of the routed model")
-    ax.legend()
-    return canvas
+    return _with_legend(canvas, ax)

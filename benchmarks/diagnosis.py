@@ -1,0 +1,60 @@
+"""What diagnosis inside a run costs: one measurement of config.diagnosis against one train step, interleaved.
+
+    python benchmarks/diagnosis.py --config=configs/digits.py --config.model.depth=12
+
+Prints medians and from which config.diagnosis.every_steps on it takes less than 1 % of the time; --json writes them.
+"""
+
+import json
+import math
+import time
+
+import jax
+import numpy as np
+from absl import app, flags
+from ml_collections import config_flags
+
+from dar_jax import models, sharding
+from dar_jax.diagnosis.inline import InlineDiagnosis
+from dar_jax.training.optimizer import make_optimizer
+from dar_jax.training.state import make_state
+from dar_jax.training.step import make_train_step
+
+CONFIG = config_flags.DEFINE_config_file("config", None, "Experiment, and its variant: configs/digits.py:static_t")
+ROUNDS = flags.DEFINE_integer("rounds", 12, "Timed rounds, after one to warm up")
+JSON = flags.DEFINE_string("json", None, "Where to write the result")
+
+
+def main(_):
+    config = CONFIG.value
+    model, mesh = models.build(config.model), sharding.make_mesh(config.mesh)
+    optimizer = make_optimizer(config.optimizer, config.train.num_steps)
+    seconds = {"step": [], "diagnosis": []}
+    with sharding.use(mesh):
+        init, _ = make_state(config, model, optimizer, mesh)
+        state, diagnosis = init(), InlineDiagnosis(config, model, mesh)
+        x = np.zeros((config.train.batch_size, model.input_size, model.input_size, model.channels), np.float32)
+        batch = jax.device_put(
+            {"image": x, "label": np.zeros(len(x), np.int32)},
+            sharding.batch_sharding(mesh),
+        )
+        step = jax.jit(make_train_step(config, model, optimizer), donate_argnums=0)
+        for _ in range(ROUNDS.value + 1):
+            start = time.monotonic()
+            state, _ = jax.block_until_ready(step(state, batch))
+            seconds["step"].append(time.monotonic() - start)
+            start = time.monotonic()
+            diagnosis.run(state.params)
+            seconds["diagnosis"].append(time.monotonic() - start)
+    median = {name: float(np.median(times[1:])) for name, times in seconds.items()}
+    steps = math.ceil(99 * median["diagnosis"] / median["step"])
+    print(f"train step of {config.train.batch_size} images: {1e3 * median['step']:.0f} ms")
+    print(f"diagnosis of {config.diagnosis.num_images} images: {1e3 * median['diagnosis']:.0f} ms")
+    print(f"under 1 % of the time from config.diagnosis.every_steps={steps} on")
+    if JSON.value:
+        with open(JSON.value, "w") as file:
+            json.dump({"median_seconds": median, "every_steps": steps}, file, indent=2)
+
+
+if __name__ == "__main__":
+    app.run(main)
