@@ -94,7 +94,8 @@ def check_batch(mesh: Mesh, field: str, size: int) -> None:
     """Raises UserError unless a batch of `size` splits evenly."""
     if size % batch_shards(mesh):
         raise UserError(
-            f"{field} = {size} must be divisible by the {batch_shards(mesh)} parts of config.mesh, data * fsdp."
+            f"{field} = {size} must be divisible by the {batch_shards(mesh)} devices that split a batch (config.mesh, "
+            "data * fsdp)."
         )
 
 

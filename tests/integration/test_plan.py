@@ -366,7 +366,7 @@ def test_config_is_checked_as_for_training():
         config = tiny()
         config.model.routing.chunk_size = 3
         planning.make_plan(config, "cpu:8")
-    with pytest.raises(UserError, match=r"accumulate_steps = 4 must be divisible by the 8 parts"):
+    with pytest.raises(UserError, match=r"accumulate_steps = 4 must be divisible by the 8 devices"):
         planning.make_plan(tiny(accumulate_steps=4), "cpu:8")
     with pytest.raises(UserError, match="host devices"):
         planning.make_plan(tiny(), "cpu:1024")

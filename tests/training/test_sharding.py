@@ -123,5 +123,5 @@ def test_fsdp_must_divide_the_width():
 def test_batch_must_divide_over_the_devices():
     mesh = tiny.make_mesh(4, 2)
     sharding.check_batch(mesh, "batch", 16)
-    with pytest.raises(UserError, match="batch = 12 must be divisible by the 8 parts"):
+    with pytest.raises(UserError, match="batch = 12 must be divisible by the 8 devices"):
         sharding.check_batch(mesh, "batch", 12)
