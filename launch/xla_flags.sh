@@ -4,19 +4,9 @@
 # is tested against the installed jaxlib and libtpu (tests/launch/test_xla_flags.py). What the environment already holds
 # comes after these and wins: LIBTPU_INIT_ARGS="--xla_..." or XLA_FLAGS="--xla_...".
 
-# TPU (LIBTPU_INIT_ARGS). With config.mesh.fsdp, each layer's weights are gathered from all chips before use. The
-# first four are needed for a gather to run beside the matmuls of the layer before: without any one of them the v5e compiler
-# overlaps none. These are the defaults of libtpu 0.0.42 and 0.0.52; written down, so that another default shows up in a
-# diff here and not in a slower run.
+# TPU (LIBTPU_INIT_ARGS). That a gather of weights runs beside the matmuls of the layer before is the default of libtpu on
+# v5e; asked for by flags, v4 and v5p refuse to compile.
 tpu_flags=(
-  # The gather becomes an asynchronous operation, with a start and an end.
-  --xla_enable_async_all_gather=true
-  # It is fused with the matmuls beside it, whose loop moves its data along.
-  --xla_tpu_enable_async_collective_fusion_fuse_all_gather=true
-  # One gather may stretch over several such fusions: a layer's weights outlast one matmul.
-  --xla_tpu_enable_async_collective_fusion_multiple_steps=true
-  # The tensor core computes while the links transfer.
-  --xla_tpu_overlap_compute_collective_tc=true
   # By default the compiler multiplies with the parts of a gathered matrix as they come in. With fsdp = 16 the parts of
   # SiT-XL are 72 wide, where the matrix unit takes 128: planned for v5e:4x4 at batch 128, the residual step takes 128 ms
   # so, and 68 with whole matrices. (A number of MiB beyond all matrices switches it off.)
