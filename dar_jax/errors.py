@@ -39,7 +39,7 @@ def run(main) -> None:
     from dar_jax.config import check_flags
 
     os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")  # else tensorflow, which clu imports, greets on stderr
-    logging.set_verbosity(logging.WARNING)  # orbax and clu describe their every move at INFO
+    logging.set_verbosity(logging.FATAL)  # orbax describes its every move, and every error that it raises anyway
 
     def parse(argv):
         if {"--help", "-help", "--helpshort", "--helpfull"} & set(argv):

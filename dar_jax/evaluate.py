@@ -15,7 +15,7 @@ import pathlib
 from absl import flags
 from ml_collections import config_flags
 
-from dar_jax import errors
+from dar_jax import errors, runtime
 
 WORKDIR = flags.DEFINE_string("workdir", None, "A run to sample from and score")
 SAMPLES = flags.DEFINE_string("samples", None, "Or an .npz of samples, arr_0 uint8 [N, H, W, C]")
@@ -44,12 +44,17 @@ def main(_):
         raise errors.UserError(f"give one of {', '.join(given)}; see --help.")
     if JSON.value and not pathlib.Path(JSON.value).absolute().parent.is_dir():
         raise errors.UserError(f'--json = "{JSON.value}" is in no directory; make it first.')
+    runtime.start()
     if WRITE_REFERENCE.value:
         _write_reference()
         return
     results = _evaluate_run() if WORKDIR.value else [_evaluate_file()]
+    import jax
+
     from dar_jax.evaluation import jobs
 
+    if jax.process_index() > 0:
+        return
     print(jobs.table(results))
     if JSON.value:
         pathlib.Path(JSON.value).write_text(json.dumps(results, indent=2) + "\n")

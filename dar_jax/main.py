@@ -9,18 +9,20 @@ import sys
 from absl import flags
 from ml_collections import config_flags
 
-from dar_jax import errors
+from dar_jax import errors, runtime
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "Experiment, and its variant: configs/digits.py:static_t")
+PROFILE = flags.DEFINE_integer("profile", 0, "Write a trace of this many steps to workdir/profile", lower_bound=0)
 WORKDIR = flags.DEFINE_string("workdir", None, "Directory of checkpoints, samples and metrics; created if missing")
 
 
 def main(_):
     errors.require_flags(config=CONFIG.value, workdir=WORKDIR.value)
     signal.signal(signal.SIGTERM, _stop)  # until the loop listens; the next import takes seconds
+    runtime.start()
     from dar_jax.training.loop import train
 
-    train(CONFIG.value, WORKDIR.value)
+    train(CONFIG.value, WORKDIR.value, PROFILE.value)
 
 
 def _stop(*_):

@@ -8,6 +8,7 @@ import dataclasses
 import json
 import os
 import pathlib
+import re
 
 from absl import flags
 from ml_collections import config_flags
@@ -15,31 +16,51 @@ from ml_collections import config_flags
 from dar_jax import errors
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "Experiment, and its variant: configs/digits.py:static_t")
-TOPOLOGY = flags.DEFINE_string("topology", None, "v5e:4x4, v6e:4x4, v4:4x4x4, v5p:2x4x4 or cpu:8, in other sizes too")
-JSON = flags.DEFINE_string("json", None, "Also write the plan to this file")
+TOPOLOGY = flags.DEFINE_list(
+    "topology", None, "v5e:4x4, v6e:4x4, v4:4x4x4, v5p:2x4x4, v5e:16x16*2 (two slices) or cpu:8, in other sizes too. "
+    "Several are compared in a table, each with as many microbatches as the step needs to fit"
+)  # fmt: skip
+JSON = flags.DEFINE_string("json", None, "Also write the plan, or the list of plans, to this file")
+FIT = flags.DEFINE_bool("fit", False, "Take as many microbatches as the step needs to fit, as of several topologies")
+PLOT = flags.DEFINE_string("plot", None, "Of several topologies: draw speed and memory to this .png")
+LAUNCH_FLAGS = pathlib.Path(__file__).parents[1] / "launch" / "xla_flags.sh"
 
 
 def main(_):
     errors.require_flags(config=CONFIG.value, topology=TOPOLOGY.value)
-    if JSON.value and not pathlib.Path(JSON.value).absolute().parent.is_dir():
-        raise errors.UserError(f'--json = "{JSON.value}" is in no directory; make it first.')
+    for flag, path in {"json": JSON.value, "plot": PLOT.value}.items():
+        if path and not pathlib.Path(path).absolute().parent.is_dir():
+            raise errors.UserError(f'--{flag} = "{path}" is in no directory; make it first.')
     _set_environment(TOPOLOGY.value)
     from dar_jax import planning
 
-    plan = planning.make_plan(CONFIG.value, TOPOLOGY.value)
-    print(planning.report(plan))
+    several = len(TOPOLOGY.value) > 1
+    make = planning.make_fitting_plan if several or FIT.value else planning.make_plan
+    plans = []
+    for topology in TOPOLOGY.value:
+        plans.append(make(CONFIG.value, topology))
+        print(planning.report(plans[-1]), end="\n\n" if several else "\n", flush=True)
+    if several:
+        print(planning.table(plans))
     if JSON.value:
-        pathlib.Path(JSON.value).write_text(json.dumps(dataclasses.asdict(plan), indent=2) + "\n")
+        found = [dataclasses.asdict(plan) for plan in plans]
+        pathlib.Path(JSON.value).write_text(json.dumps(found if several else found[0], indent=2) + "\n")
         print(f"wrote {JSON.value}")
+    if PLOT.value:
+        planning.plot({"": plans}, PLOT.value)
+        print(f"wrote {PLOT.value}")
 
 
-def _set_environment(topology: str) -> None:
+def _set_environment(topologies: list[str]) -> None:
     """What jax and libtpu read when they start: run on the host, as many devices as asked for, look for no TPU."""
     os.environ["JAX_PLATFORMS"] = "cpu"
-    kind, _, size = topology.partition(":")
-    if kind == "cpu" and size.isdecimal():
-        flag = f"--xla_force_host_platform_device_count={size}"
+    sizes = [int(name[4:]) for name in topologies if name.startswith("cpu:") and name[4:].isdecimal()]
+    if sizes:
+        flag = f"--xla_force_host_platform_device_count={max(sizes)}"
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flag}".strip()
+    if LAUNCH_FLAGS.exists():  # the compiler is told what it will be told by launch/
+        found = re.findall(r"^  (--xla_\S+)$", LAUNCH_FLAGS.read_text().partition("gpu_flags=(")[0], re.MULTILINE)
+        os.environ["LIBTPU_INIT_ARGS"] = " ".join([*found, os.environ.get("LIBTPU_INIT_ARGS", "")]).strip()
     os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"  # no TPU is opened, so plans may run side by side
     os.environ["TPU_SKIP_MDS_QUERY"] = "1"
     os.environ["TPU_WORKER_HOSTNAMES"] = "localhost"

@@ -1,47 +1,76 @@
 """The device mesh, the table of logical-axis rules, and the shardings of states and batches."""
 
 import contextlib
+import math
 from collections.abc import Sequence
 
 import flax.linen as nn
 import jax
+import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
 from dar_jax.errors import UserError
 
+AXES = ("data", "fsdp", "tensor")
+
 # Logical axis of a parameter or activation -> mesh axis. A name missing here is an error (see `check_names`),
-# because linen would leave it unsharded without a word.
+# because linen would leave it unsharded without a word. Between the matrices of a block, that is where sources live
+# and are routed, the tensor axis splits the tokens: routing is one token's business.
 RULES = (
     ("batch", ("data", "fsdp")),
     ("embed", "fsdp"),
     ("classes", None),
-    ("condition", None),
+    ("condition", "tensor"),
     ("features", None),
-    ("heads", None),
+    ("group", "data"),
+    ("heads", "tensor"),
     ("hidden", None),
     ("layers", None),
-    ("mlp", None),
+    ("mlp", "tensor"),
+    ("modulation", "tensor"),
     ("norm", None),
     ("patch", None),
     ("qkv", None),
-    ("query", None),
-    ("tokens", None),
+    ("query", "tensor"),
+    ("tokens", "tensor"),
 )
 
 
 def make_mesh(mesh: ConfigDict, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """The (data, fsdp) mesh of `config.mesh` over `devices`, None for all here; -1 is the rest.
+    """The (data, fsdp, tensor) mesh of `config.mesh` over `devices`, None for all there are; -1 is the rest.
 
-    Raises UserError if it cannot be."""
+    The data axis goes across TPU slices, whose network is slow; the other axes stay within one. Raises UserError for
+    sizes that do not fill the devices, or a data axis that is no multiple of the slices."""
     devices = jax.devices() if devices is None else devices
-    data = len(devices) // mesh.fsdp if mesh.data == -1 else mesh.data
-    if data * mesh.fsdp != len(devices):
+    sizes = {axis: mesh[axis] for axis in AXES}
+    given = {axis: size for axis, size in sizes.items() if size != -1}
+    if len(given) == len(AXES) - 1:
+        sizes = {axis: given.get(axis, len(devices) // max(1, math.prod(given.values()))) for axis in AXES}
+    if math.prod(sizes.values()) != len(devices):
+        text = ", ".join(f"{axis} = {mesh[axis]}" for axis in AXES)
         raise UserError(
-            f"config.mesh data = {mesh.data}, fsdp = {mesh.fsdp} does not fill the {len(devices)} devices; "
-            "set data = -1 and fsdp to a divisor."
+            f"config.mesh {text} does not fill the {len(devices)} devices; set data = -1, and fsdp * tensor to a "
+            "divisor."
         )
-    return jax.make_mesh((data, mesh.fsdp), ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2, devices=devices)
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    if sizes["data"] % slices:
+        raise UserError(
+            f"config.mesh.data = {sizes['data']} must be a multiple of the {slices} slices; lower fsdp or tensor."
+        )
+    shape = sizes["data"] // slices, sizes["fsdp"], sizes["tensor"]
+    if slices == 1:
+        array = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    else:
+        array = mesh_utils.create_hybrid_device_mesh(shape, (slices, 1, 1), devices, allow_split_physical_axes=True)
+    return Mesh(array, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def fit(mesh: ConfigDict, num_devices: int) -> None:
+    """Shrinks the mesh of a run to other devices than it had."""
+    tensor = math.gcd(max(mesh.tensor, 1), num_devices)
+    mesh.update(data=-1, fsdp=math.gcd(max(mesh.fsdp, 1), num_devices // tensor), tensor=tensor)
 
 
 @contextlib.contextmanager
@@ -52,14 +81,49 @@ def use(mesh: Mesh):
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Leading axis over every device."""
+    """Leading axis over all devices but those of one tensor group, which hold the same samples."""
     return NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
 
 
+def batch_shards(mesh: Mesh) -> int:
+    """Parts into which `batch_sharding` splits a batch."""
+    return mesh.shape["data"] * mesh.shape["fsdp"]
+
+
 def check_batch(mesh: Mesh, field: str, size: int) -> None:
-    """Raises UserError unless a batch of `size` splits evenly over the devices."""
-    if size % mesh.size:
-        raise UserError(f"{field} = {size} must be divisible by the {mesh.size} devices.")
+    """Raises UserError unless a batch of `size` splits evenly."""
+    if size % batch_shards(mesh):
+        raise UserError(
+            f"{field} = {size} must be divisible by the {batch_shards(mesh)} parts of config.mesh, data * fsdp."
+        )
+
+
+def check_model(mesh: Mesh, model: ConfigDict) -> None:
+    """Raises UserError unless the heads and the tokens of `config.model` split evenly over the tensor axis."""
+    tensor, tokens = mesh.shape["tensor"], (model.input_size // model.patch_size) ** 2
+    if model.num_heads % tensor or tokens % tensor:
+        raise UserError(
+            f"config.mesh.tensor = {tensor} must divide config.model.num_heads = {model.num_heads} and the {tokens} "
+            "tokens of a sample."
+        )
+
+
+def local_rows(mesh: Mesh, batch_size: int) -> np.ndarray:
+    """Which rows of a batch live on the devices of this process, ascending; processes may share some."""
+    rows = np.arange(batch_size)
+    parts = batch_sharding(mesh).addressable_devices_indices_map((batch_size,)).values()
+    return np.unique(np.concatenate([rows[part] for part in parts]))
+
+
+def from_local_rows(mesh: Mesh, batch_size: int, rows: np.ndarray, local: np.ndarray) -> jax.Array:
+    """The sharded batch `[batch_size, ...]` of which this process holds `local`, its `local_rows`."""
+
+    def part(index):
+        start, stop, _ = index[0].indices(batch_size)
+        first = np.searchsorted(rows, start)
+        return local[first : first + stop - start]
+
+    return jax.make_array_from_callback((batch_size, *local.shape[1:]), batch_sharding(mesh), part)
 
 
 def check_names(specs) -> None:
@@ -85,9 +149,9 @@ def tree_shardings(mesh: Mesh, abstract):
 
     def check(path, leaf, sharding):
         for size, axis in zip(leaf.shape, sharding.spec, strict=False):
-            if axis == "fsdp" and size % mesh.shape["fsdp"]:
+            if axis is not None and size % mesh.shape[axis]:
                 raise UserError(
-                    f"config.mesh.fsdp = {mesh.shape['fsdp']} must divide {size}, an axis of "
+                    f"config.mesh.{axis} = {mesh.shape[axis]} must divide {size}, an axis of "
                     f"{jax.tree_util.keystr(path, simple=True, separator='/')}."
                 )
 

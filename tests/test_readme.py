@@ -4,6 +4,7 @@ import importlib.util
 import pathlib
 import re
 import shlex
+import subprocess
 
 import pytest
 from absl import flags
@@ -25,6 +26,16 @@ def commands():
 
 def doors(name=r"\w+"):
     return [words for words in commands() if re.fullmatch(rf"python -m dar_jax\.{name}", " ".join(words[:3]))]
+
+
+def launches():
+    return [words for words in commands() if words and words[0].startswith("launch/")]
+
+
+def trainings():
+    """Every command that trains, by the door or by a launch script, as one for the door."""
+    launched = [words[words.index("--") + 1 :] for words in launches() if "--" in words]
+    return doors("main") + [["python", "-m", "dar_jax.main", *flags] for flags in launched]
 
 
 def layout():
@@ -55,7 +66,7 @@ def test_doors_exist():
     assert not [name for name in named if importlib.util.find_spec(name) is None]
 
 
-@pytest.mark.parametrize("words", doors("main"), ids=" ".join)
+@pytest.mark.parametrize("words", trainings(), ids=" ".join)
 def test_training_command_gives_a_valid_config(words, monkeypatch):
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr("sys.argv", words[2:])  # config_flags looks there for overrides
@@ -65,6 +76,13 @@ def test_training_command_gives_a_valid_config(words, monkeypatch):
     assert values(words[2:]) == words[2:3]  # nothing but flags, all of them known
     validate(config.value)
     assert values.workdir
+
+
+@pytest.mark.parametrize("words", launches(), ids=" ".join)
+def test_launch_command_is_understood(words, monkeypatch):
+    monkeypatch.delenv("SLURM_JOB_ID", raising=False)  # else it is inside a job, and says srun
+    result = subprocess.run([words[0], "--dry_run", *words[1:]], cwd=ROOT, text=True, capture_output=True)
+    assert result.returncode == 0 and result.stdout.startswith(("gcloud ", "sbatch ")), result.stderr
 
 
 @pytest.mark.parametrize("words", [w for w in doors() if w[2] != "dar_jax.main"], ids=" ".join)

@@ -1,4 +1,4 @@
-"""Batches: endless, shuffled, sharded and resumable for training; whole arrays for evaluation."""
+"""Batches: endless, shuffled and sharded for training, a function of the step; whole arrays for evaluation."""
 
 import functools
 import os
@@ -37,30 +37,29 @@ def _epoch_order(seed: int, epoch: int, size: int) -> np.ndarray:
 
 
 def train_iterator(
-    data: ConfigDict, *, channels: int, batch_size: int, seed: int, process_index: int, process_count: int
+    data: ConfigDict, *, channels: int, batch_size: int, seed: int, first_step: int = 0, rows: np.ndarray | None = None
 ) -> grain.DatasetIterator:
-    """Iterates over this process's part of the training batches, without end.
+    """Iterates over this process's rows of the training batches, without end.
 
     The stream of examples is a new permutation of the training split for every epoch, and each example is
     flipped, if the config says so, by a generator keyed with its place in the stream. Prepared latents are drawn
-    from their distribution by the same generator, anew in each epoch. Processes take turns
-    within the stream. Step k thus holds examples k * batch_size to (k + 1) * batch_size of it for any number
-    of processes; a batch may reach over the end of an epoch, and a split smaller than a batch recurs in it.
+    from their distribution by the same generator, anew in each epoch. Row j of step k is example
+    k * batch_size + j of the stream, whichever process reads it; a batch may reach over the end of an epoch, and a
+    split smaller than a batch recurs in it.
 
-    `get_state` and `set_state` resume bit for bit. Unless worker processes read (`data.num_workers`), the
-    state is one number, the step, and also fits another number of processes.
+    So a run resumes bit for bit, in any number of processes, by the number of steps it has taken: `first_step`.
 
     Args:
       data: `config.data`.
       channels: 1 (grey) or 3 (RGB), to which images are converted; or those of latents.
       batch_size: examples per step over all processes.
       seed: of the order and the flips, 0 <= seed.
-      process_index: of this process, in 0..process_count - 1.
-      process_count: number of processes, a divisor of batch_size.
+      first_step: steps to leave out.
+      rows: which rows of every batch to read, int [b] ascending (`sharding.local_rows`); None for all.
 
     Returns:
-      A grain iterator of {"image": float32 [b, S, S, channels], "label": int32 [b]}, b = batch_size / process_count,
-      S = data.image_size: images in [-1, 1], or scaled latents.
+      A grain iterator of {"image": float32 [b, S, S, channels], "label": int32 [b]}, S = data.image_size: images in
+      [-1, 1], or scaled latents.
 
     Raises:
       UserError: the split cannot be opened, or channels, batch_size or `data.vae` do not fit, or a shard of latents
@@ -69,15 +68,15 @@ def train_iterator(
     latent = _is_latent(data, channels)
     if not latent:
         _check_channels(channels)
-    if batch_size % process_count:
-        raise UserError(
-            f"config.train.batch_size = {batch_size} must be divisible by the number of processes, {process_count}."
-        )
+    rows = np.arange(batch_size) if rows is None else rows
     source, size, flip = open_source(data, data.train_split), data.image_size, data.flip
     if data.source == "latents":
-        _check_latents(source, data, channels, process_index, process_count)
+        _check_latents(source, data, channels, rows[0] // len(rows), batch_size // len(rows))
 
-    def load(place: int, rng: np.random.Generator) -> dict[str, Any]:
+    def load(i: int) -> dict[str, Any]:
+        step, row = divmod(i, len(rows))
+        place = step * batch_size + int(rows[row])
+        rng = np.random.default_rng((seed, place, 1))  # _epoch_order's have two numbers
         epoch, i = divmod(place, len(source))
         example = source[int(_epoch_order(seed, epoch, len(source))[i])]
         mirrored = flip and rng.random() < 0.5
@@ -94,9 +93,8 @@ def train_iterator(
         image = batch["image"]
         return {"image": to_float(image) if image.dtype == np.uint8 else image, "label": batch["label"]}
 
-    # Slicing comes after everything random, so that order and flips do not depend on the process count.
-    stream = grain.MapDataset.range(sys.maxsize).seed(seed).random_map(load)[process_index::process_count]
-    stream = stream.batch(batch_size // process_count, drop_remainder=True).map(scale)
+    stream = grain.MapDataset.range(first_step * len(rows), sys.maxsize).map(load)
+    stream = stream.batch(len(rows), drop_remainder=True).map(scale)
     # Grain prefetches whole batches: its default, 500 of them, would fill the memory of a host.
     threads = 1 if data.num_workers else min(os.cpu_count() or 1, _MAX_THREADS)
     batches = stream.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads))

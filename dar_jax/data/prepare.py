@@ -200,7 +200,7 @@ def _make_encode(vae: "Vae") -> tuple[Callable[[np.ndarray], Any], int]:
 
     mesh = sharding.make_mesh(default().mesh, jax.local_devices())
     encode = make_encoder(vae, mesh)
-    return lambda images: (encode(images), encode(images[:, :, ::-1])), CHUNK * mesh.size
+    return lambda images: (encode(images), encode(images[:, :, ::-1])), CHUNK * sharding.batch_shards(mesh)
 
 
 def _write_shard(directory, name, number, source, settings, encode, batch_size, pool, progress) -> None:

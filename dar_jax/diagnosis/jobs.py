@@ -1,7 +1,6 @@
 """What the door `diagnose` does: measure one or two runs, draw the figures, write numbers and report."""
 
 import json
-import math
 import pathlib
 from collections.abc import Sequence
 
@@ -87,7 +86,7 @@ def diagnose(
 
 
 def _check(config: ConfigDict, batch_size: int | None) -> Mesh:
-    config.mesh.update(data=-1, fsdp=math.gcd(config.mesh.fsdp, jax.device_count()))  # the run may have had more
+    sharding.fit(config.mesh, jax.device_count())
     config.eval.every_steps = 0  # what a run could not evaluate can still be diagnosed
     validate(config)
     mesh = sharding.make_mesh(config.mesh)

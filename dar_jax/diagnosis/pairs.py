@@ -47,23 +47,20 @@ def batches(config: ConfigDict, chosen: Pairs, mesh: Mesh) -> Iterator[dict[str,
     data.update(train_split=chosen.split, flip=False, verify=False)
     online = encodes_online(config)
     batch_size = chosen.batch_size
-    process, num_processes = jax.process_index(), jax.process_count()
+    rows = sharding.local_rows(mesh, batch_size)
     iterator = train_iterator(
         data,
         channels=3 if online else config.model.channels,
         batch_size=batch_size,
         seed=config.seed,
-        process_index=process,
-        process_count=num_processes,
+        rows=rows,
     )
     encode = make_online_encoder(config, mesh) if online else None
-    sharded = sharding.batch_sharding(mesh)
     with closing(iterator):
         for start in range(0, chosen.num_images, batch_size):
-            # Processes take turns within the stream of examples.
-            index = start + np.arange(process, batch_size, num_processes, dtype=np.int32)
-            batch = {**next(iterator), "index": index, "weight": (index < chosen.num_images).astype(np.float32)}
-            batch = jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharded, x), batch)
+            index = (start + rows).astype(np.int32)
+            local = {**next(iterator), "index": index, "weight": (index < chosen.num_images).astype(np.float32)}
+            batch = {k: sharding.from_local_rows(mesh, batch_size, rows, x) for k, x in local.items()}
             if encode:
                 batch["image"] = encode(batch["image"], start)
             yield batch

@@ -49,8 +49,8 @@ def extract_all(features: Features, images: np.ndarray, mesh: Mesh) -> dict[str,
     Every process passes the same images. They are split into equal batches, of which the last is filled up, so that
     one program serves all.
     """
-    num_batches = -(-len(images) // (features.batch_size * mesh.size))
-    size = mesh.size * -(-len(images) // (num_batches * mesh.size))
+    num_batches = -(-len(images) // (features.batch_size * sharding.batch_shards(mesh)))
+    size = sharding.batch_shards(mesh) * -(-len(images) // (num_batches * sharding.batch_shards(mesh)))
     parts = []
     for start in range(0, len(images), size):
         batch = images[start : start + size]

@@ -3,7 +3,6 @@
 import hashlib
 import importlib.metadata
 import json
-import math
 import os
 import pathlib
 import shutil
@@ -77,7 +76,7 @@ def evaluate_run(
             raise UserError("--samples_out takes one guidance scale; leave out --cfg_sweep.")
     if config.eval.num_samples < 2:
         raise UserError(f"--num_samples = {config.eval.num_samples} must be at least 2.")
-    config.mesh.update(data=-1, fsdp=math.gcd(config.mesh.fsdp, jax.device_count()))  # the run may have had more
+    sharding.fit(config.mesh, jax.device_count())
     for scale in cfg_scales:
         config.sampler.cfg_scale = float(scale)
         validate(config)

@@ -1,6 +1,5 @@
 """Samples from a model on all devices: sample i depends on the seed and i alone, not on its batch."""
 
-import math
 import pathlib
 from collections.abc import Callable, Iterator
 
@@ -138,7 +137,8 @@ def sample_to_file(
 ) -> None:
     """Draws `num_per_label` samples of each label from a run's EMA and writes them to `out`.
 
-    A .png is a grid with a column per label; an .npz is in the ADM layout, or holds float32 latents as they are.
+    A .png is a grid with a column per label; an .npz is in the ADM layout, or holds float32 latents as they are. Of
+    several processes the first writes.
     Raises UserError for a label, file type or checkpoint that does not exist.
     """
     num_classes = config.model.num_classes
@@ -161,7 +161,7 @@ def sample_to_file(
     for label in labels:
         if not label.isdecimal() or int(label) >= num_classes:
             raise UserError(f"--labels: {label} is no class; the model has classes 0 to {num_classes - 1}.")
-    config.mesh.update(data=-1, fsdp=math.gcd(config.mesh.fsdp, jax.device_count()))  # the run may have had more
+    sharding.fit(config.mesh, jax.device_count())
     validate(config)
     sampler.check(config.sampler)
     mesh = sharding.make_mesh(config.mesh)
@@ -173,6 +173,8 @@ def sample_to_file(
         draw = make_sampler(config, model, mesh)
         batches = sample_images(draw, ema, columns, config.eval.batch_size, mesh, as_uint8=is_image)
         images = np.concatenate(list(batches))
+    if jax.process_index() > 0:
+        return
     if path.suffix == ".png":
         save_grid(path, images, columns=len(labels))
     else:

@@ -1,5 +1,6 @@
 """The parts of a SiT: embedders, attention, MLP, the adaLN-Zero block and the head. Facts as in willisma/SiT."""
 
+import math
 from functools import partial
 
 import flax.linen as nn
@@ -15,19 +16,6 @@ keep_dense_outputs = partial(nn.remat, policy=numerics.keep_dense_outputs, preve
 xavier, normal, zeros = nn.initializers.xavier_uniform(), nn.initializers.normal(0.02), nn.initializers.zeros
 
 
-def dense(features: int, axes: tuple[str, str], *, kernel_init=xavier, dtype, name: str | None) -> nn.Dense:
-    """A linear map with zero bias whose kernel carries logical axis names; the last one names the bias."""
-    kernel_init, bias_init = logical(kernel_init, axes), logical(zeros, axes[1:])
-    return nn.Dense(
-        features,
-        kernel_init=kernel_init,
-        bias_init=bias_init,
-        dtype=dtype,
-        dot_general=lambda x, kernel, *_, **__: numerics.matmul(x, kernel),
-        name=name,
-    )
-
-
 def layer_norm(x: Array) -> Array:
     """Scale-free LayerNorm over the last axis, eps 1e-6, float32 statistics; keeps shape and dtype."""
     y = x.astype(jnp.promote_types(x.dtype, jnp.float32))
@@ -39,6 +27,16 @@ def layer_norm(x: Array) -> Array:
 def modulate(x: Array, shift: Array, scale: Array) -> Array:
     """x * (1 + scale) + shift with x `[B, T, D]` and shift, scale `[B, 1, D]`."""
     return x * (1 + scale) + shift
+
+
+def modulate_by(adaln: nn.Module, condition: Array) -> Array:
+    """adaln(silu(condition)), `[B, D]` -> `[B, 1, n * D]`: shifts, scales and gates.
+
+    Where fsdp splits the large kernel over devices, the few samples of these devices go to the kernel's parts instead
+    of the kernel to every device.
+    """
+    condition = nn.with_logical_constraint(nn.silu(condition), ("group", "embed"))
+    return nn.with_logical_constraint(adaln(condition), ("batch", None))[:, None]
 
 
 def position_table(grid: int, size: int) -> np.ndarray:
@@ -63,6 +61,29 @@ def unpatchify(x: Array, patch: int, grid: int) -> Array:
     return x.reshape(b, grid * patch, grid * patch, c)
 
 
+class Dense(nn.Module):
+    """A linear map of the last axis, `[..., I]` -> `[..., *features]`, with zero bias.
+
+    The kernel `[I, *features]` is initialised as one matrix of prod(features) columns. `axes` are its logical axes; all
+    but the first are those of the bias.
+    """
+
+    features: tuple[int, ...]
+    axes: tuple[str, ...]
+    dtype: jnp.dtype
+    kernel_init: nn.initializers.Initializer = xavier
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        def init(key, shape, dtype=jnp.float32):
+            return self.kernel_init(key, (shape[0], math.prod(shape[1:])), dtype).reshape(shape)
+
+        kernel = self.param("kernel", logical(init, self.axes), (x.shape[-1], *self.features))
+        bias = self.param("bias", logical(zeros, self.axes[1:]), self.features)
+        x, kernel, bias = nn.dtypes.promote_dtype(x, kernel, bias, dtype=self.dtype)
+        return numerics.matmul(x, kernel) + bias
+
+
 class TimestepEmbedder(nn.Module):
     """t in [0, 1] `[B]` -> `[B, D]`: 256 features [cos, sin] with max period 10000, then a two-layer SiLU MLP.
 
@@ -78,11 +99,9 @@ class TimestepEmbedder(nn.Module):
         frequencies = jnp.exp(-jnp.log(10000.0) * jnp.arange(128, dtype=jnp.float32) / 128)
         angles = t.astype(jnp.float32)[:, None] * frequencies
         x = jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
-        x = dense(self.size, ("features", "embed"), kernel_init=normal, dtype=self.dtype, name="dense_0")(x)
+        x = Dense((self.size,), ("features", "embed"), self.dtype, normal, name="dense_0")(x)
         last_init = zeros if self.zero_last else normal
-        return dense(self.size, ("embed", "condition"), kernel_init=last_init, dtype=self.dtype, name="dense_1")(
-            nn.silu(x)
-        )
+        return Dense((self.size,), ("embed", "condition"), self.dtype, last_init, name="dense_1")(nn.silu(x))
 
 
 class LabelEmbedder(nn.Module):
@@ -107,12 +126,13 @@ class Attention(nn.Module):
     @nn.compact
     def __call__(self, x: Array) -> Array:
         b, tokens, size = x.shape
-        qkv = dense(3 * size, ("embed", "qkv"), dtype=self.dtype, name="qkv")(x)
+        # The kernel keeps q, k and v on an axis of their own, so that heads can be split over devices.
+        qkv = Dense((3, size), ("embed", "qkv", "heads"), self.dtype, name="qkv")(x)
         q, k, v = jnp.moveaxis(qkv.reshape(b, tokens, 3, self.num_heads, size // self.num_heads), 2, 0)
         scores = jnp.einsum("bqhd,bkhd->bhqk", q, k, preferred_element_type=jnp.promote_types(x.dtype, jnp.float32))
         weights = jax.nn.softmax(scores * (size // self.num_heads) ** -0.5).astype(x.dtype)
         out = jnp.einsum("bhqk,bkhd->bqhd", weights, v)
-        return dense(size, ("heads", "embed"), dtype=self.dtype, name="out")(out.reshape(b, tokens, size))
+        return Dense((size,), ("heads", "embed"), self.dtype, name="out")(out.reshape(b, tokens, size))
 
 
 class Mlp(nn.Module):
@@ -123,9 +143,9 @@ class Mlp(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        hidden = dense(int(x.shape[-1] * self.ratio), ("embed", "mlp"), dtype=self.dtype, name="dense_0")(x)
+        hidden = Dense((int(x.shape[-1] * self.ratio),), ("embed", "mlp"), self.dtype, name="dense_0")(x)
         hidden = nn.gelu(hidden, approximate=True)
-        return dense(x.shape[-1], ("mlp", "embed"), dtype=self.dtype, name="dense_1")(hidden)
+        return Dense((x.shape[-1],), ("mlp", "embed"), self.dtype, name="dense_1")(hidden)
 
 
 class Block(nn.Module):
@@ -137,13 +157,13 @@ class Block(nn.Module):
     dtype: jnp.dtype
 
     def setup(self):
-        self.adaln = dense(6 * self.hidden_size, ("embed", "mlp"), kernel_init=zeros, dtype=self.dtype, name=None)
+        self.adaln = Dense((6 * self.hidden_size,), ("embed", "modulation"), self.dtype, zeros)
         self.attention = Attention(self.num_heads, self.dtype)
         self.mlp = Mlp(self.mlp_ratio, self.dtype)
 
     def modulation(self, condition: Array) -> list[Array]:
         """Shift, scale and gate of the attention and then of the MLP: six `[B, 1, D]` from `[B, D]`."""
-        return jnp.split(self.adaln(nn.silu(condition))[:, None], 6, axis=-1)
+        return jnp.split(modulate_by(self.adaln, condition), 6, axis=-1)
 
     @keep_dense_outputs
     def attention_branch(self, h: Array, modulation: list[Array]) -> Array:
@@ -171,9 +191,7 @@ class Head(nn.Module):
     @nn.compact
     def __call__(self, h: Array, condition: Array) -> Array:
         size = h.shape[-1]
-        modulation = dense(2 * size, ("embed", "mlp"), kernel_init=zeros, dtype=self.dtype, name="adaln")(
-            nn.silu(condition)
-        )
-        shift, scale = jnp.split(modulation[:, None], 2, axis=-1)
+        adaln = Dense((2 * size,), ("embed", "modulation"), self.dtype, zeros, name="adaln")
+        shift, scale = jnp.split(modulate_by(adaln, condition), 2, axis=-1)
         x = modulate(layer_norm(h).astype(self.dtype), shift, scale)
-        return dense(self.features, ("embed", "patch"), kernel_init=zeros, dtype=self.dtype, name="dense")(x)
+        return Dense((self.features,), ("embed", "patch"), self.dtype, zeros, name="dense")(x)

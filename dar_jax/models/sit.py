@@ -44,7 +44,7 @@ class SiT(nn.Module):
         condition = e_t + layers.LabelEmbedder(self.num_classes, size, dtype, name="label")(y)
 
         tokens = layers.patchify(x.astype(dtype), self.patch_size)
-        tokens = layers.dense(size, ("patch", "embed"), dtype=dtype, name="patch")(tokens)
+        tokens = layers.Dense((size,), ("patch", "embed"), dtype, name="patch")(tokens)
         grid = self.input_size // self.patch_size
         v_0 = constrain(tokens + layers.position_table(grid, size).astype(dtype))  # [B, T, D]
 

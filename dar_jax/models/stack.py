@@ -23,10 +23,12 @@ def constrain(x: Array) -> Array:
 
 
 def execution(implementation: str, mean_count: float) -> Execution:
-    """How aggregations run on the current mesh: samples are split as the logical rules split "batch"."""
-    axes = nn.logical_to_mesh_axes(("batch",))[0] if not jax.sharding.get_abstract_mesh().empty else None
-    axes = (axes,) if isinstance(axes, str) else axes or ()
-    return Execution(implementation, axes, mean_count)
+    """How aggregations run on the current mesh: split as the logical rules split "batch" and "tokens"."""
+    if jax.sharding.get_abstract_mesh().empty:
+        return Execution(implementation, mean_count=mean_count)
+    names = nn.logical_to_mesh_axes(("batch", "tokens"))
+    batch_axes, token_axes = ((axes,) if isinstance(axes, str) else axes or () for axes in names)
+    return Execution(implementation, batch_axes, token_axes, mean_count)
 
 
 class History(NamedTuple):
@@ -44,7 +46,7 @@ class History(NamedTuple):
 
     @classmethod
     def start(cls, layout: Layout, v_0: Array) -> "History":
-        sources = jnp.zeros((layout.num_rows, *v_0.shape), v_0.dtype)
+        sources = constrain(jnp.zeros((layout.num_rows, *v_0.shape), v_0.dtype))
         inv_rms = jnp.zeros(sources.shape[:-1], statistics_dtype(v_0))
         return cls(sources, inv_rms, layout.sublayers_per_step * (jnp.zeros_like(v_0),)).append(0, v_0[None], None)
 

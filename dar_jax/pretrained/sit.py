@@ -1,7 +1,8 @@
 """Weights of SiT under their official PyTorch names (willisma/SiT) <-> parameters of the residual `models.SiT`.
 
 Linear kernels are transposed, the patch convolution's (c, p, q) becomes the (p, q, c) of `layers.patchify`, and the
-blocks are stacked on a leading axis `[depth, ...]` for the scan. The head's (p, q, c) and the fused qkv agree.
+blocks are stacked on a leading axis `[depth, ...]` for the scan. The head's (p, q, c) agrees; the fused
+qkv, `[D, 3D]`, becomes `[D, 3, D]`.
 """
 
 import math
@@ -24,8 +25,9 @@ _LAYERS = {
     "head/adaln": "final_layer.adaLN_modulation.1",
     "head/dense": "final_layer.linear",
 }
+_QKV = "attention/qkv"
 _BLOCK_LAYERS = {  # below stack/steps/block_0 and blocks.N
-    "attention/qkv": "attn.qkv",
+    _QKV: "attn.qkv",
     "attention/out": "attn.proj",
     "mlp/dense_0": "mlp.fc1",
     "mlp/dense_1": "mlp.fc2",
@@ -81,8 +83,11 @@ def params_from_torch(state_dict: Mapping[str, Any]) -> dict:
         leaves[f"{ours}/bias"] = to_numpy(state_dict[f"{official}.bias"])
     for ours, official in _BLOCK_LAYERS.items():
         names = [f"blocks.{n}.{official}" for n in range(fields["depth"])]
-        leaves[f"{_BLOCK}/{ours}/kernel"] = np.stack([to_numpy(state_dict[f"{name}.weight"]).T for name in names])
-        leaves[f"{_BLOCK}/{ours}/bias"] = np.stack([to_numpy(state_dict[f"{name}.bias"]) for name in names])
+        kernels = np.stack([to_numpy(state_dict[f"{name}.weight"]).T for name in names])  # [depth, I, O]
+        biases = np.stack([to_numpy(state_dict[f"{name}.bias"]) for name in names])
+        if ours == _QKV:
+            kernels, biases = (x.reshape(*x.shape[:-1], 3, -1) for x in (kernels, biases))
+        leaves[f"{_BLOCK}/{ours}/kernel"], leaves[f"{_BLOCK}/{ours}/bias"] = kernels, biases
     tree: dict = {}
     for path, leaf in leaves.items():
         *parents, name = path.split("/")
@@ -118,6 +123,8 @@ def params_to_torch(params: dict, *, patch_size: int, input_size: int) -> dict[s
         state_dict[f"{official}.bias"] = leaves[f"{ours}/bias"]
     for ours, official in _BLOCK_LAYERS.items():
         kernels, biases = (leaves[f"{_BLOCK}/{ours}/{leaf}"] for leaf in ("kernel", "bias"))
+        if ours == _QKV:
+            kernels, biases = (x.reshape(*x.shape[:-2], -1) for x in (kernels, biases))
         for n, (kernel, bias) in enumerate(zip(kernels, biases, strict=True)):
             state_dict[f"blocks.{n}.{official}.weight"], state_dict[f"blocks.{n}.{official}.bias"] = kernel.T, bias
     return {name: np.ascontiguousarray(array) for name, array in state_dict.items()}

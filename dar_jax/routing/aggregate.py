@@ -28,19 +28,21 @@ class Execution:
 
     Attributes:
       implementation: "xla", "pallas" (on a CPU interpreted, for tests), or "auto": kernels where the platform has them.
-      batch_axes: mesh axes over which the samples are split: the compiler cannot split a kernel by itself. A batch
-        that they do not divide (of a single sample, at initialisation) runs whole on every device.
+      batch_axes, token_axes: mesh axes over which samples and tokens are split: the compiler cannot split a kernel by
+        itself. A batch that they do not divide (of a single sample, at initialisation) runs whole on every device.
       mean_count: mean of `count` over all reads; only the declared cost of kernels depends on it. None: all rows.
     """
 
     implementation: str = "auto"
     batch_axes: tuple[str, ...] = ()
+    token_axes: tuple[str, ...] = ()
     mean_count: float | None = None
 
     def run(self, name, *args):
         """The function `name` of a module in kernels/.
 
-        The samples are axis 0 of arrays in tuples and axis 1 of other arrays.
+        Samples and tokens are axes 0 and 1 of arrays in tuples, of which there is a tuple of queries first, and axes 1
+        and 2 of other arrays.
         """
         plain = getattr(xla, name)
         if self.implementation == "xla" or jax.tree.leaves(args)[0].dtype == jnp.float64:
@@ -51,15 +53,36 @@ class Execution:
         def choose(*args):
             return jax.lax.platform_dependent(*args, tpu=on_tpu, cuda=getattr(gpu, name), default=elsewhere)
 
-        shards = math.prod(jax.sharding.get_abstract_mesh().shape[a] for a in self.batch_axes)
-        if shards == 1:
+        queries = next(x[0] for x in args if isinstance(x, tuple))  # [B, 1 or T, D]
+        batch_axes = self._dividing(self.batch_axes, queries.shape[0])
+        token_axes = self._dividing(self.token_axes, next(x.shape[2] for x in args if getattr(x, "ndim", 0) > 2))
+        if not batch_axes + token_axes:
             return choose(*args)
-        batch_size = next(x[0].shape[0] for x in args if isinstance(x, tuple))
-        axes = None if batch_size % shards else self.batch_axes
-        tokens, rows, scalar = PartitionSpec(axes), PartitionSpec(None, axes), PartitionSpec()
-        specs = tuple(tokens if isinstance(x, tuple) else rows if x.ndim else scalar for x in args)
-        out_specs = rows if name == "add_source_cotangent" else (tokens, rows)
-        return jax.shard_map(choose, in_specs=specs, out_specs=out_specs, check_vma=False)(*args)
+        tokens, rows = PartitionSpec(batch_axes, token_axes), PartitionSpec(None, batch_axes, token_axes)
+        per_query = tokens if queries.shape[1] > 1 else PartitionSpec(batch_axes)
+
+        def spec(x):
+            if isinstance(x, tuple):
+                return tokens if x[0].shape[1] > 1 else per_query
+            return rows if x.ndim else PartitionSpec()
+
+        def local(*args):
+            result = choose(*args)
+            if name == "query_cotangent" and token_axes and queries.shape[1] == 1:
+                return jax.lax.psum(result[0], token_axes), result[1]
+            return result
+
+        out_specs = {
+            "forward": (tokens, rows), "query_cotangent": (per_query, rows), "add_source_cotangent": rows
+        }[name]  # fmt: skip
+        specs = tuple(spec(x) for x in args)
+        return jax.shard_map(local, in_specs=specs, out_specs=out_specs, check_vma=False)(*args)
+
+    @staticmethod
+    def _dividing(axes: tuple[str, ...], size: int) -> tuple[str, ...]:
+        """The axes, or none where they do not divide `size` or there is nothing to divide."""
+        parts = math.prod(jax.sharding.get_abstract_mesh().shape[a] for a in axes)
+        return axes if parts > 1 and size % parts == 0 else ()
 
 
 def inverse_rms(v: Array) -> Array:

@@ -64,6 +64,12 @@ class Layout:
         """Filled rows when a step starts, on average over the steps."""
         return 1 + self.rows_per_step * (self.num_steps - 1) / 2
 
+    def source_counts(self) -> list[int]:
+        """Sources of every aggregator: of the L sublayers in order, and of the final one."""
+        size = self.chunk_size
+        counts = [1 + i // size + i % size for i in range(2 * self.depth)]
+        return [*counts, self.num_rows if self.final == "summaries" else 2 * self.depth // size + size]
+
     def rows(self, outputs: tuple[Array, ...]) -> Array:
         """The rows a step appends, `[rows_per_step, B, T, D]`, from its P sublayer outputs `[B, T, D]`."""
         if self.chunk_size == 1:

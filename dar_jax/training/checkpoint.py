@@ -1,13 +1,15 @@
 """Checkpoints of a run: workdir/checkpoints/<step> by orbax, workdir/config.json beside them.
 
-A checkpoint holds three items: "train" (step, params, optimizer state), "ema", and "data" (the iterator); one of
-converted weights "ema" alone. A step's directory appears under its final name only when it is whole, so a crash while
-saving leaves the last good one. workdir/best.json names the step with the lowest FID.
+A checkpoint holds two items: "train" (step, params, optimizer state) and "ema"; one of converted weights "ema" alone.
+The data need no third, because a batch is a function of the step. A step's directory appears under its final name only
+when it is whole, so a crash while saving leaves the last good one. workdir/best.json names the one with the lowest FID.
 """
 
+import contextlib
 import json
 import os
 import pathlib
+import re
 import time
 from collections.abc import Iterable
 from typing import Any
@@ -80,24 +82,31 @@ class Checkpoints:
     def latest_step(self) -> int | None:
         return max(self.steps, default=None)
 
-    def save(self, state: TrainState, iterator, step: int) -> None:
-        """Starts saving; returns when the state may be donated. A step that is already saved is left alone."""
+    def save(self, state: TrainState, step: int) -> None:
+        """Starts saving; returns when the state may be donated. A step that is already saved is left alone.
+
+        If the one before failed, for want of room, say, its error is raised here.
+        """
         if self.latest_step != step:
-            self._checkpointer.save_checkpointables_async(step, {**_items(state), "data": iterator})
+            self._checkpointer.save_checkpointables_async(step, _items(state))
 
     def note_score(self, step: int, metric: str, value: float) -> None:
         """Keeps the checkpoint of `step` for good if its score is the lowest yet of this metric."""
         self._best.note(step, self.steps, metric, value)
 
-    def restore(self, abstract: TrainState, iterator) -> TrainState:
-        """The latest state, on the shardings of `abstract`; sets `iterator` to where it was."""
-        items = self._checkpointer.load_checkpointables(self.latest_step, {**_items(abstract), "data": iterator})
+    def restore(self, abstract: TrainState) -> TrainState:
+        """The latest state, on the shardings of `abstract`."""
+        items = self._checkpointer.load_checkpointables(self.latest_step, _items(abstract))
         train = items["train"]
         return TrainState(train["step"], train["params"], items["ema"], train["opt_state"])
 
     def close(self) -> None:
-        """Waits for the save under way."""
+        """Waits, and ends."""
         self._checkpointer.close()
+
+    def wait(self) -> None:
+        """Returns when the save under way is done; raises its error."""
+        self._checkpointer.wait()
 
 
 def _directory(workdir: str) -> pathlib.Path:
@@ -114,7 +123,7 @@ def _parts(path: pathlib.Path) -> set[str]:
 
 
 def _is_whole(path: pathlib.Path) -> bool:
-    return _parts(path) in ({"train", "ema", "data"}, {"ema"})
+    return _parts(path) in ({"train", "ema"}, {"ema"})
 
 
 def _steps(workdir: str) -> list[int]:
@@ -122,9 +131,9 @@ def _steps(workdir: str) -> list[int]:
     return sorted(int(p.name) for p in _directory(workdir).glob("*") if p.name.isdigit() and _is_whole(p))
 
 
-def has_checkpoint(workdir: str) -> bool:
-    """Whether `workdir` holds a whole checkpoint, which a run there resumes."""
-    return bool(_steps(workdir))
+def latest_step(workdir: str) -> int | None:
+    """Step of the latest whole checkpoint of `workdir`, from which a run there goes on; None if there is none."""
+    return max(_steps(workdir), default=None)
 
 
 def _set_incomplete_aside(workdir: str) -> None:
@@ -197,6 +206,24 @@ def write_weights(workdir: str, config: ConfigDict, params: dict) -> None:
         raise UserError(f'--output = "{workdir}" holds checkpoints; take another.')
     claim_workdir(workdir, config)
     ocp.save_checkpointables(_directory(workdir) / "0", {"ema": params})
+
+
+@contextlib.contextmanager
+def writing_to(workdir: str):
+    """Turns the error of a disk that is full or cannot be written, from whichever library, into a UserError."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        full = re.search("No space left on device|Disk quota exceeded|File too large|Read-only file system", str(error))
+        if not full:
+            raise
+        step = latest_step(workdir)
+        kept = "No checkpoint was saved." if step is None else f"The checkpoint of step {step} is whole."
+        raise UserError(
+            f'workdir "{workdir}" cannot be written: {full[0]}. {kept} Make room, and the same command goes on.'
+        ) from error
 
 
 def first_difference(stored: ConfigDict, wanted: ConfigDict, fields: Iterable[str]) -> str | None:

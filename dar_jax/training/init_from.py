@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 from dar_jax import models
 from dar_jax.errors import UserError
 from dar_jax.routing import keeps_function, warm_start
-from dar_jax.training.checkpoint import first_difference, has_checkpoint, load_config, restore_ema
+from dar_jax.training.checkpoint import first_difference, latest_step, load_config, restore_ema
 from dar_jax.training.logs import say
 from dar_jax.training.state import abstract_params
 
@@ -22,7 +22,7 @@ def check_init_from(config: ConfigDict) -> ConfigDict:
     of the same routing or of none.
     """
     path = pathlib.Path(config.init_from)
-    if not (path / "config.json").exists() or not has_checkpoint(config.init_from):
+    if not (path / "config.json").exists() or latest_step(config.init_from) is None:
         raise UserError(
             f'config.init_from = "{path}" has no config.json and checkpoint; name a workdir that dar_jax.main or '
             "dar_jax.convert wrote."

@@ -7,6 +7,8 @@ import time
 
 import jax
 
+from dar_jax.models.flops import peak_flops
+
 
 def say(message: str) -> None:
     """Prints one line on the first process, at once."""
@@ -17,18 +19,23 @@ def say(message: str) -> None:
 class Logs:
     """Writes scalars of a run that starts after `first_step` steps and is `num_steps` long.
 
+    A step takes `batch_size` images and, of the model's own matmuls, `flops_per_step`. Where the peak of the devices is
+    known, their share of it is logged as "mfu".
+
     metrics.jsonl has one object a line: {"step": ..., "loss": ..., ...}. Lines of steps that a resumed run will
     take again are dropped, so the file reads as one uninterrupted run.
     """
 
-    def __init__(self, workdir: str, *, first_step: int, num_steps: int, batch_size: int):
+    def __init__(self, workdir: str, first_step: int, num_steps: int, batch_size: int, flops_per_step: float):
         # clu's writers import tensorflow (seconds), so only a run pays for it.
         from clu import metric_writers
 
         is_first = jax.process_index() == 0
         self.writer = metric_writers.create_default_writer(workdir, just_logging=not is_first)
         self.path = pathlib.Path(workdir) / "metrics.jsonl" if is_first else None
-        self.num_steps, self.batch_size = num_steps, batch_size
+        self.num_steps, self.batch_size, self.flops_per_step = num_steps, batch_size, flops_per_step
+        peak = peak_flops(jax.devices()[0].device_kind)
+        self.peak_flops = peak and peak * jax.device_count()
         self.start_window(first_step)
         if is_first and self.path.exists():
             kept = [line for line in self.path.read_text().splitlines() if _step(line) <= first_step]
@@ -51,11 +58,15 @@ class Logs:
         if step > self.window_step:
             speed = (step - self.window_step) / (time.monotonic() - self.window_time)
             scalars = {**scalars, "steps_per_second": speed, "images_per_second": speed * self.batch_size}
+            scalars["model_tflops_per_second"] = speed * self.flops_per_step / 1e12
+            if self.peak_flops:
+                scalars["mfu"] = speed * self.flops_per_step / self.peak_flops
+            mfu = f"  MFU {100 * scalars['mfu']:.1f} %" if self.peak_flops else ""
             eta = (self.num_steps - step) / speed
             clock = f"{int(eta // 3600)}:{int(eta // 60 % 60):02d}:{int(eta % 60):02d}"
             say(
                 f"step {step}/{self.num_steps}  loss {scalars['loss']:.4f}  {speed:.3g} steps/s  "
-                f"{scalars['images_per_second']:.4g} images/s  ETA {clock}"
+                f"{scalars['images_per_second']:.4g} images/s{mfu}  ETA {clock}"
             )
         self.write(step, scalars)
         self.start_window(step)

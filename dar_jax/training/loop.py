@@ -18,7 +18,8 @@ from dar_jax.diagnosis.inline import InlineDiagnosis
 from dar_jax.diffusion import sampler
 from dar_jax.errors import UserError
 from dar_jax.evaluation.inline import InlineEvaluation
-from dar_jax.training.checkpoint import Checkpoints, claim_workdir, has_checkpoint
+from dar_jax.models.flops import forward_flops
+from dar_jax.training.checkpoint import Checkpoints, claim_workdir, latest_step, writing_to
 from dar_jax.training.init_from import check_init_from, restore_initial
 from dar_jax.training.logs import Logs, say
 from dar_jax.training.online import make_online_encoder
@@ -26,16 +27,20 @@ from dar_jax.training.optimizer import make_optimizer
 from dar_jax.training.state import make_state
 from dar_jax.training.step import make_train_step
 
+PROFILE_AFTER = 10  # steps of this process before a profile, so that none of it is compilation
 
-def train(config: ConfigDict, workdir: str) -> None:
+
+def train(config: ConfigDict, workdir: str, profile_steps: int = 0) -> None:
     """Trains to config.train.num_steps in `workdir`, from its latest checkpoint, else from config.init_from, if given.
 
-    SIGTERM and Ctrl-C save and return. Raises UserError, before anything is compiled, for what cannot work, and
+    SIGTERM, on any host, and Ctrl-C save and return. With `profile_steps` a trace of so many steps is written to
+    workdir/profile. Raises UserError, before anything is compiled, for what cannot work, and
     when the loss, the gradient or the weights are no longer finite.
     """
     validate(config)
     sampler.check(config.sampler)
     mesh = sharding.make_mesh(config.mesh)
+    sharding.check_model(mesh, config.model)
     sharding.check_batch(mesh, "config.train.batch_size / accumulate_steps", _micro_batch(config))
     if config.eval.every_steps:
         sharding.check_batch(mesh, "config.eval.batch_size", config.eval.batch_size)
@@ -47,23 +52,28 @@ def train(config: ConfigDict, workdir: str) -> None:
             f"config.model.num_classes = {config.model.num_classes} but the data has {num_classes} classes; "
             f"set it to {num_classes}."
         )
+    rows = sharding.local_rows(mesh, config.train.batch_size)
     iterator = train_iterator(
         config.data,
         channels=3 if encodes_online(config) else config.model.channels,
         batch_size=config.train.batch_size,
         seed=config.seed,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
+        first_step=latest_step(workdir) or 0,
+        rows=rows,
     )
-    with sharding.use(mesh), _StopSignal() as stop, closing(iterator):
-        if config.init_from and not has_checkpoint(workdir):
+    with writing_to(workdir), sharding.use(mesh), _StopSignal() as stop, closing(iterator):
+        if config.init_from and latest_step(workdir) is None:
             check_init_from(config)
         claim_workdir(workdir, config)
+        batches = (
+            {k: sharding.from_local_rows(mesh, config.train.batch_size, rows, x) for k, x in local.items()}
+            for local in iterator
+        )
         with closing(Checkpoints(workdir, config.checkpoint.keep)) as checkpoints:
-            _run(config, workdir, mesh, iterator, checkpoints, stop)
+            _run(config, workdir, mesh, batches, checkpoints, stop, profile_steps)
 
 
-def _run(config, workdir, mesh, iterator, checkpoints, stop) -> None:
+def _run(config, workdir, mesh, batches, checkpoints, stop, profile_steps) -> None:
     model = models.build(config.model)
     optimizer = make_optimizer(config.optimizer, config.train.num_steps)
     init, abstract = make_state(config, model, optimizer, mesh)
@@ -75,7 +85,7 @@ def _run(config, workdir, mesh, iterator, checkpoints, stop) -> None:
             state = state.replace(params=params, ema=jax.tree.map(jnp.copy, params))
         _describe(state.params)
     else:
-        state = checkpoints.restore(abstract, iterator)
+        state = checkpoints.restore(abstract)
         say(f"resumed at step {checkpoints.latest_step} from {workdir}/checkpoints")
     step = first_step = int(state.step)
     num_steps = config.train.num_steps
@@ -86,28 +96,34 @@ def _run(config, workdir, mesh, iterator, checkpoints, stop) -> None:
     encode = make_online_encoder(config, mesh) if encodes_online(config) else None
     evaluation = InlineEvaluation(config, model, mesh, workdir, say) if config.eval.every_steps else None
     diagnosis = InlineDiagnosis(config, model, mesh) if config.diagnosis.every_steps else None
-    logs = Logs(workdir, first_step=step, num_steps=num_steps, batch_size=config.train.batch_size)
-    batch_sharding = sharding.batch_sharding(mesh)
+    flops_per_step = 3 * config.train.batch_size * forward_flops(config.model)
+    logs = Logs(workdir, first_step, num_steps, config.train.batch_size, flops_per_step)
     take_step = jax.jit(make_train_step(config, model, optimizer), donate_argnums=0)
     pending = None  # (step, metrics) of the newest step: fetched only when the next one is on its way
+    skipped = skipped_in_a_row = 0
 
     def settle() -> None:
-        nonlocal pending
+        nonlocal pending, skipped, skipped_in_a_row
         if pending is None:
             return
         (settled, values), pending = pending, None
         values = {name: float(value) for name, value in values.items()}
-        if not all(math.isfinite(value) for value in values.values()):
-            raise UserError(_diverged(settled, values, checkpoints.steps, workdir))
-        if settled % config.train.log_every_steps == 0 or settled == num_steps:
-            logs.progress(settled, values)
+        is_finite = all(math.isfinite(value) for value in values.values())
+        skipped_in_a_row = 0 if is_finite else skipped_in_a_row + 1
+        skipped += not is_finite
+        if skipped_in_a_row > config.train.max_skipped:
+            raise UserError(_diverged(settled, values, checkpoints.steps, workdir, config.train.max_skipped))
+        if not is_finite:
+            say(f"step {settled} is not finite and skipped: {_format(values)}  ({skipped} skipped so far)")
+        elif settled % config.train.log_every_steps == 0 or settled == num_steps:
+            logs.progress(settled, {**values, "skipped": skipped} if config.train.max_skipped else values)
         if settled == first_step + 1:
             logs.start_window(settled)  # speed without the time of compiling
 
     say("compiling the train step")
     try:
         while step < num_steps and not stop(step):
-            batch = jax.tree.map(lambda x: jax.make_array_from_process_local_data(batch_sharding, x), next(iterator))
+            batch = next(batches)
             if encode:
                 batch["image"] = encode(batch["image"], step)
             state, metrics = take_step(state, batch)
@@ -118,9 +134,12 @@ def _run(config, workdir, mesh, iterator, checkpoints, stop) -> None:
                 logs.write(step, diagnosis.run(state.params))
             evaluate = evaluation and (step % config.eval.every_steps == 0 or step == num_steps)
             save = evaluate or step % config.checkpoint.every_steps == 0 or step == num_steps
+            if profile_steps and step - first_step in (PROFILE_AFTER, PROFILE_AFTER + profile_steps):
+                settle()
+                _profile(workdir, step - first_step == PROFILE_AFTER)
             if save:
                 settle()
-                checkpoints.save(state, iterator, step)
+                checkpoints.save(state, step)
             if evaluate:
                 scalars = evaluation.run(state.ema, step)
                 logs.write(step, scalars)
@@ -131,25 +150,43 @@ def _run(config, workdir, mesh, iterator, checkpoints, stop) -> None:
                 logs.start_window(step)
         if step < num_steps:
             settle()
-            checkpoints.save(state, iterator, step)
+            checkpoints.save(state, step)
+            checkpoints.wait()
             say(f"stopped by a signal at step {step}, saved; the same command goes on from here")
     finally:
         logs.close()
 
 
-def _diverged(step: int, values: dict[str, float], steps: list[int], workdir: str) -> str:
+def _diverged(step: int, values: dict[str, float], steps: list[int], workdir: str, max_skipped: int) -> str:
     """What to say and do when `values` of `step` are not all finite."""
+    text = f"step {step} is not finite: {_format(values)}. "
+    if max_skipped:
+        return (
+            f"{text}So were the {max_skipped} before it, all skipped (config.train.max_skipped). Start again from the "
+            f"last checkpoint in {workdir} with a lower config.optimizer.learning_rate, or look at these steps' data."
+        )
     # The loss of a step is of the weights before it: a checkpoint of these weights would fail again.
     bad = step - 1 if not math.isfinite(values["loss"] + values["grad_norm"]) else step
     good = max((s for s in steps if s < bad), default=None)
-    text = f"step {step} is not finite: {_format(values)}. "
     text += (
         "No good checkpoint was saved. " if good is None else f"The last good checkpoint is step {good} in {workdir}. "
     )
     for s in steps:
         if s >= bad:
             text += f"Remove {workdir}/checkpoints/{s}, which leads here. "
-    return text + "Lower config.optimizer.learning_rate, or set config.optimizer.clip_norm, and start again."
+    return text + (
+        "Lower config.optimizer.learning_rate, set config.optimizer.clip_norm, or leave out such steps with "
+        "config.train.max_skipped, and start again."
+    )
+
+
+def _profile(workdir: str, start: bool) -> None:
+    path = f"{workdir}/profile"
+    if start:
+        jax.profiler.start_trace(path)
+    else:
+        jax.profiler.stop_trace()
+        say(f"wrote a trace to {path}; look at it with xprof or tensorboard --logdir={path}")
 
 
 def _micro_batch(config: ConfigDict) -> int:

@@ -17,6 +17,7 @@ def make_train_step(config: ConfigDict, model: SiT, optimizer: optax.GradientTra
 
     batch: {"image": float32 [B, H, W, C] in [-1, 1], "label": int32 [B]}. metrics: float32 scalars "loss" (mean over
     the batch), "grad_norm" (before clipping) and "param_norm" (of the new weights, which overflows before they do).
+    With config.train.max_skipped > 0 a step whose metrics are not all finite changes nothing but state.step.
     Randomness follows from config.seed and state.step alone.
     """
     num_micro = config.train.accumulate_steps
@@ -54,6 +55,11 @@ def make_train_step(config: ConfigDict, model: SiT, optimizer: optax.GradientTra
             "grad_norm": optax.global_norm(grads),
             "param_norm": optax.global_norm(params),
         }
-        return TrainState(state.step + 1, params, ema, opt_state), metrics
+        new = TrainState(state.step + 1, params, ema, opt_state)
+        if config.train.max_skipped:
+            is_finite = jnp.isfinite(jnp.stack(jax.tree.leaves(metrics))).all()
+            kept = jax.tree.map(lambda a, b: jnp.where(is_finite, a, b), new, state)
+            new = kept.replace(step=new.step)
+        return new, metrics
 
     return step

@@ -93,12 +93,7 @@ def test_draw_is_scale_times_mean_plus_std_noise():
 def test_resume_continues_bit_for_bit(prepared):
     data = data_config(prepared)
     expected = take(iterate(data, index=1, count=2), 7)
-    iterator = iterate(data, index=1, count=2)
-    assert_same(take(iterator, 3), expected[:3])
-    state = json.loads(json.dumps(iterator.get_state()))
-    resumed = iterate(data, index=1, count=2)
-    resumed.set_state(state)
-    assert_same(take(resumed, 4), expected[3:])
+    assert_same(take(iterate(data, index=1, count=2, first_step=3), 4), expected[3:])
 
 
 def test_worker_processes_can_read(prepared):
@@ -114,9 +109,7 @@ def test_processes_together_draw_the_same(prepared):
     whole = take(iterate(data), 5)
     parts = [take(iterate(data, index=index, count=4), 5) for index in range(4)]
     for step, batch in enumerate(whole):
-        merged = np.concatenate([part[step]["image"] for part in parts])
-        order, other = (np.lexsort(x.reshape(8, -1).T) for x in (merged, batch["image"]))
-        np.testing.assert_array_equal(merged[order], batch["image"][other])
+        np.testing.assert_array_equal(np.concatenate([part[step]["image"] for part in parts]), batch["image"])
 
 
 def test_kept_images_are_pixels_like_any_others(prepared):

@@ -65,6 +65,6 @@ def test_it_measures_the_weights_it_is_given():
 def test_images_must_divide_over_the_devices(tmp_path):
     config = make_config(1)
     config.diagnosis.num_images = 12
-    with pytest.raises(UserError, match=r"config\.diagnosis\.num_images = 12 must be divisible by the 8 devices"):
+    with pytest.raises(UserError, match=r"config\.diagnosis\.num_images = 12 must be divisible by the 8 parts"):
         loop.train(config, str(tmp_path))
     assert not list(tmp_path.iterdir())

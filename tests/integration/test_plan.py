@@ -22,7 +22,7 @@ KEYS = {
     "devices", "hbm_argument_bytes", "hbm_temp_bytes", "hbm_total_bytes", "hbm_capacity_bytes", "fits",
     "flops_per_step", "estimated_step_ms", "estimated_kernel_ms", "compile_seconds",
 }  # fmt: skip
-CHIP = planning.Chip(hbm_bytes=2**30, hbm_bandwidth=1000.0, peak_flops=10.0, clock=1e3, axes=2)
+CHIP = planning.Chip(hbm_bytes=2**30, hbm_bandwidth=1000.0, peak_flops=10.0, clock=1e3, ici_bandwidth=1.0, axes=2)
 
 # The notation of a scheduled TPU module: an outer loop whose condition holds its length, 3, around a fusion and an
 # inner loop of known length, 5, around a kernel; a fusion with cycles whose inside must not count again; an
@@ -132,6 +132,60 @@ def test_loop_of_unknown_length_counts_once_and_is_reported():
     assert schedule.unknown_loops == 1
 
 
+# A loop that multiplies with the parts of a matrix as they come in: it counts by 2 to 8, sends one part each time, and
+# runs beside an all-gather that began before it.
+WINDOWED = """HloModule jit_step, is_scheduled=true
+
+%gather_start (p.1: bf16[8,16]) -> bf16[16,16] {
+  %p.1 = bf16[8,16]{1,0:T(8,128)(2,1)} parameter(0)
+  ROOT %all-gather.1 = bf16[16,16]{1,0:T(8,128)(2,1)} all-gather(%p.1), channel_id=4, dimensions={0}
+}
+
+%gather_beside (p.2: bf16[8,16]) -> bf16[16,16] {
+  %p.2 = bf16[8,16]{1,0:T(8,128)(2,1)} parameter(0)
+  ROOT %all-gather.2 = bf16[16,16]{1,0:T(8,128)(2,1)} all-gather(%p.2), channel_id=4, dimensions={0}
+}
+
+%body (p.3: (bf16[8,16], u32[])) -> (bf16[8,16], u32[]) {
+  %p.3 = (bf16[8,16]{1,0}, u32[]{:T(128)}) parameter(0)
+  %two = u32[]{:T(128)} constant(2)
+  %seven = u32[]{:T(128)} constant(7)
+  %part = bf16[8,16]{1,0} get-tuple-element(%p.3), index=0
+  %i.1 = u32[]{:T(128)} get-tuple-element(%p.3), index=1
+  %other = u32[]{:T(128)} add(%i.1, %seven)
+  %next = u32[]{:T(128)} add(%i.1, %two)
+  %sent = (bf16[8,16]{1,0}, bf16[8,16]{1,0}) collective-permute-start(%part), channel_id=5
+  %beside = bf16[16,16]{1,0} fusion(%part), kind=kCustom, calls=%gather_beside
+  %got = bf16[8,16]{1,0} collective-permute-done(%sent)
+  ROOT %tuple.1 = (bf16[8,16]{1,0}, u32[]{:T(128)}) tuple(%got, %next)
+}
+
+%condition (p.4: (bf16[8,16], u32[])) -> pred[] {
+  %p.4 = (bf16[8,16]{1,0}, u32[]{:T(128)}) parameter(0)
+  %end = u32[]{:T(128)} constant(8)
+  %i.2 = u32[]{:T(128)} get-tuple-element(%p.4), index=1
+  ROOT %lt.1 = pred[]{:T(512)} compare(%i.2, %end), direction=LT
+}
+
+ENTRY %main (a: bf16[8,16]) -> (bf16[8,16], u32[]) {
+  %a = bf16[8,16]{1,0} parameter(0)
+  %zero = u32[]{:T(128)} constant(0)
+  %begun = bf16[16,16]{1,0} fusion(%a), kind=kCustom, calls=%gather_start
+  %tuple.2 = (bf16[8,16]{1,0}, u32[]{:T(128)}) tuple(%a, %zero)
+  ROOT %while.1 = (bf16[8,16]{1,0}, u32[]{:T(128)}) while(%tuple.2), condition=%condition, body=%body
+}
+"""
+
+
+def test_loop_that_counts_by_more_than_one():
+    schedule = planning.read_schedule(WINDOWED, CHIP)
+    assert schedule.unknown_loops == 0
+    assert schedule.collectives == {
+        "all-gather": {"count": 1, "bytes": 16 * 16 * 2},
+        "collective-permute": {"count": 4, "bytes": 4 * 8 * 16 * 2},
+    }
+
+
 def test_flops_follow_scans_branches_and_recomputation():
     x, w = jax.ShapeDtypeStruct((4, 8), jnp.float32), jax.ShapeDtypeStruct((8, 8), jnp.float32)
     one = 2 * 4 * 8 * 8
@@ -208,6 +262,37 @@ def test_plan_of_host_devices(cpu_plan):
     assert planning.report(cpu_plan).count("\n") > 8
 
 
+def test_memory_by_kind_adds_up(cpu_plan):
+    kinds = cpu_plan.memory_bytes
+    assert sum(kinds.values()) == cpu_plan.hbm_total_bytes
+    assert kinds["params"] == kinds["ema"] == pytest.approx(kinds["optimizer"] / 2, rel=1e-4)
+    assert kinds["history"] == 2 * 2 * (2 * 256 * 128) * 4  # rows, and cotangents, of two samples
+    split = planning.make_plan(with_mesh(tiny(), fsdp=2, tensor=2), "cpu:8").memory_bytes
+    assert kinds["params"] / 3.5 > split["params"] > kinds["params"] / 4.5
+    assert split["history"] == kinds["history"]  # twice the samples, half of the tokens
+
+
+def with_mesh(config, **sizes):
+    config.mesh.update(sizes)
+    return config
+
+
+def test_batch_that_does_not_fit_is_cut_into_microbatches(cpu_plan, monkeypatch):
+    """What is suggested fits half of the batch, and half is what the second compile gets."""
+    compiled = []
+
+    def make(config, topology):
+        compiled.append(config.train.accumulate_steps)
+        fits = len(compiled) > 1
+        fields = {"accumulate_steps": compiled[-1], "fits": fits, "suggested_batch_size": 16 if fits else 8}
+        return dataclasses.replace(cpu_plan, mesh={"data": 4, "fsdp": 1, "tensor": 2}, **fields)
+
+    monkeypatch.setattr(planning.plan, "make_plan", make)
+    config = tiny()
+    assert planning.make_fitting_plan(config, "cpu:8").accumulate_steps == 2
+    assert compiled == [1, 2] and config.train.accumulate_steps == 1
+
+
 def test_plan_that_the_compiler_refuses(cpu_plan, monkeypatch):
     """The message is libtpu's (0.0.52); its figure holds the arguments as well."""
     message = (
@@ -256,7 +341,21 @@ def test_door_writes_every_key(tmp_path):
     assert "memory per device" in done.stdout and str(out) in done.stdout
 
 
-@pytest.mark.parametrize("topology", ["v5e", "v5e:4x4x4", "v4:4x4", "cpu:0", "v9:4x4", ""])
+def test_door_compares_topologies(tmp_path):
+    json_path, picture = tmp_path / "plans.json", tmp_path / "plans.png"
+    fields = {"model.depth": 2, "model.hidden_size": 32, "model.num_heads": 2, "train.batch_size": 8}
+    command = [sys.executable, "-m", "dar_jax.plan", f"--config={ROOT}/configs/digits.py:residual"]
+    command += ["--topology=cpu:2,cpu:4", f"--json={json_path}", f"--plot={picture}"]
+    command += [f"--config.{name}={value}" for name, value in fields.items()]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert [plan["devices"] for plan in json.loads(json_path.read_text())] == [2, 4]
+    table = [line.split() for line in done.stdout.splitlines() if line.startswith(("topology", "cpu"))][-3:]
+    assert [line[:2] for line in table[1:]] == [["cpu:2", "2x1x1"], ["cpu:4", "4x1x1"]]
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("topology", ["v5e", "v5e:4x4x4", "v4:4x4", "cpu:0", "v9:4x4", "v5e:4x4*0", "cpu:8*2", ""])
 def test_unknown_topology_names_the_forms(topology):
     with pytest.raises(UserError, match=r"valid forms.*v5e:4x4.*v4:4x4x4.*cpu:8"):
         planning.make_plan(tiny(), topology)
@@ -267,7 +366,7 @@ def test_config_is_checked_as_for_training():
         config = tiny()
         config.model.routing.chunk_size = 3
         planning.make_plan(config, "cpu:8")
-    with pytest.raises(UserError, match=r"accumulate_steps = 4 must be divisible by the 8 devices"):
+    with pytest.raises(UserError, match=r"accumulate_steps = 4 must be divisible by the 8 parts"):
         planning.make_plan(tiny(accumulate_steps=4), "cpu:8")
     with pytest.raises(UserError, match="host devices"):
         planning.make_plan(tiny(), "cpu:1024")

@@ -32,7 +32,8 @@ def index(tree, i):
 
 
 def linear(x, p):
-    return x @ p["kernel"] + p.get("bias", 0)
+    kernel = p["kernel"].flatten(1)
+    return x @ kernel + (p["bias"].flatten() if "bias" in p else 0)
 
 
 def sublayer(p, h, condition, num_heads, l):

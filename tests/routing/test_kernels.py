@@ -6,6 +6,7 @@ On the CPU kernels are interpreted. That the real compilers take them is tested 
 
 import functools
 import importlib.util
+import math
 import os
 import pathlib
 import subprocess
@@ -19,11 +20,12 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import strategies
+from ml_collections import ConfigDict
 
 from dar_jax.models.stack import RoutedStack
 from dar_jax.routing import Execution, Layout, inverse_rms, read
 from dar_jax.routing.kernels import gpu, tpu, xla
-from dar_jax.sharding import RULES
+from dar_jax.sharding import AXES, RULES, make_mesh
 
 ROOT = pathlib.Path(__file__).parents[2]
 MODULES = {"xla": xla, "tpu": tpu, "gpu": gpu}
@@ -120,13 +122,15 @@ def test_values_and_gradients_over_300_shapes(flavour, dtype, case):
     check_against_reference(flavour, dtype, case)
 
 
-@pytest.mark.parametrize(("query", "shape"), [("static_t", (1, 1)), ("dynamic", (1, 1)), ("static_t", (4, 2))])
+@pytest.mark.parametrize(("query", "shape"), [
+    ("static_t", (1, 1, 1)), ("dynamic", (1, 1, 1)), ("static_t", (2, 2, 2)), ("dynamic", (2, 1, 4))
+])  # fmt: skip
 def test_stack_with_kernels_equals_the_plain_one(query, shape):
-    """Gradients of a whole stack, on one device and split over a mesh; the kernels see each device's samples only."""
+    """Gradients of a whole stack, on one device and split over a mesh: a kernel sees its samples and tokens only."""
     block = {"hidden_size": 8, "num_heads": 2, "mlp_ratio": 2.0, "dtype": jnp.float32}
     rng = np.random.default_rng(0)
-    inputs = [jnp.asarray(rng.normal(size=s), jnp.float32) for s in ((8, 3, 8), (8, 8), (8, 8))]
-    mesh = jax.make_mesh(shape, ("data", "fsdp"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+    inputs = [jnp.asarray(rng.normal(size=s), jnp.float32) for s in ((8, 4, 8), (8, 8), (8, 8))]
+    mesh = make_mesh(ConfigDict(dict(zip(AXES, shape, strict=True))), jax.devices()[: math.prod(shape)])
 
     def gradients(implementation):
         stack = RoutedStack(block, Layout(4, 4), query, implementation, "block")
@@ -139,7 +143,7 @@ def test_stack_with_kernels_equals_the_plain_one(query, shape):
             return lowered.compile()(params, *inputs), lowered.as_text()
 
     (plain, _), (fused, text) = gradients("xla"), gradients("pallas")
-    assert ("sdy.manual_computation" in text) == (shape != (1, 1))
+    assert ("sdy.manual_computation" in text) == (shape != (1, 1, 1))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5 * max(1, jnp.abs(b).max())), fused, plain)
 
 
@@ -151,7 +155,7 @@ SHAPES = [  # rows, queries, tokens, size, dtype, per token
 ]
 
 
-def read_and_gradients(rows, queries, tokens, size, dtype, per_token, batch, batch_axes=()):
+def read_and_gradients(rows, queries, tokens, size, dtype, per_token, batch, axes=()):
     """A function that runs all kernels, and its abstract arguments."""
     abstract = jax.ShapeDtypeStruct
     u = queries * (abstract((batch, tokens if per_token else 1, size), dtype),)
@@ -159,7 +163,7 @@ def read_and_gradients(rows, queries, tokens, size, dtype, per_token, batch, bat
     g, l = queries * (abstract((batch, tokens, size), dtype),), abstract((queries, batch, tokens), jnp.float32)
 
     def function(u, sources, inv_rms, count, g, l):
-        how = Execution("auto", batch_axes)
+        how = Execution("auto", *axes)
         values, vjp = jax.vjp(lambda u, v: read(how, u, v, inv_rms, count), u, sources)
         return values, vjp((g, l))
 
@@ -188,16 +192,17 @@ def compile_for_v5e():
     from jax.experimental import topologies
 
     devices = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2").devices
-    mesh = jax.make_mesh((2, 2), ("data", "fsdp"), axis_types=(jax.sharding.AxisType.Auto,) * 2, devices=devices)
-    axes = ("data", "fsdp")
+    mesh = make_mesh(ConfigDict({"data": 2, "fsdp": 1, "tensor": 2}), devices)
+    axes = ("data",), ("tensor",)
     for shape in SHAPES:
-        function, arguments = read_and_gradients(*shape, batch=8, batch_axes=axes)
+        function, arguments = read_and_gradients(*shape, batch=8, axes=axes)
 
         def place(x, spec):
             return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=jax.NamedSharding(mesh, spec))
 
         P = jax.sharding.PartitionSpec
-        specs = [P(axes), P(None, axes), P(None, axes), P(), P(axes), P(None, axes)]
+        per_query = P(*axes) if arguments[0][0].shape[1] > 1 else P(axes[0])
+        specs = [per_query, P(None, *axes), P(None, *axes), P(), P(*axes), P(None, *axes)]
         placed = [jax.tree.map(lambda x: place(x, s), a) for a, s in zip(arguments, specs, strict=True)]  # noqa: B023
         with jax.set_mesh(mesh):
             compiled = jax.jit(function).lower(*placed).compile()

@@ -137,7 +137,7 @@ def samples(params, config, mesh):
 def first_loss(config, params):
     """The loss of the first step on the first batch, written out."""
     pipeline = {"channels": 1, "batch_size": config.train.batch_size, "seed": config.seed}
-    batch = next(train_iterator(config.data, **pipeline, process_index=0, process_count=1))
+    batch = next(train_iterator(config.data, **pipeline))
     draw_key, label_key = jax.random.split(jax.random.fold_in(jax.random.key(config.seed), 0))
     t, x0 = objective.draw(draw_key, batch["image"], config.diffusion)
     apply = jax.jit(functools.partial(models.build(config.model).apply, train=True))

@@ -4,7 +4,6 @@ import json
 import os
 import shutil
 
-import grain
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,12 +11,8 @@ import pytest
 
 from dar_jax.config import default
 from dar_jax.errors import UserError
-from dar_jax.training.checkpoint import Checkpoints, claim_workdir, load_config, restore_ema
+from dar_jax.training.checkpoint import Checkpoints, claim_workdir, latest_step, load_config, restore_ema
 from dar_jax.training.state import TrainState
-
-
-def make_iterator():
-    return iter(grain.MapDataset.range(100).to_iter_dataset())
 
 
 def make_state(step):
@@ -30,27 +25,25 @@ def abstract(tree):
 
 
 def save(workdir, *steps, keep=9):
-    checkpoints, iterator = Checkpoints(str(workdir), keep), make_iterator()
+    checkpoints = Checkpoints(str(workdir), keep)
     for step in steps:
-        while iterator.get_state()["next_index"] < step:
-            next(iterator)
-        checkpoints.save(make_state(step), iterator, step)
+        checkpoints.save(make_state(step), step)
     checkpoints.close()
 
 
 def restore(workdir):
-    """Returns what a new process sees: the latest state and the next example."""
-    checkpoints, iterator = Checkpoints(str(workdir), 9), make_iterator()
-    state = checkpoints.restore(abstract(make_state(0)), iterator)
+    """The latest state, as a new process sees it."""
+    checkpoints = Checkpoints(str(workdir), 9)
+    state = checkpoints.restore(abstract(make_state(0)))
     checkpoints.close()
-    return state, next(iterator)
+    return state
 
 
-def test_restores_state_and_data_position(tmp_path):
+def test_restores_the_latest_state(tmp_path):
+    assert latest_step(str(tmp_path)) is None
     save(tmp_path, 3, 5)
-    state, example = restore(tmp_path)
-    jax.tree.map(np.testing.assert_array_equal, state, make_state(5))
-    assert example == 5
+    jax.tree.map(np.testing.assert_array_equal, restore(tmp_path), make_state(5))
+    assert latest_step(str(tmp_path)) == 5
 
 
 def test_keeps_the_latest(tmp_path):
@@ -60,18 +53,17 @@ def test_keeps_the_latest(tmp_path):
 
 def test_keeps_the_best_too(tmp_path):
     """Over a restart, and until a better one comes; the score arrives after its checkpoint was saved."""
-    iterator = make_iterator()
     for steps in ({1: 7.0, 2: 5.0, 3: 6.0}, {4: 5.5, 5: 5.0, 6: 9.0}):
         checkpoints = Checkpoints(str(tmp_path), 1)
         for step, value in steps.items():
-            checkpoints.save(make_state(step), iterator, step)
+            checkpoints.save(make_state(step), step)
             checkpoints.note_score(step, "fid", value)
         checkpoints.close()
     assert sorted(os.listdir(tmp_path / "checkpoints")) == ["2", "6"]
     assert json.loads((tmp_path / "best.json").read_text()) == {"step": 2, "metric": "fid", "value": 5.0}
     checkpoints = Checkpoints(str(tmp_path), 1)
     for step, value in {7: 4.0, 8: 4.5}.items():
-        checkpoints.save(make_state(step), iterator, step)
+        checkpoints.save(make_state(step), step)
         checkpoints.note_score(step, "fid", value)
     checkpoints.close()
     assert sorted(os.listdir(tmp_path / "checkpoints")) == ["7", "8"]
@@ -79,9 +71,9 @@ def test_keeps_the_best_too(tmp_path):
 
 def test_best_that_cannot_be_compared_gives_way(tmp_path):
     """A score of another metric, or of a checkpoint that was removed."""
-    checkpoints, iterator = Checkpoints(str(tmp_path), 9), make_iterator()
+    checkpoints = Checkpoints(str(tmp_path), 9)
     for step, metric, value in ((1, "fd_convnet", 1.0), (2, "fid", 50.0), (3, "fid", 60.0)):
-        checkpoints.save(make_state(step), iterator, step)
+        checkpoints.save(make_state(step), step)
         checkpoints.note_score(step, metric, value)
     checkpoints.close()
     assert json.loads((tmp_path / "best.json").read_text())["step"] == 2
@@ -95,9 +87,9 @@ def test_best_that_cannot_be_compared_gives_way(tmp_path):
 def test_saving_a_step_again_leaves_it_alone(tmp_path):
     save(tmp_path, 3)
     checkpoints = Checkpoints(str(tmp_path), 9)
-    checkpoints.save(make_state(99), make_iterator(), 3)
+    checkpoints.save(make_state(99), 3)
     checkpoints.close()
-    assert restore(tmp_path)[0].step == 3
+    assert restore(tmp_path).step == 3
 
 
 def cut_short(path, missing):
@@ -112,17 +104,16 @@ def cut_short(path, missing):
 
 @pytest.mark.parametrize(
     ("name", "missing"),
-    [("7.orbax-checkpoint-tmp", "ema"), ("7", "all"), ("7", "ema"), ("7", "data"), ("7", "_CHECKPOINT_METADATA")],
+    [("7.orbax-checkpoint-tmp", "ema"), ("7", "all"), ("7", "ema"), ("7", "train"), ("7", "_CHECKPOINT_METADATA")],
 )
 def test_half_written_checkpoint_is_not_used(tmp_path, name, missing):
     """The last whole one is restored and sampled from, and the step can be saved anew."""
     save(tmp_path, 3, 5)
     cut_short(tmp_path / "checkpoints" / name, missing)
     assert restore_ema(str(tmp_path), abstract(make_state(0).ema))[1] == 5
-    state, example = restore(tmp_path)
-    assert (state.step, example) == (5, 5)
+    assert restore(tmp_path).step == 5
     save(tmp_path, 7)
-    assert restore(tmp_path)[0].step == 7
+    assert restore(tmp_path).step == 7
 
 
 def test_restore_ema_takes_the_named_step(tmp_path):

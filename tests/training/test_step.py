@@ -1,10 +1,13 @@
 """The train step: one update by hand, gradient accumulation, and the same losses on every mesh."""
 
 import functools
+import re
 
 import jax
 import numpy as np
+import pytest
 
+from dar_jax import config as config_lib
 from tests.training import tiny
 
 
@@ -23,26 +26,41 @@ def two_steps(accumulate_steps):
     return tiny.run(config, tiny.make_mesh(4, 2), 2)
 
 
-def test_losses_do_not_depend_on_the_mesh():
-    """Twenty steps, with label dropout, within 1e-5 relative of one device; fsdp devices hold their share only."""
-    config = tiny.make_config()
+ALL_SHAPES = [(8, 1, 1), (4, 2, 1), (2, 4, 1), (4, 1, 2), (2, 2, 2), (1, 4, 2)]
+VARIANTS = {
+    "residual": [(2, 2, 2)], "static": [(2, 2, 2)], "static_t": [(4, 2, 1), (2, 2, 2)], "dynamic": [(2, 2, 2)]
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("variant", "shapes"),
+    [*VARIANTS.items(), *(pytest.param(variant, ALL_SHAPES, marks=pytest.mark.slow) for variant in VARIANTS)],
+)
+def test_losses_do_not_depend_on_the_mesh(variant, shapes):
+    """Twenty steps, with label dropout, within 1e-5 relative of one device; every device holds its share only."""
+    config = config_lib.route(tiny.make_config(), variant)
     states, expected = tiny.run(config, tiny.make_mesh(1, 1), 20)
     expected = np.array([m["loss"] for m in expected])
     assert np.ptp(expected) > 0.01
-    for shape in ((8, 1), (4, 2), (2, 4)):
+    for shape in shapes:
         states, metrics = tiny.run(config, tiny.make_mesh(*shape), 20)
         np.testing.assert_allclose([m["loss"] for m in metrics], expected, rtol=1e-5, err_msg=str(shape))
         for state in (states[0], states[20]):
-            check_shards(state, fsdp=shape[1])
+            check_shards(state, *shape)
 
 
-def check_shards(state, fsdp):
-    """Every large array of the weights, the EMA and both moments is split evenly over fsdp, and over nothing else."""
+def check_shards(state, data, fsdp, tensor):
+    """Large arrays of weights, EMA and moments are split over fsdp, and matrices inside the model over tensor."""
+    whole = re.compile("label|patch|timestep/dense_0|head/dense")
     for tree in (state.params, state.ema, *moments(state)):
-        large = [x for x in jax.tree.leaves(tree) if x.size >= 256]
+        large = [
+            (jax.tree_util.keystr(path, simple=True, separator="/"), x) for path, x in jax.tree.leaves_with_path(tree)
+        ]
+        large = [(path, x) for path, x in large if x.size >= 256 and path.endswith(("kernel", "table"))]
         assert len(large) > 8
-        for x in large:
-            assert x.addressable_shards[0].data.size * fsdp == x.size, x.shape
+        for path, x in large:
+            parts = fsdp if whole.search(path) else fsdp * tensor
+            assert x.addressable_shards[0].data.size * parts == x.size, (path, x.shape)
 
 
 def test_one_update_equals_numpy():

@@ -6,7 +6,7 @@ import pathlib
 import jax
 import numpy as np
 import pytest
-from jax.sharding import AxisType, Mesh
+from jax.sharding import Mesh
 
 from dar_jax import config as config_lib
 from dar_jax import models, sharding
@@ -26,10 +26,11 @@ def make_config():
     return config
 
 
-def make_mesh(data: int, fsdp: int) -> Mesh:
-    """A mesh over the first data * fsdp of the eight host devices."""
-    devices = np.array(jax.devices()[: data * fsdp]).reshape(data, fsdp)
-    return Mesh(devices, ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2)
+def make_mesh(data: int, fsdp: int, tensor: int = 1) -> Mesh:
+    """A mesh over the first data * fsdp * tensor of the eight host devices."""
+    mesh = config_lib.default().mesh
+    mesh.update(data=data, fsdp=fsdp, tensor=tensor)
+    return sharding.make_mesh(mesh, jax.devices()[: data * fsdp * tensor])
 
 
 @contextlib.contextmanager
@@ -38,7 +39,8 @@ def all_runs_on(mesh_shape: tuple[int, int], cache: pathlib.Path):
     caching = {"jax_compilation_cache_dir": str(cache), "jax_persistent_cache_min_compile_time_secs": 0.0}
     before = {name: getattr(jax.config, name) for name in caching}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sharding, "make_mesh", lambda mesh: make_mesh(*mesh_shape))
+        mesh = make_mesh(*mesh_shape)
+        patch.setattr(sharding, "make_mesh", lambda _: mesh)
         for name, value in caching.items():
             jax.config.update(name, value)
         yield

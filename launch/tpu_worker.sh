@@ -1,0 +1,125 @@
+#!/usr/bin/env bash
+# What tpu_pod.sh calls on every host of a TPU slice, in the home directory: dar_jax/ is the checkout, dar_jax_venv/ its
+# virtual environment, dar_jax_run/ the log and the state of the run.
+#
+#   tpu_worker.sh install [--bucket=BUCKET] [--nfs=HOST:/SHARE]   mounts /mnt/shared, installs dar_jax
+#   tpu_worker.sh start FLAGS   python -m dar_jax.main FLAGS in the background; kills what is left of a broken run
+#   tpu_worker.sh follow        prints the log until the run ends
+#   tpu_worker.sh outcome       running, finished, stopped (asked for), interrupted (by a signal or a reboot),
+#                               failed with exit code N, or none
+#   tpu_worker.sh stop          SIGTERM, then waits: the run saves and ends
+
+set -euo pipefail
+cd "$HOME"
+shared=/mnt/shared
+state=$HOME/dar_jax_run
+venv=$HOME/dar_jax_venv
+# shellcheck source=launch/xla_flags.sh
+source dar_jax/launch/xla_flags.sh
+
+mount_bucket() {
+  if ! command -v gcsfuse >/dev/null; then
+    local key=/usr/share/keyrings/cloud.google.asc apt=https://packages.cloud.google.com/apt
+    curl -fsS "$apt/doc/apt-key.gpg" | sudo tee "$key" >/dev/null
+    echo "deb [signed-by=$key] $apt gcsfuse-$(lsb_release -cs) main" | sudo tee /etc/apt/sources.list.d/gcsfuse.list
+    sudo apt-get -qq update
+    sudo apt-get -qq install -y gcsfuse
+  fi
+  sudo chown "$(id -un)" "$shared"
+  # A host must see the checkpoint that another one has just renamed, so nothing about files is remembered; by default
+  # it is, that they exist for a minute or on large machines for ever, that they do not for some seconds.
+  gcsfuse --implicit-dirs --metadata-cache-ttl-secs=0 --metadata-cache-negative-ttl-secs=0 "$1" "$shared"
+}
+
+mount_nfs() {
+  sudo apt-get -qq install -y nfs-common
+  sudo mount -t nfs "$1" "$shared"
+  sudo chmod a+rwx "$shared"
+}
+
+install() {
+  local flag
+  if ! mountpoint -q "$shared"; then
+    sudo mkdir -p "$shared"
+    for flag; do
+      case $flag in
+        --bucket=*) mount_bucket "${flag#*=}" ;;
+        --nfs=*) mount_nfs "${flag#*=}" ;;
+      esac
+    done
+  fi
+  # The images bring Python 3.10; dar_jax needs 3.11, which uv fetches.
+  export PATH="$HOME/.local/bin:$PATH"
+  command -v uv >/dev/null || curl -LsSf https://astral.sh/uv/install.sh | sh
+  [[ -e $venv ]] || uv venv --quiet --seed --python=3.11 "$venv"
+  (cd dar_jax && "$venv/bin/python" -m pip install --quiet -e ".[tpu]")
+}
+
+# alive: the supervisor of the latest run is there, and not another process with its number after a reboot.
+alive() {
+  [[ -e $state/pid ]] && grep -qs tpu_worker.sh "/proc/$(<"$state/pid")/cmdline"
+}
+
+start() {
+  local pid
+  mkdir -p "$state"
+  if alive; then
+    pid=$(<"$state/pid")
+    kill -KILL -- "-$pid" # setsid made it a group
+    while alive; do sleep 1; done
+  fi
+  rm -f "$state/exit_code" "$state/stop_asked"
+  [[ ! -e $state/log ]] || mv "$state/log" "$state/log.previous"
+  export LIBTPU_INIT_ARGS="${tpu_flags[*]} ${LIBTPU_INIT_ARGS:-}"
+  setsid nohup bash dar_jax/launch/tpu_worker.sh supervise "$@" >"$state/log" 2>&1 </dev/null &
+  echo $! >"$state/pid"
+}
+
+# supervise FLAGS: the run itself; passes SIGTERM on and keeps the exit code.
+supervise() {
+  local child code again=1
+  cd dar_jax
+  "$venv/bin/python" -m dar_jax.main --distributed=on "$@" &
+  child=$!
+  trap 'again=1; kill -TERM "$child" || true' TERM
+  while [[ $again ]]; do # a signal ends "wait" before the child has ended
+    again='' code=0
+    wait "$child" || code=$?
+  done
+  echo "$code" >"$state/exit_code"
+}
+
+follow() {
+  [[ -e $state/pid ]] || { echo "error: nothing was started on this host; use the command run" >&2 && exit 2; }
+  tail --lines=200 --pid="$(<"$state/pid")" -F "$state/log" 2>/dev/null
+}
+
+outcome() {
+  if alive; then
+    echo running
+  elif [[ ! -e $state/pid ]]; then
+    echo none
+  elif [[ -e $state/stop_asked ]]; then
+    echo stopped
+  elif [[ ! -e $state/exit_code ]]; then
+    echo interrupted
+  elif [[ $(<"$state/exit_code") != 0 ]]; then
+    echo "failed with exit code $(<"$state/exit_code")"
+  elif grep -q "^stopped by a signal" "$state/log"; then
+    echo interrupted
+  else
+    echo finished
+  fi
+}
+
+stop() {
+  if ! alive; then
+    outcome
+    return
+  fi
+  touch "$state/stop_asked"
+  kill -TERM "$(<"$state/pid")"
+  follow
+}
+
+"$@"

@@ -1,0 +1,109 @@
+"""What machines do to a run: killed at any time, a disk that fills up, losses that are not finite."""
+
+import json
+import random
+import re
+import time
+
+import numpy as np
+import pytest
+
+from dar_jax.data.pipeline import train_iterator
+from dar_jax.errors import UserError
+from dar_jax.training import loop
+from dar_jax.training.checkpoint import latest_step
+from tests.integration.doors import Doors, kill
+from tests.training import tiny
+
+EVERY = 3
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.mark.parametrize("times", [3, pytest.param(20, marks=pytest.mark.slow)])
+def test_killed_at_any_time_it_goes_on(times, cache, tmp_path, tmp_path_factory):
+    """kill -9 at random, also while a checkpoint is written: every checkpoint that was there stays and is taken up.
+
+    A save runs beside the next steps, so what may be lost is the steps since the one before. In the end the losses are
+    those of a run that was never killed.
+    """
+    rng, doors, last = random.Random(0), Doors(tmp_path, cache), 0
+    flags = [f"--config.checkpoint.every_steps={EVERY}", "--config.train.num_steps=100000"]
+    kept = []
+    for _ in range(times):
+        (process,) = doors.start(*flags, devices=1)
+        while (latest_step(str(doors.workdir)) or 0) <= last and process.poll() is None:
+            time.sleep(0.01)
+        time.sleep(rng.uniform(0, 0.5))
+        kill([process])
+        assert process.returncode == -9
+        last = latest_step(str(doors.workdir))
+        logged = max(doors.metrics())
+        assert last <= logged <= last + 2 * EVERY + 1
+        kept.append(last)
+    assert kept == sorted(set(kept))
+    assert f"resumed at step {last} " in doors.run(*flags[:1], f"--config.train.num_steps={last + 2}", devices=1)
+    assert list(doors.metrics()) == list(range(1, last + 3))
+
+    whole = Doors(tmp_path_factory.mktemp("whole"), cache)
+    whole.run(f"--config.train.num_steps={last + 2}", "--config.checkpoint.every_steps=100000", devices=1)
+    np.testing.assert_array_equal(list(doors.metrics().values()), list(whole.metrics().values()))
+
+
+def test_full_disk_is_one_error_and_the_last_checkpoint_survives(cache, tmp_path):
+    """The save of step 8 fails; the run says so and ends, and goes on when there is room."""
+    doors = Doors(tmp_path, cache)
+    (process,) = doors.start(devices=1, send=(0, "FULL,6,4"))
+    output = process.communicate(timeout=500)[0]
+    assert process.returncode == 2, output
+    assert output.splitlines()[-1] == (
+        f'error: workdir "{doors.workdir}" cannot be written: File too large. The checkpoint of step 4 is whole. Make '
+        "room, and the same command goes on."
+    )
+    assert "Traceback" not in output
+    assert "resumed at step 4 " in doors.run(devices=1)
+    assert latest_step(str(doors.workdir)) == 12
+
+
+def run_with_bad_steps(monkeypatch, workdir, bad, max_skipped):
+    """Twelve steps of which those in `bad` (from 1) get an image of NaN."""
+
+    def spoilt(*args, first_step, **kwargs):
+        for step, batch in enumerate(train_iterator(*args, first_step=first_step, **kwargs), start=first_step + 1):
+            yield {**batch, "image": batch["image"] * np.float32(np.nan if step in bad else 1)}
+
+    config = tiny.make_config()
+    config.train.max_skipped = max_skipped
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "train_iterator", spoilt)
+        loop.train(config, str(workdir))
+
+
+@pytest.fixture(scope="module")
+def in_process(tmp_path_factory):
+    with tiny.all_runs_on((1, 1), tmp_path_factory.mktemp("cache")):
+        yield
+
+
+def test_steps_that_are_not_finite_are_skipped(in_process, monkeypatch, tmp_path, capsys):
+    run_with_bad_steps(monkeypatch, tmp_path, {3, 4, 9}, max_skipped=2)
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [(line["step"], line["skipped"]) for line in lines] == [
+        (1, 0), (2, 0), (5, 2), (6, 2), (7, 2), (8, 2), (10, 3), (11, 3), (12, 3)
+    ]  # fmt: skip
+    assert all(np.isfinite(list(line.values())).all() for line in lines)
+    # The norm of the weights after the skipped steps is that before, but for the step that follows them.
+    assert abs(lines[2]["param_norm"] - lines[1]["param_norm"]) < 0.1
+    assert re.search(r"step 9 is not finite and skipped: .*loss nan.* \(3 skipped so far\)", capsys.readouterr().out)
+
+
+def test_too_many_in_a_row_end_the_run(in_process, monkeypatch, tmp_path):
+    """The checkpoints before are of good weights, and the run can go on from them with other settings."""
+    with pytest.raises(UserError, match=r"step 7 is not finite: .*So were the 2 before it, all skipped"):
+        run_with_bad_steps(monkeypatch, tmp_path, {5, 6, 7}, max_skipped=2)
+    assert latest_step(str(tmp_path)) == 4
+    run_with_bad_steps(monkeypatch, tmp_path, {5, 6, 7}, max_skipped=3)
+    assert latest_step(str(tmp_path)) == 12
