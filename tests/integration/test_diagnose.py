@@ -35,7 +35,7 @@ def make_run(folder: pathlib.Path, kind: str):
     config = tiny.make_config()
     config.model.routing.update(kind=kind, chunk_size=2)
     config.eval.num_samples = 16
-    config.mesh.fsdp = 2  # of eight devices, where nothing says otherwise
+    config.mesh.update(fsdp=2, tensor=2)  # of eight devices, where nothing says otherwise
     params = sharding.unbox(jax.eval_shape(lambda: init_params(models.build(config.model), 0)))
     rng = np.random.default_rng(0)
     params = jax.tree.map(lambda p: jnp.asarray(0.3 * rng.normal(size=p.shape), jnp.float32), params)
@@ -46,13 +46,6 @@ def make_run(folder: pathlib.Path, kind: str):
 def fake_features(*_):
     """A network of 4 features."""
     return Features("test", jax.jit(lambda x: {"pool": x.astype(jnp.float32).reshape(len(x), 4, -1).mean(-1) / 255}), 8)
-
-
-@contextlib.contextmanager
-def one_device():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sharding, "make_mesh", lambda mesh: tiny.make_mesh(1, 1))
-        yield
 
 
 def run(folder, out, batch_size, canonical):
@@ -78,10 +71,11 @@ def runs(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def diagnosed(runs):
+def diagnosed(runs, tmp_path_factory):
     """Workdirs, the output directory, what was found on one device in one batch, and what the runs are made of."""
     folder, made = runs
-    with one_device(), pytest.MonkeyPatch.context() as patch:
+    one_device = tiny.all_runs_on((1, 1), tmp_path_factory.mktemp("cache"))
+    with one_device, pytest.MonkeyPatch.context() as patch:
         patch.setattr(canonical, "load_features", fake_features)
         found = run(folder, folder / "out", NUM_IMAGES, True)
     return folder, folder / "out", found, made
@@ -219,7 +213,7 @@ def test_report_fits_in_a_browser(diagnosed, tmp_path, width):
         ({"timesteps": [0.5]}, "--timesteps = 0.5 must be at least two times in [0, 1]"),
         ({"timesteps": [0.5, 1.5]}, "--timesteps = 0.5,1.5 must be"),
         ({"timesteps": [0.5, math.nan]}, "--timesteps = 0.5,nan must be"),
-        ({"batch_size": 12}, "--batch_size = 12 must be divisible by the 8 devices"),
+        ({"batch_size": 10}, "--batch_size = 10 must be divisible by the 4 parts"),
         ({"workdirs": ["residual"], "canonical": True}, "--canonical freezes routing weights"),
         ({"split": "trian"}, '"trian"'),
         ({"out": "/proc/nowhere"}, '--out = "/proc/nowhere" cannot be written'),
