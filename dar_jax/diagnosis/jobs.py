@@ -21,7 +21,7 @@ from dar_jax.diffusion import sampler
 from dar_jax.diffusion.interpolant import time_range
 from dar_jax.errors import UserError
 from dar_jax.models import SiT
-from dar_jax.training.checkpoint import has_checkpoint, load_config, restore_ema
+from dar_jax.training.checkpoint import latest_step, load_config, restore_ema
 from dar_jax.training.logs import say
 from dar_jax.training.state import abstract_params
 
@@ -63,7 +63,7 @@ def diagnose(
         raise UserError("--canonical freezes routing weights, and a residual model has none; leave it out.")
     plans = []
     for config, workdir in zip(configs, workdirs, strict=True):
-        if not has_checkpoint(workdir):
+        if latest_step(workdir) is None:
             raise UserError(f'workdir "{workdir}" holds no checkpoint; train with python -m dar_jax.main first.')
         config.data.eval_split = split or config.data.eval_split
         config.eval.num_samples = config.eval.num_samples if num_samples is None else num_samples

@@ -51,7 +51,7 @@ def test_it_measures_the_weights_it_is_given():
     config = make_config(1)
     with sharding.use(tiny.make_mesh(1, 1)) as mesh:
         model = models.build(config.model)
-        params = sharding.unbox(init_params(model, 0))
+        params = jax.jit(lambda: sharding.unbox(init_params(model, 0)))()
         diagnosis = InlineDiagnosis(config, model, mesh)
         fresh = diagnosis.run(params)
         entropies = [value for name, value in fresh.items() if name.startswith("routing_entropy")]
