@@ -71,7 +71,7 @@ def train_iterator(
     rows = np.arange(batch_size) if rows is None else rows
     source, size, flip = open_source(data, data.train_split), data.image_size, data.flip
     if data.source == "latents":
-        _check_latents(source, data, channels, rows[0] // len(rows), batch_size // len(rows))
+        _check_latents(source, data, channels, batch_size, rows)
 
     def load(i: int) -> dict[str, Any]:
         step, row = divmod(i, len(rows))
@@ -105,7 +105,7 @@ def train_iterator(
     return iter(batches)
 
 
-def _check_latents(source: LatentSource, data: ConfigDict, channels: int, index: int, count: int) -> None:
+def _check_latents(source: LatentSource, data: ConfigDict, channels: int, batch_size: int, rows: np.ndarray) -> None:
     fingerprint = None
     if data.vae:
         from dar_jax.pretrained.vae import read_header  # imports jax, which worker processes can do without
@@ -113,7 +113,9 @@ def _check_latents(source: LatentSource, data: ConfigDict, channels: int, index:
         fingerprint = read_header(data.vae, "config.data.vae")["fingerprint"]
     source.check(data.image_size, channels, fingerprint)
     if data.verify:
-        check_checksums(source.path, source.manifest["shards"][index::count])
+        # Each shard goes with one row of the batch, so that processes, whatever rows they have, check all together.
+        shards = source.manifest["shards"]
+        check_checksums(source.path, [s for i, s in enumerate(shards) if i * batch_size // len(shards) in rows])
 
 
 def image_batches(
