@@ -124,7 +124,7 @@ def default() -> ConfigDict:
     checkpoint.keep = 2  # latest checkpoints kept, beside the best by the first metric of eval
 
     config.mesh = mesh = ConfigDict()
-    mesh.data = -1  # devices over which only the batch is split; -1 = all the rest
+    mesh.data = -1  # devices over which only the batch is split; -1, of one axis: all the rest
     mesh.fsdp = 1  # devices over which batch, parameters and optimizer state are split
     mesh.tensor = 1  # devices that share the matrices and tokens of one sample; it divides num_heads and the tokens
     return config.lock()
@@ -308,7 +308,9 @@ def validate(config: ConfigDict) -> None:
         "set config.eval.inception, or config.eval.num_samples = 0 to draw grids only.",
     )
     require(0 <= model.label_dropout < 1, f"config.model.label_dropout = {model.label_dropout} must be in [0, 1).")
+    sizes = list(config.mesh.values())
     require(
-        config.mesh.fsdp >= 1 and (config.mesh.data == -1 or config.mesh.data >= 1),
-        f"config.mesh = ({config.mesh.data}, {config.mesh.fsdp}): fsdp must be >= 1 and data >= 1 or -1.",
+        all(size >= 1 or size == -1 for size in sizes) and sizes.count(-1) <= 1,
+        f"config.mesh {', '.join(f'{axis} = {size}' for axis, size in config.mesh.items())}: each must be at least 1, "
+        "but one of them may be -1, all the rest.",
     )

@@ -95,7 +95,9 @@ def test_help_does_not_import_jax(name):
         ({"data.image_size": 4, "model.input_size": 4, "eval.every_steps": 5}, "image_size = 4 is not in 8..64"),
         ({"train.batch_size": 0}, "batch_size = 0 must be at least 1"),
         ({"train.accumulate_steps": 3}, "batch_size = 16 must be divisible by accumulate_steps = 3"),
-        ({"mesh.fsdp": 0}, "fsdp must be >= 1"),
+        ({"mesh.fsdp": 0}, "data = -1, fsdp = 0, tensor = 1: each must be at least 1"),
+        ({"mesh.tensor": 0}, "tensor = 0: each must be at least 1"),
+        ({"mesh.tensor": -1}, "data = -1, fsdp = 1, tensor = -1: .* one of them may be -1"),
     ],
     ids=lambda value: ",".join(value) if isinstance(value, dict) else None,
 )
