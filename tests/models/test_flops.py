@@ -50,9 +50,9 @@ def test_the_compilers_count(variant):
 
 
 def test_peaks_are_found_by_the_kind_that_jax_reports():
-    assert peak_flops("TPU v5 lite") == planning.CHIPS["v5e"].peak_flops
+    assert peak_flops("TPU v5 lite") == peak_flops("TPU v5e") == planning.CHIPS["v5e"].peak_flops
     assert peak_flops("TPU v5p") == peak_flops("TPU v5") == planning.CHIPS["v5p"].peak_flops
     assert peak_flops("TPU v4") == planning.CHIPS["v4"].peak_flops
-    assert peak_flops("TPU v6 lite") == planning.CHIPS["v6e"].peak_flops
+    assert peak_flops("TPU v6 lite") == peak_flops("TPU v6e") == planning.CHIPS["v6e"].peak_flops
     assert peak_flops("NVIDIA H100 80GB HBM3") == PEAK_FLOPS["NVIDIA H100"]
     assert peak_flops("cpu") is None
