@@ -12,7 +12,9 @@ from ml_collections import config_flags
 from dar_jax import errors, runtime
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "Experiment, and its variant: configs/digits.py:static_t")
-PROFILE = flags.DEFINE_integer("profile", 0, "Write a trace of this many steps to workdir/profile", lower_bound=0)
+PROFILE = flags.DEFINE_integer(
+    "profile", 0, "Write a trace of so many steps, after ten, to workdir/profile", lower_bound=0
+)
 WORKDIR = flags.DEFINE_string("workdir", None, "Directory of checkpoints, samples and metrics; created if missing")
 
 

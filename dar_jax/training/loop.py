@@ -33,9 +33,9 @@ PROFILE_AFTER = 10  # steps of this process before a profile, so that none of it
 def train(config: ConfigDict, workdir: str, profile_steps: int = 0) -> None:
     """Trains to config.train.num_steps in `workdir`, from its latest checkpoint, else from config.init_from, if given.
 
-    SIGTERM, on any host, and Ctrl-C save and return. With `profile_steps` a trace of so many steps is written to
-    workdir/profile. Raises UserError, before anything is compiled, for what cannot work, and
-    when the loss, the gradient or the weights are no longer finite.
+    SIGTERM, on any host, and in a single process Ctrl-C save and return. With `profile_steps` a trace of so many
+    steps, of fewer at the end of the run, is written to workdir/profile. Raises UserError, before anything is compiled,
+    for what cannot work, and when the loss, the gradient or the weights are no longer finite.
     """
     validate(config)
     sampler.check(config.sampler)
@@ -52,13 +52,13 @@ def train(config: ConfigDict, workdir: str, profile_steps: int = 0) -> None:
             f"config.model.num_classes = {config.model.num_classes} but the data has {num_classes} classes; "
             f"set it to {num_classes}."
         )
-    rows = sharding.local_rows(mesh, config.train.batch_size)
+    rows, first_step = sharding.local_rows(mesh, config.train.batch_size), latest_step(workdir) or 0
     iterator = train_iterator(
         config.data,
         channels=3 if encodes_online(config) else config.model.channels,
         batch_size=config.train.batch_size,
         seed=config.seed,
-        first_step=latest_step(workdir) or 0,
+        first_step=first_step,
         rows=rows,
     )
     with writing_to(workdir), sharding.use(mesh), _StopSignal() as stop, closing(iterator):
@@ -70,10 +70,10 @@ def train(config: ConfigDict, workdir: str, profile_steps: int = 0) -> None:
             for local in iterator
         )
         with closing(Checkpoints(workdir, config.checkpoint.keep)) as checkpoints:
-            _run(config, workdir, mesh, batches, checkpoints, stop, profile_steps)
+            _run(config, workdir, mesh, batches, first_step, checkpoints, stop, profile_steps)
 
 
-def _run(config, workdir, mesh, batches, checkpoints, stop, profile_steps) -> None:
+def _run(config, workdir, mesh, batches, first_step, checkpoints, stop, profile_steps) -> None:
     model = models.build(config.model)
     optimizer = make_optimizer(config.optimizer, config.train.num_steps)
     init, abstract = make_state(config, model, optimizer, mesh)
@@ -87,7 +87,12 @@ def _run(config, workdir, mesh, batches, checkpoints, stop, profile_steps) -> No
     else:
         state = checkpoints.restore(abstract)
         say(f"resumed at step {checkpoints.latest_step} from {workdir}/checkpoints")
-    step = first_step = int(state.step)
+    step = int(state.step)
+    if step != first_step:
+        raise UserError(
+            f'the latest checkpoint in "{workdir}" was of step {first_step}, which the data follow, and is now of step '
+            f"{step}: another run writes there, or the hosts do not see the same directory."
+        )
     num_steps = config.train.num_steps
     if step >= num_steps:
         say(f"nothing to do: {workdir} is at step {step} of {num_steps}; raise --config.train.num_steps to go on")
@@ -131,7 +136,9 @@ def _run(config, workdir, mesh, batches, checkpoints, stop, profile_steps) -> No
             settle()
             pending = step, metrics
             if diagnosis and step % config.diagnosis.every_steps == 0:
+                settle()
                 logs.write(step, diagnosis.run(state.params))
+                logs.start_window(step)
             evaluate = evaluation and (step % config.eval.every_steps == 0 or step == num_steps)
             save = evaluate or step % config.checkpoint.every_steps == 0 or step == num_steps
             if profile_steps and step - first_step in (PROFILE_AFTER, PROFILE_AFTER + profile_steps):
@@ -148,8 +155,10 @@ def _run(config, workdir, mesh, batches, checkpoints, stop, profile_steps) -> No
                     checkpoints.note_score(step, *next(iter(scalars.items())))
             if save:
                 logs.start_window(step)
+        settle()
+        if profile_steps and PROFILE_AFTER <= step - first_step < PROFILE_AFTER + profile_steps:
+            _profile(workdir, start=False)
         if step < num_steps:
-            settle()
             checkpoints.save(state, step)
             checkpoints.wait()
             say(f"stopped by a signal at step {step}, saved; the same command goes on from here")
