@@ -40,7 +40,7 @@ def start() -> None:
     try:
         jax.distributed.initialize(**by_hand)
     except ValueError as error:
-        if by_hand or DISTRIBUTED.value == "on":
+        if "JAX_COORDINATOR_ADDRESS" in os.environ or DISTRIBUTED.value == "on":
             raise UserError(
                 f"--distributed={DISTRIBUTED.value}: no job of several processes was found ({error}) Start it with "
                 "launch/tpu_pod.sh or launch/slurm.sh, or set JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and "

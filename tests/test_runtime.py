@@ -43,8 +43,9 @@ def test_modes(start):
     assert start("auto", {}) == {}
     assert start("auto", {}, found=False) == {}  # no job: the process runs alone
     assert start("on", BY_HAND) == {"num_processes": 2, "process_id": 1}
-    with pytest.raises(UserError, match=r"--distributed=on: no job of several processes was found .* launch/"):
-        start("on", {}, found=False)
+    for mode, environment in (("on", {}), ("auto", {"JAX_COORDINATOR_ADDRESS": "localhost:1"})):
+        with pytest.raises(UserError, match=rf"--distributed={mode}: no job of several processes was found .* launch/"):
+            start(mode, environment, found=False)
 
 
 @pytest.mark.parametrize("missing", BY_HAND)
