@@ -98,12 +98,13 @@ def _evaluate_file() -> dict:
 
 def _write_reference() -> None:
     from dar_jax.evaluation import jobs
+    from dar_jax.training.logs import say
 
     errors.require_flags(config=CONFIG.value)
     config = CONFIG.value
     config.eval.inception = INCEPTION.value or config.eval.inception
     count = jobs.write_reference(config, SPLIT.value or config.data.eval_split, WRITE_REFERENCE.value)
-    print(f"wrote {WRITE_REFERENCE.value} of {count} images")
+    say(f"wrote {WRITE_REFERENCE.value} of {count} images")
 
 
 if __name__ == "__main__":
