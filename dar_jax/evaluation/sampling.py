@@ -26,7 +26,7 @@ from dar_jax.training.state import abstract_params
 def make_sampler(config: ConfigDict, model: SiT, mesh: Mesh) -> Callable[[dict, Array, Array], Array]:
     """Returns a function (params, index int32 [B], label int32 [B]) -> images float32 [B, H, W, C].
 
-    Its batch is split over all devices of `mesh`. The noise of sample i follows from (config.seed, i). The VAE of
+    Its batch is split by `sharding.batch_sharding`. The noise of sample i follows from (config.seed, i). The VAE of
     `config.data.vae` decodes latents; without it they are what is returned.
 
     Raises:

@@ -281,8 +281,8 @@ def load(path: str, field: str) -> Vae:
 def make_encoder(vae: Vae, mesh: Mesh) -> Callable[[Array], Array]:
     """Returns images [B, H, W, 3] -> moments float32 [B, 2, h, w, C], not scaled, as `AutoencoderKL.encode`.
 
-    Images are uint8, or float32 in [-1, 1]. B is split over all devices of `mesh` and must be divisible by their
-    number; a device takes CHUNK at a time.
+    Images are uint8, or float32 in [-1, 1]. B must be divisible by `sharding.batch_shards`; a device takes CHUNK at a
+    time.
     """
 
     def encode(model: AutoencoderKL, x: Array) -> Array:
@@ -294,7 +294,7 @@ def make_encoder(vae: Vae, mesh: Mesh) -> Callable[[Array], Array]:
 def make_decoder(vae: Vae, mesh: Mesh) -> Callable[[Array], Array]:
     """Returns scaled latents float32 [B, h, w, C] -> images float32 [B, H, W, 3], about in [-1, 1].
 
-    B is split over all devices of `mesh` and must be divisible by their number; a device takes CHUNK at a time.
+    B must be divisible by `sharding.batch_shards`; a device takes CHUNK at a time.
     """
     return _on_devices(vae, mesh, lambda model, z: model.decode(z / vae.scale))
 

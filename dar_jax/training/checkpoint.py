@@ -24,7 +24,7 @@ from dar_jax.errors import UserError
 from dar_jax.training.logs import say
 from dar_jax.training.state import TrainState
 
-# What a run keeps for life: its function, its randomness, and what its data position counts.
+# What a run keeps for life: its function, its randomness, and what makes a batch of a step.
 FIXED = ("model", "diffusion", "seed", "data.source", "data.name", "data.train_split", "train.batch_size")
 
 
