@@ -25,5 +25,4 @@ def get_config(variant=None):
     config.sampler.update(method="heun", num_steps=125, cfg_scale=1.0)
     config.eval.update(every_steps=10_000, num_samples=0, grid_size=8, batch_size=64)
     config.checkpoint.update(every_steps=10_000, keep=3)
-    config.mesh.update(data=-1, fsdp=1)
     return config_lib.route(config, variant)
