@@ -109,7 +109,7 @@ def default() -> ConfigDict:
     evaluation.every_steps = 0  # sample grid and metrics on the EMA, after saving a checkpoint; 0 = off
     evaluation.num_samples = 10_000  # for the metrics; 0 = grid only
     evaluation.final_samples = 50_000  # the metrics of the last step once more, if these are more samples
-    evaluation.batch_size = 250  # samples drawn at a time, over all devices
+    evaluation.batch_size = 250  # samples drawn at a time, over all devices, rounded up to what they share evenly
     evaluation.grid_size = 10  # rows = columns of the grid
     evaluation.labels = "balanced"  # balanced (sample i is of class i % num_classes) | random
     evaluation.inception = ""  # converted Inception weights (.npz) for FID; "" = the distance by a small convnet

@@ -20,8 +20,9 @@ WORKDIR = flags.DEFINE_string("workdir", None, "Directory of checkpoints, sample
 
 def main(_):
     errors.require_flags(config=CONFIG.value, workdir=WORKDIR.value)
-    signal.signal(signal.SIGTERM, _stop)  # until the loop listens; the next import takes seconds
-    runtime.start()
+    signal.signal(signal.SIGTERM, _stop)  # until the loop listens; the imports take seconds
+    if runtime.start() == 1:  # of several processes jax.distributed listens, and tells all
+        signal.signal(signal.SIGTERM, _stop)
     from dar_jax.training.loop import train
 
     train(CONFIG.value, WORKDIR.value, PROFILE.value)

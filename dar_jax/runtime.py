@@ -17,18 +17,25 @@ DISTRIBUTED = flags.DEFINE_enum(
 CACHE = pathlib.Path("~/.cache/dar_jax/xla")
 
 
-def start() -> None:
-    """Joins the other processes of the job by --distributed; programs are compiled once for all runs on this machine.
+def start() -> int:
+    """Joins the other processes of the job by --distributed, and returns how many there are.
 
-    They are kept in ~/.cache/dar_jax/xla, or in JAX_COMPILATION_CACHE_DIR (empty: nowhere). To be called before
-    anything else of jax. Raises UserError if --distributed=on finds no job, or the job's environment makes no sense.
+    Compiled programs are kept for later runs in ~/.cache/dar_jax/xla, or in JAX_COMPILATION_CACHE_DIR (empty: nowhere).
+    To be called before anything else of jax. Raises UserError if --distributed=on finds no job, or the environment of
+    the job makes no sense.
     """
     import jax
 
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         jax.config.update("jax_compilation_cache_dir", str(CACHE.expanduser()))
-    if DISTRIBUTED.value == "off":
-        return
+    if DISTRIBUTED.value != "off":
+        _join_job()
+    return jax.process_count()
+
+
+def _join_job() -> None:
+    import jax
+
     by_hand = {}
     for name in ("num_processes", "process_id"):
         text = os.environ.get(f"JAX_{name.upper()}")

@@ -54,7 +54,7 @@ def make_mesh(mesh: ConfigDict, devices: Sequence[jax.Device] | None = None) -> 
             f"config.mesh {text} does not fill the {len(devices)} devices; set data = -1, and fsdp * tensor to a "
             "divisor."
         )
-    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    slices = _num_slices(devices)
     if sizes["data"] % slices:
         raise UserError(
             f"config.mesh.data = {sizes['data']} must be a multiple of the {slices} slices; lower fsdp or tensor."
@@ -67,10 +67,18 @@ def make_mesh(mesh: ConfigDict, devices: Sequence[jax.Device] | None = None) -> 
     return Mesh(array, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
-def fit(mesh: ConfigDict, num_devices: int) -> None:
-    """Shrinks the mesh of a run to other devices than it had."""
-    tensor = math.gcd(max(mesh.tensor, 1), num_devices)
-    mesh.update(data=-1, fsdp=math.gcd(max(mesh.fsdp, 1), num_devices // tensor), tensor=tensor)
+def fit(mesh: ConfigDict, devices: Sequence[jax.Device] | None = None) -> None:
+    """Shrinks the mesh of a run to other devices than it had, None for all there are."""
+    devices = jax.devices() if devices is None else devices
+    per_slice = len(devices) // _num_slices(devices)
+    tensor = math.gcd(per_slice if mesh.tensor == -1 else mesh.tensor, per_slice)
+    rest = per_slice // tensor
+    mesh.update(data=-1, fsdp=math.gcd(rest if mesh.fsdp == -1 else mesh.fsdp, rest), tensor=tensor)
+
+
+def _num_slices(devices: Sequence[jax.Device]) -> int:
+    """Of TPUs; jax also numbers the hosts of GPUs so, between which fsdp may well go."""
+    return len({device.slice_index for device in devices if device.platform == "tpu"}) or 1
 
 
 @contextlib.contextmanager

@@ -69,7 +69,7 @@ def diagnose(
         config.eval.num_samples = config.eval.num_samples if num_samples is None else num_samples
         mesh = _check(config, batch_size)
         if canonical:
-            _check_sampling(config, mesh)
+            _check_sampling(config)
         plans.append((config, workdir, mesh, _choose(config, workdir, num_images, timesteps, batch_size)))
     folder = pathlib.Path(out)
     try:
@@ -86,7 +86,7 @@ def diagnose(
 
 
 def _check(config: ConfigDict, batch_size: int | None) -> Mesh:
-    sharding.fit(config.mesh, jax.device_count())
+    sharding.fit(config.mesh)
     config.eval.every_steps = 0  # what a run could not evaluate can still be diagnosed
     validate(config)
     mesh = sharding.make_mesh(config.mesh)
@@ -94,7 +94,7 @@ def _check(config: ConfigDict, batch_size: int | None) -> Mesh:
     return mesh
 
 
-def _check_sampling(config: ConfigDict, mesh: Mesh) -> None:
+def _check_sampling(config: ConfigDict) -> None:
     scores, side = config.eval, config.data.image_size
     if not scores.num_samples:
         return
@@ -106,7 +106,6 @@ def _check_sampling(config: ConfigDict, mesh: Mesh) -> None:
     if lacking:
         raise UserError(f"--canonical: the run lacks {lacking}; add --num_samples=0 for losses only.")
     sampler.check(config.sampler)
-    sharding.check_batch(mesh, "config.eval.batch_size", scores.batch_size)
 
 
 def _micro_batch(config: ConfigDict) -> int:

@@ -76,13 +76,12 @@ def evaluate_run(
             raise UserError("--samples_out takes one guidance scale; leave out --cfg_sweep.")
     if config.eval.num_samples < 2:
         raise UserError(f"--num_samples = {config.eval.num_samples} must be at least 2.")
-    sharding.fit(config.mesh, jax.device_count())
+    sharding.fit(config.mesh)
     for scale in cfg_scales:
         config.sampler.cfg_scale = float(scale)
         validate(config)
     sampler.check(config.sampler)
     mesh = sharding.make_mesh(config.mesh)
-    sharding.check_batch(mesh, "--batch_size", config.eval.batch_size)
     model = models.build(config.model)
     results = []
     with sharding.use(mesh):

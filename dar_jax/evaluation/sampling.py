@@ -100,12 +100,14 @@ def sample_images(
 ) -> Iterator[np.ndarray]:
     """Yields samples first, first + 1, ... of `labels` in batches [b, H, W, C]: uint8, or float32 as drawn.
 
-    Every process gets all images. The last batch is filled up to batch_size, so that one program serves all.
+    Every process gets all images. Batches are of batch_size, or a few more that the devices can share evenly; the
+    last is filled up, so that one program serves all.
 
     Raises:
       UserError: a sample holds NaN or infinity, which uint8 would hide.
     """
-    sharded = sharding.batch_sharding(mesh)
+    sharded, parts = sharding.batch_sharding(mesh), sharding.batch_shards(mesh)
+    batch_size = parts * -(-batch_size // parts)
     for start in range(first, len(labels), batch_size):
         label = np.asarray(labels[start : start + batch_size], np.int32)
         count = len(label)
@@ -161,11 +163,10 @@ def sample_to_file(
     for label in labels:
         if not label.isdecimal() or int(label) >= num_classes:
             raise UserError(f"--labels: {label} is no class; the model has classes 0 to {num_classes - 1}.")
-    sharding.fit(config.mesh, jax.device_count())
+    sharding.fit(config.mesh)
     validate(config)
     sampler.check(config.sampler)
     mesh = sharding.make_mesh(config.mesh)
-    sharding.check_batch(mesh, "--batch_size", config.eval.batch_size)
     model = models.build(config.model)
     with sharding.use(mesh):
         ema, _ = restore_ema(workdir, abstract_params(config, model, mesh), step)

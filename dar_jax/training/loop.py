@@ -42,8 +42,6 @@ def train(config: ConfigDict, workdir: str, profile_steps: int = 0) -> None:
     mesh = sharding.make_mesh(config.mesh)
     sharding.check_model(mesh, config.model)
     sharding.check_batch(mesh, "config.train.batch_size / accumulate_steps", _micro_batch(config))
-    if config.eval.every_steps:
-        sharding.check_batch(mesh, "config.eval.batch_size", config.eval.batch_size)
     if config.diagnosis.every_steps:
         sharding.check_batch(mesh, "config.diagnosis.num_images", config.diagnosis.num_images)
     num_classes = open_source(config.data, config.data.train_split).num_classes

@@ -213,7 +213,7 @@ def test_report_fits_in_a_browser(diagnosed, tmp_path, width):
         ({"timesteps": [0.5]}, "--timesteps = 0.5 must be at least two times in [0, 1]"),
         ({"timesteps": [0.5, 1.5]}, "--timesteps = 0.5,1.5 must be"),
         ({"timesteps": [0.5, math.nan]}, "--timesteps = 0.5,nan must be"),
-        ({"batch_size": 10}, "--batch_size = 10 must be divisible by the 4 parts"),
+        ({"batch_size": 10}, "--batch_size = 10 must be divisible by the 4 devices"),
         ({"workdirs": ["residual"], "canonical": True}, "--canonical freezes routing weights"),
         ({"split": "trian"}, '"trian"'),
         ({"out": "/proc/nowhere"}, '--out = "/proc/nowhere" cannot be written'),

@@ -68,18 +68,24 @@ def test_slices_are_along_the_data_axis():
     class Device:
         id: int
         slice_index: int
+        coords: tuple[int, int, int]
+        core_on_chip: int = 0
         process_index: int = 0
-        platform: str = "cpu"
-        device_kind: str = "cpu"
+        platform: str = "tpu"
+        device_kind: str = "TPU v5 lite"
 
+    devices = [Device(i, i % 2, (i // 2 % 2, i // 4, 0)) for i in range(8)]
     config = default().mesh
     config.update(data=-1, fsdp=2, tensor=2)
-    mesh = sharding.make_mesh(config, [Device(i, i % 2) for i in range(8)])
+    mesh = sharding.make_mesh(config, devices)
     assert mesh.devices.shape == (2, 2, 2)
     assert [{d.slice_index for d in group.flat} for group in mesh.devices] == [{0}, {1}]
+    config.update(data=1, fsdp=8, tensor=1)
+    sharding.fit(config, devices)
+    assert (config.data, config.fsdp, config.tensor) == (-1, 4, 1)
     config.update(data=1, fsdp=4, tensor=2)
     with pytest.raises(UserError, match=r"data = 1 must be a multiple of the 2 slices"):
-        sharding.make_mesh(config, [Device(i, i % 2) for i in range(8)])
+        sharding.make_mesh(config, devices)
 
 
 @pytest.mark.parametrize(("shape", "rows"), [((4, 2, 1), 16), ((2, 2, 2), 16), ((1, 1, 8), 4)])
@@ -102,12 +108,12 @@ def test_tensor_axis_must_divide_heads_and_tokens(field, value):
 
 
 @pytest.mark.parametrize(("sizes", "devices", "expected"), [
-    ((-1, 8, 1), 4, (4, 1)), ((2, 4, 2), 2, (1, 2)), ((-1, -1, 1), 8, (1, 1)), ((1, 2, 4), 8, (2, 4))
+    ((-1, 8, 1), 4, (4, 1)), ((2, 4, 2), 2, (1, 2)), ((-1, -1, 1), 8, (8, 1)), ((1, 2, 4), 8, (2, 4))
 ])  # fmt: skip
 def test_the_mesh_of_a_run_fits_fewer_devices(sizes, devices, expected):
     config = default().mesh
     config.update(dict(zip(sharding.AXES, sizes, strict=True)))
-    sharding.fit(config, devices)
+    sharding.fit(config, jax.devices()[:devices])
     assert (config.fsdp, config.tensor) == expected
     sharding.make_mesh(config, jax.devices()[:devices])
 
