@@ -113,7 +113,7 @@ class RoutedStep(nn.Module):
         if early:  # every query of the step is known: one pass over the history serves them all
             shape = len(e_t), 1, newest.shape[-1]
             aggregated = read_history(*(jnp.broadcast_to(query(e_t, newest), shape) for query in self.queries))
-        recent = []
+        recent, norms = [], []
         for i, block in enumerate(self.blocks):
             modulation = block.modulation(condition)
             for j, branch in enumerate(block.branches(), start=2 * i):
@@ -122,8 +122,9 @@ class RoutedStep(nn.Module):
                 else:
                     newest = recent[-1] if recent else newest
                     ((u, aggregate, log_sum),) = read_history(self.queries[j](e_t, newest))
-                h = constrain(merge(u, aggregate, log_sum, recent).astype(self.block["dtype"]))
+                h = constrain(merge(u, aggregate, log_sum, recent, norms).astype(self.block["dtype"]))
                 recent.append(constrain(branch(h, modulation)))
+                norms.append(inverse_rms(recent[-1]))
         return tuple(recent), reads
 
     def taps(self, v_0: Array) -> list[tuple[tuple[Array, ...], Array]]:
@@ -185,7 +186,8 @@ class RoutedStack(nn.Module):
         how = execution(self.implementation, layout.num_final_rows)
         count = jnp.int32(layout.num_final_rows)
         (aggregate,), (log_sum,) = read(how, (u,), history.sources, history.inv_rms, count)
-        return constrain(merge(u, aggregate, log_sum, recent).astype(v_0.dtype))
+        norms = [inverse_rms(v) for v in recent]
+        return constrain(merge(u, aggregate, log_sum, recent, norms).astype(v_0.dtype))
 
     def _forward(self, steps: nn.Module, v_0: Array, condition: Array, e_t: Array) -> History:
         history = History.start(self.layout, v_0)

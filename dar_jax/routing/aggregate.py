@@ -151,13 +151,14 @@ def add_cotangent(how, d_sources, u, sources, inv_rms, count, log_sum, g, l) -> 
     return how.run("add_source_cotangent", *arguments)
 
 
-def merge(u: Array, aggregate: Array, log_sum: Array, recent: list[Array]) -> Array:
+def merge(u: Array, aggregate: Array, log_sum: Array, recent: list[Array], inv_rms: list[Array]) -> Array:
     """Adds recent sources to an aggregate of the history; the softmax is over all of them.
 
     Args:
       u: folded query, float32 `[B, 1 or T, D]`.
       aggregate: `[B, T, D]` and its `log_sum` `[B, T]`, from `read`.
       recent: sources `[B, T, D]` of the current step, possibly none.
+      inv_rms: their `inverse_rms`, `[B, T]`, of which each source has one for all merges.
 
     Returns:
       The aggregated state h, `[B, T, D]` float32.
@@ -166,6 +167,6 @@ def merge(u: Array, aggregate: Array, log_sum: Array, recent: list[Array]) -> Ar
         dots = [jnp.einsum("bd,btd->bt", u[:, 0], v.astype(u.dtype)) for v in recent]
     else:
         dots = [jnp.sum(u * v, axis=-1) for v in recent]
-    scores = [log_sum] + [dot * inverse_rms(v) for dot, v in zip(dots, recent, strict=True)]
+    scores = [log_sum] + [dot * r for dot, r in zip(dots, inv_rms, strict=True)]
     alpha = jax.nn.softmax(jnp.stack(scores), axis=0)[..., None]
     return sum(a * v for a, v in zip(alpha, [aggregate, *recent], strict=True))
