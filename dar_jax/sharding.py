@@ -78,7 +78,7 @@ def fit(mesh: ConfigDict, devices: Sequence[jax.Device] | None = None) -> None:
 
 def _num_slices(devices: Sequence[jax.Device]) -> int:
     """Of TPUs; jax also numbers the hosts of GPUs so, between which fsdp may well go."""
-    return len({device.slice_index for device in devices if device.platform == "tpu"}) or 1
+    return len({getattr(device, "slice_index", 0) for device in devices if device.platform == "tpu"}) or 1
 
 
 @contextlib.contextmanager
