@@ -25,7 +25,8 @@ from tests.training import tiny
 
 
 def test_from_weights_and_a_folder_to_decoded_samples(tmp_path, monkeypatch):
-    monkeypatch.setattr(sharding, "make_mesh", lambda *_: tiny.make_mesh(1, 1))
+    mesh = tiny.make_mesh(1, 1)
+    monkeypatch.setattr(sharding, "make_mesh", lambda *_: mesh)
     state_dict = torch_vae.randomise(torch_vae.AutoencoderKL((32, 32))).state_dict()
     vae_lib.write(str(tmp_path / "vae"), vae_lib.from_torch({k: v.numpy() for k, v in state_dict.items()}))
     write_folder(tmp_path / "images", 24)
@@ -86,8 +87,9 @@ def test_images_are_encoded_online(tmp_path, monkeypatch, capsys):
     config = latent_config(**{"data.path": str(tmp_path / "images"), "data.vae": str(tmp_path / "vae")})
     config.data.update(source="folder", image_size=8)
     config.train.num_steps = 2
+    mesh = tiny.make_mesh(1, 1)
     with monkeypatch.context() as patch:
-        patch.setattr(sharding, "make_mesh", lambda *_: tiny.make_mesh(1, 1))
+        patch.setattr(sharding, "make_mesh", lambda *_: mesh)
         train(config, str(tmp_path / "run"))
     assert "loss" in capsys.readouterr().out
 

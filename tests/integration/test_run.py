@@ -146,14 +146,14 @@ def test_non_finite_step_stops_and_keeps_the_last_good_checkpoint(tmp_path):
 def test_message_names_a_checkpoint_that_leads_to_the_failure():
     """A loss is of the weights before its step: when it is not finite, a checkpoint of these weights is no good."""
     values = {"loss": float("nan"), "grad_norm": 1.0, "param_norm": 1.0}
-    text = loop._diverged(6, values, [4, 5], "runs/x")
+    text = loop._diverged(6, values, [4, 5], "runs/x", 0)
     assert "last good checkpoint is step 4 in runs/x" in text
     assert "Remove runs/x/checkpoints/5" in text
     values = {"loss": 1.0, "grad_norm": 1.0, "param_norm": float("inf")}
-    text = loop._diverged(6, values, [4, 5], "runs/x")
+    text = loop._diverged(6, values, [4, 5], "runs/x", 0)
     assert "last good checkpoint is step 5" in text
     assert "Remove" not in text
-    assert "No good checkpoint" in loop._diverged(1, values, [], "runs/x")
+    assert "No good checkpoint" in loop._diverged(1, values, [], "runs/x", 0)
 
 
 def test_finished_run_has_nothing_to_do(finished, capsys):

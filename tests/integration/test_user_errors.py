@@ -124,7 +124,6 @@ def test_value_of_another_type():
     [
         ({"train.batch_size": 12}, "= 12 must be divisible by the 8 devices"),
         ({"train.accumulate_steps": 4}, "= 4 must be divisible by the 8 devices"),
-        ({"eval.every_steps": 5, "eval.batch_size": 12}, "eval.batch_size = 12 must be divisible"),
         ({"sampler.method": "sde_euler", "sampler.num_steps": 1}, "num_steps = 1 must be at least 2"),
         ({"data.source": "folder", "data.path": "/nowhere"}, '"/nowhere" is no directory'),
         ({"model.num_classes": 5}, "num_classes = 5 but the data has 10"),

@@ -18,9 +18,16 @@ import time
 FAKE = pathlib.Path(os.environ["FAKE"])
 
 
+def write(path, text):
+    """At once: others may read meanwhile."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}")
+    temporary.write_text(text)
+    os.replace(temporary, path)
+
+
 def next_line(path, keep_last=False):
     lines = path.read_text().splitlines()
-    path.write_text("\n".join(lines[1:] if len(lines) > 1 or not keep_last else lines))
+    write(path, "\n".join(lines[1:] if len(lines) > 1 or not keep_last else lines))
     return lines[0]
 
 
@@ -43,9 +50,9 @@ def gcloud(args):
         for worker in range(int((FAKE / "hosts").read_text())):
             shutil.rmtree(FAKE / f"host{worker}", ignore_errors=True)
             (FAKE / f"host{worker}").mkdir()
-        state.write_text("READY" if kind == "tpu-vm" else "WAITING_FOR_RESOURCES\nPROVISIONING\nACTIVE")
+        write(state, "READY" if kind == "tpu-vm" else "WAITING_FOR_RESOURCES\nPROVISIONING\nACTIVE")
     elif verb == "delete":
-        state.write_text("MISSING")
+        write(state, "MISSING")
     elif state.read_text() not in ("READY", "ACTIVE"):
         return 255  # nobody answers
     else:
@@ -89,7 +96,7 @@ def python(args):
     print(f"training: {what}", flush=True)
     if what == "preempt":
         queued = any("queued-resources" in line for line in (FAKE / "calls").read_text().splitlines())
-        (FAKE / "state").write_text("SUSPENDED" if queued else "PREEMPTED")
+        write(FAKE / "state", "SUSPENDED" if queued else "PREEMPTED")
     if what == "wait":
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(print("stopped by a signal at step 3, saved", flush=True)))
         time.sleep(60)
