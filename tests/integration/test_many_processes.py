@@ -33,17 +33,17 @@ def assert_same(doors: Doors, reference: Doors):
     np.testing.assert_allclose(*grids, atol=1)
 
 
-def test_two_processes_killed_and_started_again_equal_one(alone, cache, tmp_path):
-    """The second process dies at step 7; four go on from step 4, two by two on the same samples (mesh.tensor)."""
+@pytest.mark.parametrize(("processes", "devices"), [(2, 2), pytest.param(4, 1, marks=pytest.mark.slow)])
+def test_two_processes_killed_and_started_again_equal_one(processes, devices, alone, cache, tmp_path):
+    """The second dies at step 7; they go on from step 4 with mesh.tensor, four of them two by two on the same samples."""
     doors = Doors(tmp_path, cache)
-    processes = doors.start(*FLAGS, "--config.mesh.fsdp=2", processes=2, devices=2, send=(1, "SIGKILL,7,4"))
-    output = processes[1].communicate(timeout=500)[0]
-    assert processes[1].returncode == -9, output
-    kill(processes[:1])
+    started = doors.start(*FLAGS, "--config.mesh.fsdp=2", processes=2, devices=2, send=(1, "SIGKILL,7,4"))
+    output = started[1].communicate(timeout=500)[0]
+    assert started[1].returncode == -9, output
+    kill(started[:1])
     assert latest_step(str(doors.workdir)) == 4
-    text = doors.run(
-        *FLAGS, "--config.mesh.fsdp=2", "--config.mesh.tensor=2", "--distributed=on", processes=4, devices=1
-    )
+    mesh = ["--config.mesh.fsdp=2", "--config.mesh.tensor=2"]
+    text = doors.run(*FLAGS, *mesh, "--distributed=on", processes=processes, devices=devices)
     assert "resumed at step 4" in text
     assert_same(doors, alone)
 
