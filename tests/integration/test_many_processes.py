@@ -35,7 +35,7 @@ def assert_same(doors: Doors, reference: Doors):
 
 @pytest.mark.parametrize(("processes", "devices"), [(2, 2), pytest.param(4, 1, marks=pytest.mark.slow)])
 def test_two_processes_killed_and_started_again_equal_one(processes, devices, alone, cache, tmp_path):
-    """The second dies at step 7; they go on from step 4 with mesh.tensor, four of them two by two on the same samples."""
+    """The second dies at step 7; they go on from step 4 with mesh.tensor: of four, two by two on the same samples."""
     doors = Doors(tmp_path, cache)
     started = doors.start(*FLAGS, "--config.mesh.fsdp=2", processes=2, devices=2, send=(1, "SIGKILL,7,4"))
     output = started[1].communicate(timeout=500)[0]
