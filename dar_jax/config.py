@@ -145,6 +145,11 @@ def route(config: ConfigDict, variant: str | None) -> ConfigDict:
     return config
 
 
+def micro_batch(config: ConfigDict) -> int:
+    """Images of a microbatch, over all devices."""
+    return config.train.batch_size // config.train.accumulate_steps
+
+
 def encodes_online(config: ConfigDict) -> bool:
     """Whether a model of latents trains on a source of images."""
     return config.model.channels not in (1, 3) and config.data.source not in ("latents", "synthetic")

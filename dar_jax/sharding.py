@@ -124,15 +124,18 @@ def local_rows(mesh: Mesh, batch_size: int) -> np.ndarray:
     return np.unique(np.concatenate([rows[part] for part in parts]))
 
 
-def from_local_rows(mesh: Mesh, batch_size: int, rows: np.ndarray, local: np.ndarray) -> jax.Array:
-    """The sharded batch `[batch_size, ...]` of which this process holds `local`, its `local_rows`."""
+def from_local_rows(mesh: Mesh, batch_size: int, rows: np.ndarray, local):
+    """The sharded batch, a tree of `[batch_size, ...]`, of which this process holds `local`, its `local_rows`."""
 
-    def part(index):
-        start, stop, _ = index[0].indices(batch_size)
-        first = np.searchsorted(rows, start)
-        return local[first : first + stop - start]
+    def whole(x: np.ndarray) -> jax.Array:
+        def part(index):
+            start, stop, _ = index[0].indices(batch_size)
+            first = np.searchsorted(rows, start)
+            return x[first : first + stop - start]
 
-    return jax.make_array_from_callback((batch_size, *local.shape[1:]), batch_sharding(mesh), part)
+        return jax.make_array_from_callback((batch_size, *x.shape[1:]), batch_sharding(mesh), part)
+
+    return jax.tree.map(whole, local)
 
 
 def check_names(specs) -> None:

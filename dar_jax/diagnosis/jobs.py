@@ -10,7 +10,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
 from dar_jax import models, sharding
-from dar_jax.config import validate
+from dar_jax.config import micro_batch, validate
 from dar_jax.data.sources import open_source
 from dar_jax.diagnosis import figures
 from dar_jax.diagnosis.canonical import compare_canonical
@@ -21,7 +21,7 @@ from dar_jax.diffusion import sampler
 from dar_jax.diffusion.interpolant import time_range
 from dar_jax.errors import UserError
 from dar_jax.models import SiT
-from dar_jax.training.checkpoint import latest_step, load_config, restore_ema
+from dar_jax.training.checkpoint import load_config, restore_ema, saved_steps
 from dar_jax.training.logs import say
 from dar_jax.training.state import abstract_params
 
@@ -63,8 +63,7 @@ def diagnose(
         raise UserError("--canonical freezes routing weights, and a residual model has none; leave it out.")
     plans = []
     for config, workdir in zip(configs, workdirs, strict=True):
-        if latest_step(workdir) is None:
-            raise UserError(f'workdir "{workdir}" holds no checkpoint; train with python -m dar_jax.main first.')
+        saved_steps(workdir)
         config.data.eval_split = split or config.data.eval_split
         config.eval.num_samples = config.eval.num_samples if num_samples is None else num_samples
         mesh = _check(config, batch_size)
@@ -90,7 +89,7 @@ def _check(config: ConfigDict, batch_size: int | None) -> Mesh:
     config.eval.every_steps = 0  # what a run could not evaluate can still be diagnosed
     validate(config)
     mesh = sharding.make_mesh(config.mesh)
-    sharding.check_batch(mesh, "--batch_size", batch_size or _micro_batch(config))
+    sharding.check_batch(mesh, "--batch_size", batch_size or micro_batch(config))
     return mesh
 
 
@@ -108,10 +107,6 @@ def _check_sampling(config: ConfigDict) -> None:
     sampler.check(config.sampler)
 
 
-def _micro_batch(config: ConfigDict) -> int:
-    return config.train.batch_size // config.train.accumulate_steps
-
-
 def _choose(config, workdir, num_images, timesteps, batch_size) -> Pairs:
     split = config.data.eval_split
     t0, t1 = time_range(config.diffusion.interpolant, config.diffusion.prediction, sampling=True)
@@ -123,7 +118,7 @@ def _choose(config, workdir, num_images, timesteps, batch_size) -> Pairs:
     available = len(open_source(config.data, split))
     if num_images > available:
         say(f'{workdir}: split "{split}" has {available} images, fewer than --num_images={num_images}')
-    return Pairs(split, min(num_images, available), batch_size or _micro_batch(config), times)
+    return Pairs(split, min(num_images, available), batch_size or micro_batch(config), times)
 
 
 def _measure_run(config: ConfigDict, workdir: str, mesh: Mesh, chosen: Pairs, canonical: bool) -> dict:

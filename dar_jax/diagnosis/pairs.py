@@ -60,7 +60,7 @@ def batches(config: ConfigDict, chosen: Pairs, mesh: Mesh) -> Iterator[dict[str,
         for start in range(0, chosen.num_images, batch_size):
             index = (start + rows).astype(np.int32)
             local = {**next(iterator), "index": index, "weight": (index < chosen.num_images).astype(np.float32)}
-            batch = {k: sharding.from_local_rows(mesh, batch_size, rows, x) for k, x in local.items()}
+            batch = sharding.from_local_rows(mesh, batch_size, rows, local)
             if encode:
                 batch["image"] = encode(batch["image"], start)
             yield batch

@@ -12,7 +12,7 @@ from jax.experimental import topologies
 from ml_collections import ConfigDict
 
 from dar_jax import models, sharding
-from dar_jax.config import validate
+from dar_jax.config import micro_batch, validate
 from dar_jax.diffusion import sampler
 from dar_jax.errors import UserError
 from dar_jax.models.flops import forward_flops
@@ -124,7 +124,7 @@ def make_plan(config: ConfigDict, topology: str) -> Plan:
     mesh = sharding.make_mesh(config.mesh, devices)
     sharding.check_model(mesh, config.model)
     num_micro = config.train.accumulate_steps
-    sharding.check_batch(mesh, "config.train.batch_size / accumulate_steps", config.train.batch_size // num_micro)
+    sharding.check_batch(mesh, "config.train.batch_size / accumulate_steps", micro_batch(config))
 
     model = models.build(config.model)
     optimizer = make_optimizer(config.optimizer, config.train.num_steps)
@@ -240,8 +240,8 @@ def _history_bytes(config: ConfigDict, mesh, layout) -> int:
     """Of the sources that one microbatch's routing keeps, and of their cotangents; 0 for a residual model."""
     if layout is None:
         return 0
-    model, micro = config.model, config.train.batch_size // config.train.accumulate_steps
-    samples = micro // sharding.batch_shards(mesh)
+    model = config.model
+    samples = micro_batch(config) // sharding.batch_shards(mesh)
     tokens = (model.input_size // model.patch_size) ** 2 // mesh.shape["tensor"]
     return 2 * layout.num_rows * samples * tokens * model.hidden_size * jnp.dtype(model.dtype).itemsize
 

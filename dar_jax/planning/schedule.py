@@ -5,6 +5,8 @@ import math
 import re
 from typing import NamedTuple
 
+from dar_jax.models.flops import PEAK_FLOPS
+
 
 class Chip(NamedTuple):
     """Published figures of one chip. The clock is peak_flops / (2 * multipliers): they agree with each other."""
@@ -19,10 +21,10 @@ class Chip(NamedTuple):
 
 
 CHIPS = {
-    "v4": Chip(32 * 2**30, 1228e9, 275e12, 1.05e9, 300e9, 3, "megacore"),
-    "v5e": Chip(16 * 2**30, 819e9, 197e12, 1.5e9, 200e9, 2),
-    "v5p": Chip(95 * 2**30, 2765e9, 459e12, 1.75e9, 600e9, 3, "megacore"),
-    "v6e": Chip(32 * 2**30, 1640e9, 918e12, 1.75e9, 448e9, 2),
+    "v4": Chip(32 * 2**30, 1228e9, PEAK_FLOPS["TPU v4"], 1.05e9, 300e9, 3, "megacore"),
+    "v5e": Chip(16 * 2**30, 819e9, PEAK_FLOPS["TPU v5e"], 1.5e9, 200e9, 2),
+    "v5p": Chip(95 * 2**30, 2765e9, PEAK_FLOPS["TPU v5"], 1.75e9, 600e9, 3, "megacore"),
+    "v6e": Chip(32 * 2**30, 1640e9, PEAK_FLOPS["TPU v6e"], 1.75e9, 448e9, 2),
 }
 RESERVED_HBM = 2**28  # the compiler gives a program 15.75 of v5e's 16 GiB; taken for the other chips as well
 

@@ -148,11 +148,16 @@ def _set_incomplete_aside(workdir: str) -> None:
         multihost_utils.sync_global_devices("incomplete checkpoints set aside")
 
 
+def saved_steps(workdir: str) -> list[int]:
+    """Steps of the whole checkpoints, ascending. Raises UserError if there is none."""
+    if steps := _steps(workdir):
+        return steps
+    raise UserError(f'workdir "{workdir}" holds no checkpoint; train with python -m dar_jax.main first.')
+
+
 def restore_ema(workdir: str, abstract_params, step: int | None = None) -> tuple[Any, int]:
     """Returns (EMA weights, step) of a checkpoint, the latest by default. Raises UserError if there is none."""
-    steps = _steps(workdir)
-    if not steps:
-        raise UserError(f'workdir "{workdir}" holds no checkpoint; train with python -m dar_jax.main first.')
+    steps = saved_steps(workdir)
     step = steps[-1] if step is None else step
     if step not in steps:
         raise UserError(f'workdir "{workdir}" has no checkpoint of step {step}; it has {steps}.')

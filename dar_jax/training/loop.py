@@ -11,7 +11,7 @@ from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
 from dar_jax import models, sharding
-from dar_jax.config import encodes_online, validate
+from dar_jax.config import encodes_online, micro_batch, validate
 from dar_jax.data.pipeline import train_iterator
 from dar_jax.data.sources import open_source
 from dar_jax.diagnosis.inline import InlineDiagnosis
@@ -41,7 +41,7 @@ def train(config: ConfigDict, workdir: str, profile_steps: int = 0) -> None:
     sampler.check(config.sampler)
     mesh = sharding.make_mesh(config.mesh)
     sharding.check_model(mesh, config.model)
-    sharding.check_batch(mesh, "config.train.batch_size / accumulate_steps", _micro_batch(config))
+    sharding.check_batch(mesh, "config.train.batch_size / accumulate_steps", micro_batch(config))
     if config.diagnosis.every_steps:
         sharding.check_batch(mesh, "config.diagnosis.num_images", config.diagnosis.num_images)
     num_classes = open_source(config.data, config.data.train_split).num_classes
@@ -63,10 +63,7 @@ def train(config: ConfigDict, workdir: str, profile_steps: int = 0) -> None:
         if config.init_from and latest_step(workdir) is None:
             check_init_from(config)
         claim_workdir(workdir, config)
-        batches = (
-            {k: sharding.from_local_rows(mesh, config.train.batch_size, rows, x) for k, x in local.items()}
-            for local in iterator
-        )
+        batches = (sharding.from_local_rows(mesh, config.train.batch_size, rows, local) for local in iterator)
         with closing(Checkpoints(workdir, config.checkpoint.keep)) as checkpoints:
             _run(config, workdir, mesh, batches, first_step, checkpoints, stop, profile_steps)
 
@@ -194,10 +191,6 @@ def _profile(workdir: str, start: bool) -> None:
     else:
         jax.profiler.stop_trace()
         say(f"wrote a trace to {path}; look at it with xprof or tensorboard --logdir={path}")
-
-
-def _micro_batch(config: ConfigDict) -> int:
-    return config.train.batch_size // config.train.accumulate_steps
 
 
 def _format(scalars: dict[str, float]) -> str:

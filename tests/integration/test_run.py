@@ -15,33 +15,8 @@ from dar_jax.evaluation.sampling import sample_to_file
 from dar_jax.training import loop
 from dar_jax.training.checkpoint import load_config
 from dar_jax.training.logs import Logs
+from tests.integration.doors import Doors
 from tests.training import tiny
-
-CONFIG_FILE = """
-from tests.training import tiny
-
-def get_config():
-    return tiny.make_config()
-"""
-
-# The door of training in a process that dies without a word at step 7, when the checkpoint of step 4 is written.
-KILLED_DOOR = """
-import os, signal, time
-from dar_jax import errors, main
-from dar_jax.training.logs import Logs
-
-progress = Logs.progress
-
-def progress_and_die(self, step, scalars):
-    progress(self, step, scalars)
-    if step == 7:
-        while not (self.path.parent / "checkpoints" / "4").exists():
-            time.sleep(0.01)
-        os.kill(os.getpid(), signal.SIGKILL)
-
-Logs.progress = progress_and_die
-errors.run(main.main)
-"""
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -98,17 +73,14 @@ def test_sigterm_saves_and_the_same_command_goes_on(step, finished, tmp_path, mo
 
 def test_kill_9_through_the_door(finished, tmp_path):
     """A killed process loses the steps since its last checkpoint, and takes them again to the same losses."""
-    config_file, workdir = tmp_path / "tiny_config.py", tmp_path / "run"
-    config_file.write_text(CONFIG_FILE)
-    flags = os.environ["XLA_FLAGS"].replace("--xla_force_host_platform_device_count=8", "")
-    environment = {**os.environ, "XLA_FLAGS": flags, "PYTHONPATH": os.getcwd()}
-    for door, code in ((["-c", KILLED_DOOR], -signal.SIGKILL), (["-m", "dar_jax.main"], 0)):
-        command = [sys.executable, *door, f"--config={config_file}", f"--workdir={workdir}"]
-        result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-        assert result.returncode == code, result.stderr
-        assert len(losses(workdir)) == (7 if code else 12)
-    assert "resumed at step 4" in result.stdout
-    assert losses(workdir) == losses(finished)
+    doors = Doors(tmp_path, tmp_path / "cache")
+    (process,) = doors.start(devices=1, send=(0, "SIGKILL,7,4"))
+    output = process.communicate(timeout=300)[0]
+    assert process.returncode == -signal.SIGKILL, output
+    assert len(losses(doors.workdir)) == 7
+    assert "resumed at step 4" in doors.run(devices=1)
+    assert len(losses(doors.workdir)) == 12
+    assert losses(doors.workdir) == losses(finished)
 
 
 def test_stop_before_the_loop_listens(tmp_path):

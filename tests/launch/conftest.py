@@ -63,6 +63,13 @@ class World:
             timeout=60,
         )
 
+    def refuse(self, script, words, names):
+        """The script ends with one line that holds all `names`, before anything is called."""
+        result = self.run(script, *words)
+        (line,) = result.stderr.splitlines()
+        assert result.returncode == 2 and line.startswith("error: ") and all(name in line for name in names), line
+        assert not (self.folder / "calls").read_text()
+
     def calls(self, name):
         lines = [json.loads(line) for line in (self.folder / "calls").read_text().splitlines()]
         return [line for line in lines if line["name"] == name]

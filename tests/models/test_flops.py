@@ -50,6 +50,8 @@ def test_the_compilers_count(variant):
 
 
 def test_peaks_are_found_by_the_kind_that_jax_reports():
+    published = {"v4": 275e12, "v5e": 197e12, "v5p": 459e12, "v6e": 918e12}
+    assert {name: chip.peak_flops for name, chip in planning.CHIPS.items()} == published
     assert peak_flops("TPU v5 lite") == peak_flops("TPU v5e") == planning.CHIPS["v5e"].peak_flops
     assert peak_flops("TPU v5p") == peak_flops("TPU v5") == planning.CHIPS["v5p"].peak_flops
     assert peak_flops("TPU v4") == planning.CHIPS["v4"].peak_flops
