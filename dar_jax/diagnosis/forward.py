@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from dar_jax.models import SiT
-from dar_jax.models.layers import Block
+from dar_jax.models.layers import Block, modulated_norm
 from dar_jax.models.stack import ResidualStack, RoutedStack, constrain
 from dar_jax.routing import Layout, Query, inverse_rms
 
@@ -68,15 +68,15 @@ def _opened(taps: Array | None, weights: Array | None) -> Iterator[list[Reads]]:
         is_stack = context.method_name == "__call__" and isinstance(context.module, ResidualStack | RoutedStack)
         if not is_stack:
             return call(*args, **kwargs)
-        stack, v_0 = context.module, args[0]
+        stack, (v_0, condition, e_t, shift, scale) = context.module, args
         depth = stack.depth if isinstance(stack, ResidualStack) else stack.layout.depth
         zeros = jnp.zeros((2 * depth + 1, *v_0.shape), v_0.dtype) if taps is None else taps
         if isinstance(stack, ResidualStack):
-            reads = _residual(stack, zeros, *args)
+            reads = _residual(stack, zeros, v_0, condition)
         else:
-            reads = _routed(stack, zeros, weights, *args)
+            reads = _routed(stack, zeros, weights, v_0, condition, e_t)
         found.append(reads)
-        return reads.states[-1] + zeros[-1]
+        return modulated_norm(reads.states[-1] + zeros[-1], shift, scale)
 
     with nn.intercept_methods(replace):
         yield found
@@ -87,18 +87,15 @@ def _by_step(x: Array, num_steps: int) -> Array:
     return x.reshape(num_steps, -1, *x.shape[1:])
 
 
-def _residual(stack: ResidualStack, taps: Array, v_0: Array, condition: Array, e_t: Array) -> Reads:
-    del e_t
-
+def _residual(stack: ResidualStack, taps: Array, v_0: Array, condition: Array) -> Reads:
     @partial(jax.checkpoint, prevent_cse=False)
     def step(h, inputs):
         params, taps = inputs
         block = Block(**stack.block, parent=None).bind({"params": params["block_0"]})
-        modulation = block.modulation(condition)
         states, outputs = [], []
-        for branch, tap in zip(block.branches(), taps, strict=True):
+        for (branch, shift, scale, gate), tap in zip(block.branches(condition), taps, strict=True):
             states.append(h)
-            outputs.append(constrain(branch(h + tap, modulation)))
+            outputs.append(constrain(branch(modulated_norm(h + tap, shift, scale), gate)))
             h = constrain(h + outputs[-1])
         return h, (jnp.stack(states), jnp.stack(outputs))
 
@@ -121,14 +118,13 @@ def _routed(
         recent, states, weights = [], [], []
         for i in range(per_step // 2):
             block = Block(**stack.block, parent=None).bind({"params": params[f"block_{i}"]})
-            modulation = block.modulation(condition)
-            for j, branch in enumerate(block.branches(), start=2 * i):
+            for j, (branch, shift, scale, gate) in enumerate(block.branches(condition), start=2 * i):
                 newest = recent[-1] if recent else rows[count - 1]
                 u = query.apply({"params": params[f"query_{j}"]}, e_t, newest)
                 h, alpha = _aggregate(layout, u, rows, count, recent, index, None if fixed is None else fixed[j])
                 states.append(h)
                 weights.append(alpha)
-                recent.append(constrain(branch(h + taps[j], modulation)))
+                recent.append(constrain(branch(modulated_norm(h + taps[j], shift, scale), gate)))
         rows = jax.lax.dynamic_update_slice_in_dim(rows, layout.rows(tuple(recent)), count, axis=0)
         return rows, (jnp.stack(states), jnp.stack(recent), jnp.stack(weights))
 

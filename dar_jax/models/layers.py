@@ -24,9 +24,9 @@ def layer_norm(x: Array) -> Array:
     return y.astype(x.dtype)
 
 
-def modulate(x: Array, shift: Array, scale: Array) -> Array:
-    """x * (1 + scale) + shift with x `[B, T, D]` and shift, scale `[B, 1, D]`."""
-    return x * (1 + scale) + shift
+def modulated_norm(x: Array, shift: Array, scale: Array) -> Array:
+    """layer_norm(x) * (1 + scale) + shift with x `[B, T, D]` and shift, scale `[B, 1, D]`."""
+    return layer_norm(x) * (1 + scale) + shift
 
 
 def modulate_by(adaln: nn.Module, condition: Array) -> Array:
@@ -166,32 +166,36 @@ class Block(nn.Module):
         return jnp.split(modulate_by(self.adaln, condition), 6, axis=-1)
 
     @keep_dense_outputs
-    def attention_branch(self, h: Array, modulation: list[Array]) -> Array:
-        """gate * attention(modulate(LayerNorm(h))), `[B, T, D]`."""
-        shift, scale, gate = modulation[:3]
-        return gate * self.attention(modulate(layer_norm(h).astype(self.dtype), shift, scale))
+    def attention_branch(self, x: Array, gate: Array) -> Array:
+        return gate * self.attention(x)
 
     @keep_dense_outputs
-    def mlp_branch(self, h: Array, modulation: list[Array]) -> Array:
-        """gate * MLP(modulate(LayerNorm(h))), `[B, T, D]`."""
-        shift, scale, gate = modulation[3:]
-        return gate * self.mlp(modulate(layer_norm(h).astype(self.dtype), shift, scale))
+    def mlp_branch(self, x: Array, gate: Array) -> Array:
+        return gate * self.mlp(x)
 
-    def branches(self):
-        """The block's sublayers in order."""
-        return [self.attention_branch, self.mlp_branch]
+    def branches(self, condition: Array):
+        """The block's sublayers in order, each with the shift, scale and gate `[B, 1, D]` of `condition` `[B, D]`.
+
+        A branch maps x = modulated_norm(h, shift, scale) and gate to f_l(h; t), `[B, T, D]`.
+        """
+        modulation = jnp.split(modulate_by(self.adaln, condition), 6, axis=-1)
+        return (self.attention_branch, *modulation[:3]), (self.mlp_branch, *modulation[3:])
 
 
 class Head(nn.Module):
-    """LayerNorm, adaLN shift and scale, and a zero-initialised linear map to `[B, T, features]`."""
+    """A zero-initialised linear map of modulated_norm(h, shift, scale) to `[B, T, features]`."""
 
+    hidden_size: int
     features: int
     dtype: jnp.dtype
 
-    @nn.compact
-    def __call__(self, h: Array, condition: Array) -> Array:
-        size = h.shape[-1]
-        adaln = Dense((2 * size,), ("embed", "modulation"), self.dtype, zeros, name="adaln")
-        shift, scale = jnp.split(modulate_by(adaln, condition), 2, axis=-1)
-        x = modulate(layer_norm(h).astype(self.dtype), shift, scale)
-        return Dense((self.features,), ("embed", "patch"), self.dtype, zeros, name="dense")(x)
+    def setup(self):
+        self.adaln = Dense((2 * self.hidden_size,), ("embed", "modulation"), self.dtype, zeros)
+        self.dense = Dense((self.features,), ("embed", "patch"), self.dtype, zeros)
+
+    def modulation(self, condition: Array) -> list[Array]:
+        """Shift and scale, `[B, 1, D]`, from `[B, D]`."""
+        return jnp.split(modulate_by(self.adaln, condition), 2, axis=-1)
+
+    def __call__(self, x: Array) -> Array:
+        return self.dense(x)

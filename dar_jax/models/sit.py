@@ -53,8 +53,7 @@ class SiT(nn.Module):
             stack = ResidualStack(block, self.depth, self.remat, name="stack")
         else:
             stack = RoutedStack(block, self.layout, self.query, self.implementation, self.remat, name="stack")
-        h = stack(v_0, condition, e_t)
-
         out_channels = self.channels * (2 if self.learn_sigma else 1)
-        out = layers.Head(self.patch_size**2 * out_channels, dtype, name="head")(h, condition)
+        head = layers.Head(size, self.patch_size**2 * out_channels, dtype, name="head")
+        out = head(stack(v_0, condition, e_t, *head.modulation(condition)))
         return layers.unpatchify(out, self.patch_size, grid)[..., : self.channels].astype(jnp.float32)

@@ -13,8 +13,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from dar_jax.models.layers import Block
-from dar_jax.routing import Execution, Layout, Query, add_cotangent, inverse_rms, merge, read, statistics_dtype
+from dar_jax.models.layers import Block, modulated_norm
+from dar_jax.routing import Execution, Layout, Query, add_cotangent, inverse_rms, read, statistics_dtype, sublayer_input
 
 
 def constrain(x: Array) -> Array:
@@ -65,9 +65,8 @@ class ResidualStep(nn.Module):
     @nn.compact
     def __call__(self, h: Array, condition: Array) -> tuple[Array, None]:
         block = Block(**self.block, name="block_0")
-        modulation = block.modulation(condition)
-        for branch in block.branches():
-            h = constrain(h + branch(h, modulation))
+        for branch, shift, scale, gate in block.branches(condition):
+            h = constrain(h + branch(modulated_norm(h, shift, scale), gate))
         return h, None
 
 
@@ -113,19 +112,18 @@ class RoutedStep(nn.Module):
         if early:  # every query of the step is known: one pass over the history serves them all
             shape = len(e_t), 1, newest.shape[-1]
             aggregated = read_history(*(jnp.broadcast_to(query(e_t, newest), shape) for query in self.queries))
-        recent, norms = [], []
+        recent, norms = (), ()
         for i, block in enumerate(self.blocks):
-            modulation = block.modulation(condition)
-            for j, branch in enumerate(block.branches(), start=2 * i):
+            for j, (branch, shift, scale, gate) in enumerate(block.branches(condition), start=2 * i):
                 if early:
                     u, aggregate, log_sum = aggregated[j]
                 else:
                     newest = recent[-1] if recent else newest
                     ((u, aggregate, log_sum),) = read_history(self.queries[j](e_t, newest))
-                h = constrain(merge(u, aggregate, log_sum, recent, norms).astype(self.block["dtype"]))
-                recent.append(constrain(branch(h, modulation)))
-                norms.append(inverse_rms(recent[-1]))
-        return tuple(recent), reads
+                x, recent = sublayer_input(how, u, aggregate, log_sum, recent, norms, shift, scale)
+                recent += (constrain(branch(constrain(x), gate)),)
+                norms += (inverse_rms(recent[-1]),)
+        return recent, reads
 
     def taps(self, v_0: Array) -> list[tuple[tuple[Array, ...], Array]]:
         """Zeros in the shape of what every read of a step returns."""
@@ -142,22 +140,22 @@ class RoutedStep(nn.Module):
 
 
 class ResidualStack(nn.Module):
-    """`depth` blocks on a residual stream: `[B, T, D]` and condition `[B, D]` -> `[B, T, D]`."""
+    """`depth` blocks on a residual stream: `[B, T, D]` and condition `[B, D]` -> what the head reads, `[B, T, D]`."""
 
     block: dict
     depth: int
     remat: str
 
     @nn.compact
-    def __call__(self, v_0: Array, condition: Array, e_t: Array) -> Array:
+    def __call__(self, v_0: Array, condition: Array, e_t: Array, shift: Array, scale: Array) -> Array:
         del e_t
         step = nn.remat(ResidualStep, prevent_cse=False) if self.remat == "block" else ResidualStep
         h, _ = _scan(step, self.depth, in_axes=nn.broadcast)(self.block, name="steps")(v_0, condition)
-        return h
+        return modulated_norm(h, shift, scale)
 
 
 class RoutedStack(nn.Module):
-    """`layout.depth` blocks routed by DAR and the final aggregator: `[B, T, D]` -> the head's state `[B, T, D]`."""
+    """`layout.depth` blocks routed by DAR and the final aggregator: `[B, T, D]` -> what the head reads, `[B, T, D]`."""
 
     block: dict
     layout: Layout
@@ -166,7 +164,7 @@ class RoutedStack(nn.Module):
     remat: str
 
     @nn.compact
-    def __call__(self, v_0: Array, condition: Array, e_t: Array) -> Array:
+    def __call__(self, v_0: Array, condition: Array, e_t: Array, shift: Array, scale: Array) -> Array:
         layout, last = self.layout, f"query_{self.layout.sublayers_per_step - 1}"
         in_axes = (0, nn.broadcast, nn.broadcast)
         steps = _scan(RoutedStep, layout.num_steps, in_axes)(
@@ -175,7 +173,7 @@ class RoutedStack(nn.Module):
         run = nn.custom_vjp(self._forward, self._forward_and_residuals, self._backward)
         history = run(steps, v_0, condition, e_t)
 
-        recent = [] if layout.final == "summaries" else list(history.recent)
+        recent = () if layout.final == "summaries" else history.recent
         newest = recent[-1] if recent else history.sources[-1]
         if layout.final == "shared":
             params = jax.tree.map(lambda p: p[-1], nn.meta.unbox(steps.variables["params"][last]))
@@ -186,8 +184,8 @@ class RoutedStack(nn.Module):
         how = execution(self.implementation, layout.num_final_rows)
         count = jnp.int32(layout.num_final_rows)
         (aggregate,), (log_sum,) = read(how, (u,), history.sources, history.inv_rms, count)
-        norms = [inverse_rms(v) for v in recent]
-        return constrain(merge(u, aggregate, log_sum, recent, norms).astype(v_0.dtype))
+        norms = tuple(inverse_rms(v) for v in recent)
+        return constrain(sublayer_input(how, u, aggregate, log_sum, recent, norms, shift, scale)[0])
 
     def _forward(self, steps: nn.Module, v_0: Array, condition: Array, e_t: Array) -> History:
         history = History.start(self.layout, v_0)

@@ -1,6 +1,6 @@
 """Diffusion-Adaptive Routing for any transformer: sources, queries and the softmax over depth. Knows arrays only."""
 
-from dar_jax.routing.aggregate import Execution, add_cotangent, inverse_rms, merge, read
+from dar_jax.routing.aggregate import Execution, add_cotangent, inverse_rms, read, sublayer_input
 from dar_jax.routing.kernels.xla import statistics_dtype
 from dar_jax.routing.queries import Query
 from dar_jax.routing.sources import Layout
@@ -13,8 +13,8 @@ __all__ = [
     "add_cotangent",
     "inverse_rms",
     "keeps_function",
-    "merge",
     "read",
     "statistics_dtype",
+    "sublayer_input",
     "warm_start",
 ]

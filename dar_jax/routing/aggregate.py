@@ -38,45 +38,47 @@ class Execution:
     token_axes: tuple[str, ...] = ()
     mean_count: float | None = None
 
-    def run(self, name, *args):
-        """The function `name` of a module in kernels/.
+    def run(self, name: str, *args, **declared):
+        """The function `name` of a module in kernels/; `declared` is what only the cost of the TPU's depends on.
 
-        Samples and tokens are axes 0 and 1 of arrays in tuples, of which there is a tuple of queries first, and axes 1
-        and 2 of other arrays.
+        Samples and tokens are axes 0 and 1 of arrays in groups (tuples of arrays), where one token may stand for all,
+        and axes 1 and 2 of other arrays.
         """
         plain = getattr(xla, name)
         if self.implementation == "xla" or jax.tree.leaves(args)[0].dtype == jnp.float64:
             return plain(*args)
-        on_tpu = functools.partial(getattr(tpu, name), mean_count=self.mean_count)
+        on_tpu = functools.partial(getattr(tpu, name), **declared)
         elsewhere = plain if self.implementation == "auto" else functools.partial(on_tpu, interpret=True)
 
         def choose(*args):
             return jax.lax.platform_dependent(*args, tpu=on_tpu, cuda=getattr(gpu, name), default=elsewhere)
 
-        queries = next(x[0] for x in args if isinstance(x, tuple))  # [B, 1 or T, D]
-        batch_axes = self._dividing(self.batch_axes, queries.shape[0])
-        token_axes = self._dividing(self.token_axes, next(x.shape[2] for x in args if getattr(x, "ndim", 0) > 2))
+        grouped = [x for group in args if isinstance(group, tuple) for x in group]
+        batch_axes = self._dividing(self.batch_axes, len(grouped[0]))
+        token_axes = self._dividing(self.token_axes, max(x.shape[1] for x in grouped))
         if not batch_axes + token_axes:
             return choose(*args)
-        tokens, rows = PartitionSpec(batch_axes, token_axes), PartitionSpec(None, batch_axes, token_axes)
-        per_query = tokens if queries.shape[1] > 1 else PartitionSpec(batch_axes)
+
+        each, shared = PartitionSpec(batch_axes, token_axes), PartitionSpec(batch_axes)
+        rows = PartitionSpec(None, batch_axes, token_axes)
+
+        def is_group(x):
+            return isinstance(x, tuple) and all(hasattr(y, "ndim") for y in x)
 
         def spec(x):
-            if isinstance(x, tuple):
-                return tokens if x[0].shape[1] > 1 else per_query
+            if is_group(x):
+                return tuple(each if y.shape[1] > 1 else shared for y in x)
             return rows if x.ndim else PartitionSpec()
 
-        def local(*args):
-            result = choose(*args)
-            if name == "query_cotangent" and token_axes and queries.shape[1] == 1:
-                return jax.lax.psum(result[0], token_axes), result[1]
-            return result
+        in_specs = tuple(spec(x) for x in args)
+        out_specs = jax.tree.map(spec, jax.eval_shape(plain, *args), is_leaf=is_group)
 
-        out_specs = {
-            "forward": (tokens, rows), "query_cotangent": (per_query, rows), "add_source_cotangent": rows
-        }[name]  # fmt: skip
-        specs = tuple(spec(x) for x in args)
-        return jax.shard_map(local, in_specs=specs, out_specs=out_specs, check_vma=False)(*args)
+        def local(*args):
+            """The part of one device; what is shared by all tokens is a sum over them."""
+            add_up = lambda x, spec: jax.lax.psum(x, token_axes) if token_axes and spec == shared else x  # noqa: E731
+            return jax.tree.map(add_up, choose(*args), out_specs)
+
+        return jax.shard_map(local, in_specs=in_specs, out_specs=out_specs, check_vma=False)(*args)
 
     @staticmethod
     def _dividing(axes: tuple[str, ...], size: int) -> tuple[str, ...]:
@@ -119,7 +121,7 @@ def _like(sources: Array, u: tuple[Array, ...]) -> tuple[Array, ...]:
 
 
 def _read_forward(how, u, sources, inv_rms, count, tap):
-    result = how.run("forward", _like(sources, u), sources, inv_rms, count)
+    result = how.run("forward", _like(sources, u), sources, inv_rms, count, mean_count=how.mean_count)
     has_tap = None if tap is None else ()
     return result, (u, sources, inv_rms, count, has_tap, *result)
 
@@ -128,7 +130,7 @@ def _read_backward(how, residuals, cotangents):
     u, sources, inv_rms, count, has_tap, aggregates, log_sum = residuals
     g, l = cotangents
     arguments = _like(sources, u), sources, inv_rms, count, aggregates, log_sum, g, l
-    d_u, l = how.run("query_cotangent", *arguments)
+    d_u, l = how.run("query_cotangent", *arguments, mean_count=how.mean_count)
     d_u = tuple(d.astype(u_q.dtype) for d, u_q in zip(d_u, u, strict=True))
     if has_tap is not None:
         return d_u, None, None, None, (g, l)
@@ -148,25 +150,46 @@ def add_cotangent(how, d_sources, u, sources, inv_rms, count, log_sum, g, l) -> 
       g, l: cotangents of their taps, Q times `[B, T, D]` and `[Q, B, T]`.
     """
     arguments = d_sources, _like(sources, u), sources, inv_rms, count, log_sum, g, l
-    return how.run("add_source_cotangent", *arguments)
+    return how.run("add_source_cotangent", *arguments, mean_count=how.mean_count)
 
 
-def merge(u: Array, aggregate: Array, log_sum: Array, recent: list[Array], inv_rms: list[Array]) -> Array:
-    """Adds recent sources to an aggregate of the history; the softmax is over all of them.
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def sublayer_input(
+    how: Execution, u: Array, aggregate: Array, log_sum: Array, recent: tuple[Array, ...], inv_rms: tuple[Array, ...],
+    shift: Array, scale: Array,
+) -> tuple[Array, tuple[Array, ...]]:  # fmt: skip
+    """Adds recent sources to an aggregate of the history, the softmax being over all, and hands it to a sublayer.
 
     Args:
+      how: implementation.
       u: folded query, float32 `[B, 1 or T, D]`.
       aggregate: `[B, T, D]` and its `log_sum` `[B, T]`, from `read`.
       recent: sources `[B, T, D]` of the current step, possibly none.
-      inv_rms: their `inverse_rms`, `[B, T]`, of which each source has one for all merges.
+      inv_rms: their `inverse_rms`, `[B, T]`, of which each source has one for all its readers. As in `read`, no
+        cotangent is returned for it.
+      shift, scale: `[B, 1, D]`.
 
     Returns:
-      The aggregated state h, `[B, T, D]` float32.
+      LayerNorm(h) * (1 + scale) + shift, where h is the aggregated state: `[B, T, D]` in the type of the aggregate,
+      computed in float32. And `recent` as it was given: who reads it from here on hands its cotangent back to this
+      function, which adds its own in the same pass.
     """
-    if u.shape[1] == 1:  # on a CPU a matmul is faster than a sum of products
-        dots = [jnp.einsum("bd,btd->bt", u[:, 0], v.astype(u.dtype)) for v in recent]
-    else:
-        dots = [jnp.sum(u * v, axis=-1) for v in recent]
-    scores = [log_sum] + [dot * r for dot, r in zip(dots, inv_rms, strict=True)]
-    alpha = jax.nn.softmax(jnp.stack(scores), axis=0)[..., None]
-    return sum(a * v for a, v in zip(alpha, [aggregate, *recent], strict=True))
+    return _sublayer_input_forward(how, u, aggregate, log_sum, recent, inv_rms, shift, scale)[0]
+
+
+def _sublayer_input_forward(how, u, aggregate, log_sum, recent, inv_rms, shift, scale):
+    arguments = (u,) if recent else (), (aggregate, *recent), (log_sum, *inv_rms), (shift, scale)
+    (x,) = how.run("sublayer_input", *arguments)
+    return (x, recent), (u, arguments)
+
+
+def _sublayer_input_backward(how, residuals, cotangents):
+    u, arguments = residuals
+    g, d_recent = cotangents
+    d_u, d_values, d_log_sum, d_modulation = how.run("sublayer_input_cotangents", *arguments, (g,), d_recent)
+    (d_u,) = d_u or (jnp.zeros_like(u),)
+    d_modulation = (d.astype(m.dtype) for d, m in zip(d_modulation, arguments[-1], strict=True))
+    return d_u, d_values[0], *d_log_sum, d_values[1:], None, *d_modulation
+
+
+sublayer_input.defvjp(_sublayer_input_forward, _sublayer_input_backward)

@@ -18,9 +18,10 @@ QUERIES = ("static", "static_t", "dynamic")
 
 
 def make(stack, dtype):
-    """Random parameters (also those initialised at zero) and inputs: v_0, condition, e(t)."""
+    """Random parameters (also those initialised at zero) and inputs: v_0, condition, e(t), the head's shift and scale."""
     rng = np.random.default_rng(0)
-    inputs = [rng.normal(size=s) for s in ((BATCH, TOKENS, SIZE), (BATCH, SIZE), (BATCH, SIZE))]
+    shapes = (BATCH, TOKENS, SIZE), (BATCH, SIZE), (BATCH, SIZE), (BATCH, 1, SIZE), (BATCH, 1, SIZE)
+    inputs = [rng.normal(size=s) for s in shapes]
     inputs = [jnp.asarray(x, dtype) for x in inputs]
     abstract = nn.meta.unbox(jax.eval_shape(stack.init, jax.random.key(1), *inputs)["params"])
     params = jax.tree.map(lambda p: jnp.asarray(rng.normal(size=p.shape) * 0.4, dtype), abstract)
@@ -88,7 +89,10 @@ def test_scan_equals_unrolled_reference(case):
     layout = Layout(depth, chunk_size, summary, final)
 
     def reference(params, *inputs):
-        return torch_stack.routed_stack(params, layout, query, HEADS, *inputs)[0]
+        *inputs, shift, scale = inputs
+        return torch_stack.modulated_norm(
+            torch_stack.routed_stack(params, layout, query, HEADS, *inputs)[0], shift, scale
+        )
 
     check_stack(routed(layout, query, jnp.float64), reference, jnp.float64)
 
@@ -99,7 +103,10 @@ def test_scan_equals_unrolled_reference_in_float32(query, remat):
     layout = Layout(6, 4)
 
     def reference(params, *inputs):
-        return torch_stack.routed_stack(params, layout, query, HEADS, *inputs)[0]
+        *inputs, shift, scale = inputs
+        return torch_stack.modulated_norm(
+            torch_stack.routed_stack(params, layout, query, HEADS, *inputs)[0], shift, scale
+        )
 
     check_stack(routed(layout, query, remat=remat), reference, jnp.float32)
 
@@ -108,8 +115,8 @@ def test_scan_equals_unrolled_reference_in_float32(query, remat):
 def test_residual_stack_equals_reference(remat):
     block = {"hidden_size": SIZE, "num_heads": HEADS, "mlp_ratio": 2.0, "dtype": jnp.float64}
 
-    def reference(params, v_0, condition, e_t):
-        return torch_stack.residual_stack(params, 3, HEADS, v_0, condition)
+    def reference(params, v_0, condition, e_t, shift, scale):
+        return torch_stack.modulated_norm(torch_stack.residual_stack(params, 3, HEADS, v_0, condition), shift, scale)
 
     check_stack(ResidualStack(block, 3, remat), reference, jnp.float64)
 
@@ -156,7 +163,8 @@ def test_sublayer_reads_only_its_sources(chunk_size, summary):
 def temp_bytes(depth, chunk_size, remat, query="static_t"):
     block = {"hidden_size": 64, "num_heads": 2, "mlp_ratio": 4.0, "dtype": jnp.float32}
     stack = RoutedStack(block, Layout(depth, chunk_size), query, "auto", remat)
-    inputs = [jax.ShapeDtypeStruct(s, jnp.float32) for s in ((8, 64, 64), (8, 64), (8, 64))]
+    shapes = (8, 64, 64), (8, 64), (8, 64), (8, 1, 64), (8, 1, 64)
+    inputs = [jax.ShapeDtypeStruct(s, jnp.float32) for s in shapes]
     params = nn.meta.unbox(jax.eval_shape(stack.init, jax.random.key(0), *inputs)["params"])
     loss = lambda p, *i: jnp.sum(stack.apply({"params": p}, *i))  # noqa: E731
     return jax.jit(jax.grad(loss)).lower(params, *inputs).compile().memory_analysis().temp_size_in_bytes

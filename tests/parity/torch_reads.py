@@ -52,6 +52,6 @@ def embed(params, model, x, t, y):
 def head(params, model, h, condition):
     """The prediction [B, H, W, C] from the state that the head reads."""
     shift, scale = linear(F.silu(condition), params["head"]["adaln"])[:, None].chunk(2, dim=-1)
-    out = linear(F.layer_norm(h, h.shape[-1:], eps=1e-6) * (1 + scale) + shift, params["head"]["dense"])
+    out = linear(torch_stack.modulated_norm(h, shift, scale), params["head"]["dense"])
     p, grid = model.patch_size, math.isqrt(h.shape[1])
     return out.reshape(len(h), grid, grid, p, p, -1).transpose(2, 3).reshape(len(h), grid * p, grid * p, -1)

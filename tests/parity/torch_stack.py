@@ -36,11 +36,15 @@ def linear(x, p):
     return x @ kernel + (p["bias"].flatten() if "bias" in p else 0)
 
 
+def modulated_norm(h, shift, scale):
+    return F.layer_norm(h, h.shape[-1:], eps=1e-6) * (1 + scale) + shift
+
+
 def sublayer(p, h, condition, num_heads, l):
     """f_l(h; t): the whole adaLN-Zero branch of sublayer l (odd: attention, even: MLP) without the residual add."""
     modulation = linear(F.silu(condition), p["adaln"])[:, None].chunk(6, dim=-1)
     shift, scale, gate = modulation[:3] if l % 2 else modulation[3:]
-    x = F.layer_norm(h, h.shape[-1:], eps=1e-6) * (1 + scale) + shift
+    x = modulated_norm(h, shift, scale)
     if l % 2:
         b, t, d = x.shape
         q, k, v = linear(x, p["attention"]["qkv"]).reshape(b, t, 3, num_heads, d // num_heads).unbind(2)

@@ -129,7 +129,8 @@ def test_stack_with_kernels_equals_the_plain_one(query, shape):
     """Gradients of a whole stack, on one device and split over a mesh: a kernel sees its samples and tokens only."""
     block = {"hidden_size": 8, "num_heads": 2, "mlp_ratio": 2.0, "dtype": jnp.float32}
     rng = np.random.default_rng(0)
-    inputs = [jnp.asarray(rng.normal(size=s), jnp.float32) for s in ((8, 4, 8), (8, 8), (8, 8))]
+    shapes = (8, 4, 8), (8, 8), (8, 8), (8, 1, 8), (8, 1, 8)
+    inputs = [jnp.asarray(rng.normal(size=s), jnp.float32) for s in shapes]
     mesh = make_mesh(ConfigDict(dict(zip(AXES, shape, strict=True))), jax.devices()[: math.prod(shape)])
 
     def gradients(implementation):

@@ -111,6 +111,92 @@ def _add_source_cotangent(d_sources, u, sources, inv_rms, count, log_sum, g, l, 
     jax.lax.fori_loop(0, count[0], add_to_row, 0)
 
 
+def sublayer_input(u, values, columns, modulation, *, interpret=False) -> tuple[Array]:
+    """See tpu.sublayer_input."""
+    b, t, _ = values[0].shape
+    out_shape = (jax.ShapeDtypeStruct(values[0].shape, values[0].dtype),)
+    return tuple(_call(_sublayer_input, (b, t), out_shape, interpret)(u, values, columns, modulation))
+
+
+def _sublayer_input(u, values, columns, modulation, x):
+    b, t = pl.program_id(0), pl.program_id(1)
+    normal = _merge(u, values, columns, b, t)[-2]
+    shift, scale = (_load(m, b, t) for m in modulation)
+    _store(x, normal * (1 + scale) + shift, b, t)
+
+
+def sublayer_input_cotangents(
+    u, values, columns, modulation, g, d_recent, *, interpret=False
+) -> tuple[tuple[Array, ...], ...]:  # fmt: skip
+    """See tpu.sublayer_input_cotangents."""
+    b, t, d = values[0].shape
+    programs = pl.cdiv(t, TOKENS_PER_PARTIAL_SUM)
+    partial_sums = jax.ShapeDtypeStruct((b, programs, d), jnp.float32)
+    d_u = tuple(partial_sums if x.shape[1] == 1 else jax.ShapeDtypeStruct((b, t, d), jnp.float32) for x in u)
+    d_values = tuple(jax.ShapeDtypeStruct(v.shape, v.dtype) for v in values)
+    out_shape = d_u, d_values, (jax.ShapeDtypeStruct((b, t), jnp.float32),), 2 * (partial_sums,)
+    aliases = {len(u) + len(values) + len(columns) + 3 + r: len(u) + 1 + r for r in range(len(d_recent))}
+    call = _call(_sublayer_input_cotangents, (b, programs), out_shape, interpret, input_output_aliases=aliases)
+    d_u, d_values, d_log_sum, d_modulation = call(u, values, columns, modulation, g, d_recent)
+    d_u = tuple(d if x.shape[1] > 1 else jnp.sum(d, axis=1, keepdims=True) for d, x in zip(d_u, u, strict=True))
+    return d_u, d_values, d_log_sum, tuple(jnp.sum(d, axis=1, keepdims=True) for d in d_modulation)
+
+
+def _sublayer_input_cotangents(
+    u, values, columns, modulation, g, d_recent, d_u, d_values, d_log_sum, d_modulation
+):  # fmt: skip
+    b, program = pl.program_id(0), pl.program_id(1)
+    tokens = values[0].shape[1]
+    is_shared = bool(u) and d_u[0].shape[1] < tokens
+    scale = _load(modulation[1], b, 0)
+
+    def add_token(t, sums):
+        query, loaded, scores, alpha, normal, inverse_deviation = _merge(u, values, columns, b, t)
+        cotangent = _load(g[0], b, t)
+        g_normal = cotangent * (1 + scale)
+        size = values[0].shape[-1]
+        g_h = g_normal - jnp.sum(g_normal) / size - normal * (jnp.sum(g_normal * normal) / size)
+        g_h *= inverse_deviation
+        dots = [jnp.sum(g_h * v) for v in loaded]
+        along_h = sum(a * dot for a, dot in zip(alpha, dots, strict=True))
+        d_scores = [a * (dot - along_h) for a, dot in zip(alpha, dots, strict=True)]
+        d_log_sum[0][b, t] = d_scores[0]
+        _store(d_values[0], alpha[0] * g_h, b, t)
+        d_query = jnp.zeros_like(g_h)
+        for k in range(1, len(values)):
+            r = columns[k][b, t]
+            d_score = d_scores[k] * r
+            total = _load(d_recent[k - 1], b, t) + alpha[k] * g_h
+            total += d_score * query - (d_score * scores[k] * r / size) * loaded[k]
+            _store(d_values[k], total, b, t)
+            d_query += d_score * loaded[k]
+        if u and not is_shared:
+            _store(d_u[0], d_query, b, t)
+        terms = [cotangent, cotangent * normal, *([d_query] if is_shared else [])]
+        return [total + term for total, term in zip(sums, terms, strict=True)]
+
+    start, end = program * TOKENS_PER_PARTIAL_SUM, jnp.minimum((program + 1) * TOKENS_PER_PARTIAL_SUM, tokens)
+    sums = jax.lax.fori_loop(start, end, add_token, (2 + is_shared) * [jnp.zeros_like(scale)])
+    for ref, total in zip([*d_modulation, *(d_u if is_shared else ())], sums, strict=True):
+        _store(ref, total, b, program)
+
+
+def _merge(u, values, columns, b, t):
+    """The query, the values, their scores and weights, and (h - mean) / deviation of the merged state, 1 / deviation."""
+    size = values[0].shape[-1]
+    query = _load(u[0], b, t) if u else None
+    loaded = [_load(v, b, t) for v in values]
+    scores = [columns[0][b, t]] + [jnp.sum(query * v) * r[b, t] for v, r in zip(loaded[1:], columns[1:], strict=True)]
+    largest = functools.reduce(jnp.maximum, scores)
+    weights = [jnp.exp(score - largest) for score in scores]
+    alpha = [w / sum(weights) for w in weights]
+    h = sum(a * v for a, v in zip(alpha, loaded, strict=True))
+    inside = jnp.arange(len(h)) < size
+    centred = jnp.where(inside, h - jnp.sum(h) / size, 0.0)
+    inverse_deviation = jax.lax.rsqrt(jnp.sum(centred * centred) / size + 1e-6)
+    return query, loaded, scores, alpha, centred * inverse_deviation, inverse_deviation
+
+
 def _call(kernel, grid, out_shape, interpret, **options):
     params = triton.CompilerParams(num_warps=4)
     return pl.pallas_call(

@@ -5,6 +5,9 @@ online softmax are computed in VMEM, and rows from `count` on are not fetched. T
 once, the backward pass twice: `query_cotangent` for each read, `add_source_cotangent` for all reads of a step
 together and in place. Matrix products take the type of the sources; everything else is float32.
 
+`sublayer_input` merges recent sources, normalizes and modulates in one pass, which backward adds to the cotangents of
+the recent sources in place.
+
 Queries, aggregates and their cotangents are tuples of Q arrays: stacking them would copy them.
 
 Names: Q queries, K rows, B samples, T tokens, D features. Columns are `[tile, Q]`: one number per token and query.
@@ -213,6 +216,164 @@ def _add_source_cotangent(count, d_row, u, row, inv_rms, log_sum, g, l, new_d_ro
         new_d_row[...] = total.astype(new_d_row.dtype)
 
 
+def sublayer_input(
+    u: tuple[Array, ...], values: tuple[Array, ...], columns: tuple[Array, ...], modulation: tuple[Array, Array], *,
+    interpret: bool = False,
+) -> tuple[Array]:  # fmt: skip
+    """What a sublayer reads: LayerNorm(h) * (1 + scale) + shift, `[B, T, D]` in the type of the values.
+
+    h = sum_k alpha_k value_k with alpha the softmax of the log sum of value 0 and the scores of all others.
+
+    Args:
+      u: the folded query, float32 `[B, 1 or T, D]`; none if value 0 is the only one.
+      values: the aggregate of the history and R recent sources, `[B, T, D]`.
+      columns: the log sum of the aggregate, and 1 / rms of the recent sources, float32 `[B, T]`. A kernel, which has
+        the sources in VMEM, computes the latter once more rather than read them.
+      modulation: shift and scale, `[B, 1, D]`.
+      interpret: run without a TPU, slowly.
+    """
+    b, t, d = values[0].shape
+    tile = _merge_tile(u, values, len(values) + 1)
+    (tokens,) = _tokens_spec(1, d, tile)
+    (x,) = pl.pallas_call(
+        _sublayer_input,
+        grid=(b, pl.cdiv(t, tile)),
+        in_specs=_merge_specs(u, values, tile),
+        out_specs=(tokens,),
+        out_shape=(jax.ShapeDtypeStruct((b, t, d), values[0].dtype),),
+        cost_estimate=_merge_cost(u, values, len(values) + 1),
+        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel")),
+        interpret=interpret,
+    )(u, values, columns[0][..., None].astype(jnp.float32), modulation)
+    return (x,)
+
+
+def _sublayer_input(u, values, log_sum, modulation, x):
+    normal = _merge(u, values, log_sum)[-2]
+    shift, scale = (m[...].astype(jnp.float32) for m in modulation)
+    x[...] = (normal * (1 + scale) + shift).astype(x.dtype)
+
+
+def sublayer_input_cotangents(
+    u: tuple[Array, ...], values: tuple[Array, ...], columns: tuple[Array, ...], modulation: tuple[Array, Array],
+    g: tuple[Array], d_recent: tuple[Array, ...], *, interpret: bool = False,
+) -> tuple[tuple[Array, ...], ...]:  # fmt: skip
+    """The cotangents of u, of the values, of the log sum and of the modulation, each a tuple.
+
+    Those of u and of the modulation are float32, the log sum's too; those of recent sources are added to `d_recent`.
+
+    Args:
+      u, values, columns, modulation, interpret: as in `sublayer_input`.
+      g: cotangent of its result.
+      d_recent: cotangents so far of the recent sources, R times `[B, T, D]`; overwritten.
+    """
+    (b, t, d), per_token = values[0].shape, bool(u) and u[0].shape[1] > 1
+    tile = _merge_tile(u, values, 3 * len(values))
+    (tokens,), sample, column = _tokens_spec(1, d, tile), _sample_spec(1, d), _columns_spec(1, tile)
+    like, per_sample = (
+        tuple(jax.ShapeDtypeStruct(v.shape, v.dtype) for v in values),
+        jax.ShapeDtypeStruct((b, 1, d), jnp.float32),
+    )
+    d_u, d_values, d_log_sum, d_modulation = pl.pallas_call(
+        functools.partial(_sublayer_input_cotangents, t),
+        grid=(b, pl.cdiv(t, tile)),
+        in_specs=[*_merge_specs(u, values, tile), (tokens,), len(d_recent) * (tokens,)],
+        out_specs=(len(u) * (tokens if per_token else sample,), len(values) * (tokens,), (column,), 2 * (sample,)),
+        out_shape=(
+            tuple(jax.ShapeDtypeStruct(x.shape, jnp.float32) for x in u), like,
+            (jax.ShapeDtypeStruct((b, t, 1), jnp.float32),), 2 * (per_sample,),
+        ),
+        input_output_aliases={
+            len(u) + len(values) + 4 + r: len(u) + 1 + r for r in range(len(d_recent))
+        },
+        cost_estimate=_merge_cost(u, values, 3 * len(values), 2),
+        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary")),
+        interpret=interpret,
+    )(u, values, columns[0][..., None].astype(jnp.float32), modulation, g, d_recent)  # fmt: skip
+    return d_u, d_values, (d_log_sum[0][..., 0],), d_modulation
+
+
+def _sublayer_input_cotangents(
+    tokens, u, values, log_sum, modulation, g, d_recent, d_u, d_values, d_log_sum, d_modulation
+):
+    query, wide, inverse, scores, alpha, normal, inverse_deviation = _merge(u, values, log_sum)
+    g = g[0][...].astype(jnp.float32)
+    g_normal = g * (1 + modulation[1][...].astype(jnp.float32))
+    g_h = g_normal - _mean(g_normal) - normal * _mean(g_normal * normal)
+    g_h *= inverse_deviation
+    dots = [jnp.sum(g_h * v, axis=-1, keepdims=True) for v in wide]
+    along_h = sum(a * dot for a, dot in zip(alpha, dots, strict=True))
+    d_scores = [a * (dot - along_h) for a, dot in zip(alpha, dots, strict=True)]
+    d_log_sum[0][...] = d_scores[0]
+    d_values[0][...] = (alpha[0] * g_h).astype(d_values[0].dtype)
+    d_query = jnp.zeros_like(g)
+    for k, (v, r) in enumerate(zip(wide[1:], inverse, strict=True), start=1):
+        d_score = d_scores[k] * r
+        total = d_recent[k - 1][...].astype(jnp.float32) + alpha[k] * g_h
+        total += d_score * query - (d_score * scores[k] * r / v.shape[-1]) * v
+        d_values[k][...] = total.astype(d_values[k].dtype)
+        d_query += d_score * v
+
+    sums = [(d_modulation[0], g), (d_modulation[1], g * normal)]
+    if u and u[0].shape[0] > 1:
+        d_u[0][...] = d_query
+    elif u:
+        sums.append((d_u[0], d_query))
+    t = pl.program_id(1)
+    inside = t * len(g) + jax.lax.broadcasted_iota(jnp.int32, (len(g), 1), 0) < tokens
+    for total, terms in sums:
+
+        @pl.when(t == 0)
+        def _(total=total):
+            total[...] = jnp.zeros_like(total)
+
+        total[...] += jnp.sum(jnp.where(inside, terms, 0), axis=0, keepdims=True)
+
+
+def _merge(u, values, log_sum):
+    """What both directions need: the query, the values in float32, 1 / rms, scores and weights, and the LayerNorm.
+
+    The latter is that of the merged state, (h - mean) / deviation, and 1 / deviation. Scores and weights are lists of
+    `[tile, 1]`.
+    """
+    query = u[0][...].astype(jnp.float32) if u else None
+    wide = [v[...].astype(jnp.float32) for v in values]
+    inverse = [jax.lax.rsqrt(_mean(v * v) + 1e-6) for v in wide[1:]]
+    dots = [jnp.sum(query * v, axis=-1, keepdims=True) for v in wide[1:]]
+    scores = [log_sum[...]] + [dot * r for dot, r in zip(dots, inverse, strict=True)]
+    largest = functools.reduce(jnp.maximum, scores)
+    weights = [jnp.exp(score - largest) for score in scores]
+    alpha = [w / sum(weights) for w in weights]
+    h = sum(a * v for a, v in zip(alpha, wide, strict=True))
+    centred = h - _mean(h)
+    inverse_deviation = jax.lax.rsqrt(_mean(centred * centred) + 1e-6)
+    return query, wide, inverse, scores, alpha, centred * inverse_deviation, inverse_deviation
+
+
+def _mean(x: Array) -> Array:
+    return jnp.mean(x, axis=-1, keepdims=True)
+
+
+def _merge_specs(u, values, tile: int) -> list:
+    """Blocks of the arguments of `sublayer_input`."""
+    d = values[0].shape[-1]
+    (tokens,), sample = _tokens_spec(1, d, tile), _sample_spec(1, d)
+    queries = tuple(tokens if x.shape[1] > 1 else sample for x in u)
+    return [queries, len(values) * (tokens,), _columns_spec(1, tile), 2 * (sample,)]
+
+
+def _merge_tile(u, values, arrays: int) -> int:
+    """Tokens per program, for blocks of `arrays` arrays like the values, and as many float32 temporaries as values."""
+    _, t, d = values[0].shape
+    return _tile(t, d * (2 * values[0].dtype.itemsize * arrays + 16 * len(u) + 4 * (len(values) + 3)))
+
+
+def _merge_cost(u, values, arrays: int, directions: int = 1) -> pl.CostEstimate:
+    one = values[0]
+    size = arrays * one.nbytes + directions * sum(x.nbytes for x in u)
+    return pl.CostEstimate(flops=directions * 10 * len(values) * one.size, transcendentals=0, bytes_accessed=size)
+
+
 _SEPARATE_TILES = pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "arbitrary"))
 _JOINT_TILES = pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary", "arbitrary"))
 
@@ -241,11 +402,11 @@ def _row_spec(sources: Array, tile: int) -> pl.BlockSpec:
 
 
 def _tokens_spec(queries: int, features: int, tile: int) -> tuple[pl.BlockSpec, ...]:
-    return queries * (pl.BlockSpec((None, tile, features), lambda b, t, k, count: (b, t, 0)),)
+    return queries * (pl.BlockSpec((None, tile, features), lambda b, t, *_: (b, t, 0)),)
 
 
 def _sample_spec(queries: int, features: int) -> pl.BlockSpec:
-    return pl.BlockSpec((None, queries, features), lambda b, t, k, count: (b, 0, 0))
+    return pl.BlockSpec((None, queries, features), lambda b, t, *_: (b, 0, 0))
 
 
 def _query_spec(u: tuple[Array, ...], tile: int) -> pl.BlockSpec | tuple[pl.BlockSpec, ...]:
@@ -259,7 +420,7 @@ def _by_sample(u: tuple[Array, ...]) -> Array | tuple[Array, ...]:
 
 
 def _columns_spec(queries: int, tile: int) -> pl.BlockSpec:
-    return pl.BlockSpec((None, tile, queries), lambda b, t, k, count: (b, t, 0))
+    return pl.BlockSpec((None, tile, queries), lambda b, t, *_: (b, t, 0))
 
 
 def _columns(x: Array) -> Array:

@@ -81,3 +81,47 @@ def add_source_cotangent(d_sources, u, sources, inv_rms, count, log_sum, g, l):
         return d_sources.at[k].set(row.astype(sources.dtype))
 
     return jax.lax.fori_loop(0, count, add_to_row, d_sources)
+
+
+def _merge(u, values, columns):
+    """The weights of the values, [R + 1, B, T, 1], scores [R + 1, B, T], and their merge, normalized: see tpu._merge."""
+    dtype = statistics_dtype(values[0])
+    log_sum, *inverse = columns
+    dots = [_dots_of_row(u, v.astype(dtype))[0] for v in values[1:]]
+    scores = jnp.stack([log_sum] + [dot * r for dot, r in zip(dots, inverse, strict=True)])
+    alpha = jax.nn.softmax(scores, axis=0)[..., None]
+    h = sum(a * v for a, v in zip(alpha, values, strict=True))
+    centred = h - jnp.mean(h, axis=-1, keepdims=True)
+    inverse_deviation = jax.lax.rsqrt(jnp.mean(jnp.square(centred), axis=-1, keepdims=True) + 1e-6)
+    return scores, alpha, centred * inverse_deviation, inverse_deviation
+
+
+def sublayer_input(u, values, columns, modulation):
+    """LayerNorm(h) * (1 + scale) + shift with h the merge of an aggregate and recent sources."""
+    normal = _merge(u, values, columns)[2]
+    shift, scale = modulation
+    return ((normal * (1 + scale) + shift).astype(values[0].dtype),)
+
+
+def sublayer_input_cotangents(u, values, columns, modulation, g, d_recent):
+    """The cotangents of u, of the values, of the log sum and of shift and scale."""
+    dtype = statistics_dtype(values[0])
+    scores, alpha, normal, inverse_deviation = _merge(u, values, columns)
+    g = g[0].astype(dtype)
+    g_normal = g * (1 + modulation[1])
+    mean = jnp.mean(g_normal, axis=-1, keepdims=True)
+    along = jnp.mean(g_normal * normal, axis=-1, keepdims=True)
+    g_h = inverse_deviation * (g_normal - mean - along * normal)
+    dots = jnp.stack([_dots_of_row((g_h,), v.astype(dtype))[0] for v in values])[..., None]
+    d_scores = alpha * (dots - jnp.sum(alpha * dots, axis=0))
+
+    d_values = [alpha[0] * g_h]
+    d_u = jnp.zeros((), dtype)
+    for k, (v, r, d) in enumerate(zip(values[1:], columns[1:], d_recent, strict=True), start=1):
+        r = r[..., None]
+        d_score = d_scores[k] * r
+        d_values.append(d + alpha[k] * g_h + d_score * u[0] - (d_score * scores[k][..., None] * r / v.shape[-1]) * v)
+        d_u += d_score * v if u[0].shape[1] > 1 else jnp.einsum("bt,btd->bd", d_score[..., 0], v.astype(dtype))[:, None]
+    d_values = tuple(d.astype(values[0].dtype) for d in d_values)
+    d_modulation = jnp.sum(g, axis=1, keepdims=True), jnp.sum(g * normal, axis=1, keepdims=True)
+    return (d_u,) if u else (), d_values, (d_scores[0, ..., 0],), d_modulation
