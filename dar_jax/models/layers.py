@@ -128,7 +128,8 @@ class Attention(nn.Module):
         b, tokens, size = x.shape
         # The kernel keeps q, k and v on an axis of their own, so that heads can be split over devices.
         qkv = Dense((3, size), ("embed", "qkv", "heads"), self.dtype, name="qkv")(x)
-        q, k, v = jnp.moveaxis(qkv.reshape(b, tokens, 3, self.num_heads, size // self.num_heads), 2, 0)
+        heads = b, tokens, self.num_heads, size // self.num_heads
+        q, k, v = (x.reshape(heads) for x in jnp.split(qkv, 3, axis=2))
         scores = jnp.einsum("bqhd,bkhd->bhqk", q, k, preferred_element_type=jnp.promote_types(x.dtype, jnp.float32))
         weights = jax.nn.softmax(scores * (size // self.num_heads) ** -0.5).astype(x.dtype)
         out = jnp.einsum("bhqk,bkhd->bqhd", weights, v)

@@ -46,7 +46,7 @@ class History(NamedTuple):
 
     @classmethod
     def start(cls, layout: Layout, v_0: Array) -> "History":
-        sources = constrain(jnp.zeros((layout.num_rows, *v_0.shape), v_0.dtype))
+        sources = constrain(jax.lax.empty((layout.num_rows, *v_0.shape), v_0.dtype))
         inv_rms = jnp.zeros(sources.shape[:-1], statistics_dtype(v_0))
         return cls(sources, inv_rms, layout.sublayers_per_step * (jnp.zeros_like(v_0),)).append(0, v_0[None], None)
 

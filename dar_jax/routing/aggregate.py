@@ -116,7 +116,7 @@ def read(
 
 
 def _like(sources: Array, u: tuple[Array, ...]) -> tuple[Array, ...]:
-    """Queries in the type of the sources, as the passes over the history take them."""
+    """Queries in the type of the sources, as kernels take them."""
     return tuple(u_q.astype(sources.dtype) for u_q in u)
 
 
@@ -178,7 +178,8 @@ def sublayer_input(
 
 
 def _sublayer_input_forward(how, u, aggregate, log_sum, recent, inv_rms, shift, scale):
-    arguments = (u,) if recent else (), (aggregate, *recent), (log_sum, *inv_rms), (shift, scale)
+    queries = _like(aggregate, (u,)) if recent else ()
+    arguments = queries, (aggregate, *recent), (log_sum, *inv_rms), (shift, scale)
     (x,) = how.run("sublayer_input", *arguments)
     return (x, recent), (u, arguments)
 
@@ -187,7 +188,7 @@ def _sublayer_input_backward(how, residuals, cotangents):
     u, arguments = residuals
     g, d_recent = cotangents
     d_u, d_values, d_log_sum, d_modulation = how.run("sublayer_input_cotangents", *arguments, (g,), d_recent)
-    (d_u,) = d_u or (jnp.zeros_like(u),)
+    d_u = d_u[0].astype(u.dtype) if d_u else jnp.zeros_like(u)
     d_modulation = (d.astype(m.dtype) for d, m in zip(d_modulation, arguments[-1], strict=True))
     return d_u, d_values[0], *d_log_sum, d_values[1:], None, *d_modulation
 

@@ -18,7 +18,7 @@ QUERIES = ("static", "static_t", "dynamic")
 
 
 def make(stack, dtype):
-    """Random parameters (also those initialised at zero) and inputs: v_0, condition, e(t), the head's shift and scale."""
+    """Random parameters (also those initialised at zero) and v_0, condition, e(t), the head's shift and scale."""
     rng = np.random.default_rng(0)
     shapes = (BATCH, TOKENS, SIZE), (BATCH, SIZE), (BATCH, SIZE), (BATCH, 1, SIZE), (BATCH, 1, SIZE)
     inputs = [rng.normal(size=s) for s in shapes]

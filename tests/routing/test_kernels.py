@@ -76,7 +76,7 @@ def cases(draw):
     }
 
 
-def check_against_reference(flavour, dtype, case):
+def check_history(flavour, dtype, case):
     """Values, cotangents of queries and of sources; the relative error is that of the whole array."""
     rows, batch, tokens, size, queries = (case[k] for k in ("rows", "batch", "tokens", "size", "queries"))
     rng = np.random.default_rng(case["seed"])
@@ -98,6 +98,74 @@ def check_against_reference(flavour, dtype, case):
         assert error < tolerance, f"{name}: relative error {error:.1e} in {case}"
 
 
+@functools.partial(jax.jit, static_argnames="flavour")
+def run_sublayer_input(flavour, u, values, log_sum, modulation, g, before):
+    """What a sublayer reads, and all cotangents, those of the recent sources added to `before`."""
+    interpret = {} if flavour == "xla" else {"interpret": True}
+    module = MODULES[flavour]
+    arguments = u, values, (log_sum, *(inverse_rms(v) for v in values[1:])), modulation
+    (x,) = module.sublayer_input(*arguments, **interpret)
+    d_u, d_values, (d_log_sum,), d_modulation = module.sublayer_input_cotangents(*arguments, (g,), before, **interpret)
+    return {"x": x, "d_u": d_u, "d_values": d_values, "d_log_sum": d_log_sum, "d_modulation": d_modulation}
+
+
+def sublayer_input_reference(u, values, log_sum, modulation, g, before):
+    """The same as the paper writes it, and the size of the terms that each result sums up."""
+    leaves = u, values, log_sum, modulation, g, before
+    u, values, log_sum, modulation, g, before = jax.tree.map(lambda x: torch.tensor(np.asarray(x, np.float64)), leaves)
+    inputs = [*u, *values, log_sum, *modulation]
+    for x in inputs:
+        x.requires_grad = True
+    keys = [v / torch.sqrt(v.square().mean(-1, keepdim=True) + 1e-6) for v in values[1:]]
+    alpha = torch.stack([log_sum, *((u[0] * k).sum(-1) for k in keys)]).softmax(0)[..., None]
+    h = (alpha * torch.stack(values)).sum(0)
+    h.retain_grad()
+    x = torch.nn.functional.layer_norm(h, h.shape[-1:], eps=1e-6) * (1 + modulation[1]) + modulation[0]
+    x.backward(g)
+    gradients = [i.grad for i in inputs]
+    d_values = torch.stack([gradients[len(u)], *(a + b for a, b in zip(gradients[len(u) + 1 :], before, strict=True))])
+    found = {"x": x, "d_u": [i.grad for i in u], "d_values": d_values, "d_log_sum": log_sum.grad}
+    found["d_modulation"] = torch.stack([m.grad for m in modulation])
+    # A score's cotangent, alpha_k (h' . v_k - h' . h), is a difference; rounding is relative to its parts.
+    parts = alpha[..., 0] * (h.grad * torch.stack(values)).sum(-1).abs()
+    sizes = {name: torch.linalg.norm(value) for name, value in found.items() if name != "d_u"}
+    sizes["d_log_sum"] = torch.linalg.norm(parts[0])
+    terms = sum((part[..., None] * key.abs() for part, key in zip(parts[1:], keys, strict=True)), torch.zeros(()))
+    sizes["d_u"] = torch.linalg.norm(terms if u and u[0].shape[1] > 1 else terms.sum(1) if u else terms)
+    return found, sizes
+
+
+def check_sublayer_input(flavour, dtype, case):
+    """Values and all cotangents of `rows - 1` recent sources and an aggregate."""
+    batch, tokens, size, recent = case["batch"], case["tokens"], case["size"], min(case["rows"] - 1, 3)
+    rng = np.random.default_rng(case["seed"])
+
+    def normal(*shape):
+        return jnp.asarray(rng.normal(size=shape), jnp.float32)
+
+    u = (normal(batch, tokens if case["per_token"] else 1, size) * 2 * size**-0.5).astype(dtype)
+    values = normal(recent + 1, batch, tokens, size) * jnp.exp(0.5 * normal(recent + 1, batch, tokens, 1))
+    before, g = normal(recent, batch, tokens, size).astype(dtype), normal(batch, tokens, size).astype(dtype)
+    modulation = normal(2, batch, 1, size).astype(dtype)
+    arguments = (
+        (u,) * bool(recent),
+        tuple(values.astype(dtype)),
+        normal(batch, tokens),
+        tuple(modulation),
+        g,
+        tuple(before),
+    )
+
+    actual = run_sublayer_input(flavour, *arguments)
+    expected, sizes = sublayer_input_reference(*arguments)
+    tolerance = 2e-6 if dtype == jnp.float32 else 2e-2
+    for name, value in actual.items():
+        for a, b in zip(value, expected[name], strict=True):
+            error = np.linalg.norm(np.asarray(a, np.float64) - b.detach().numpy())
+            error /= max(b.detach().norm().item(), sizes[name].item())
+            assert error < tolerance, f"{name}: relative error {error:.1e} in {case}"
+
+
 SETTINGS = {
     "deadline": None,
     "database": None,
@@ -112,14 +180,16 @@ DTYPES = [jnp.float32, jnp.bfloat16]
 @hypothesis.settings(max_examples=5, **SETTINGS)
 @hypothesis.given(case=cases())
 def test_values_and_gradients(flavour, dtype, case):
-    check_against_reference(flavour, dtype, case)
+    check_history(flavour, dtype, case)
+    check_sublayer_input(flavour, dtype, case)
 
 
 @pytest.mark.slow
 @hypothesis.settings(max_examples=300, **SETTINGS)
 @hypothesis.given(flavour=strategies.sampled_from(["tpu", "gpu"]), dtype=strategies.sampled_from(DTYPES), case=cases())
 def test_values_and_gradients_over_300_shapes(flavour, dtype, case):
-    check_against_reference(flavour, dtype, case)
+    check_history(flavour, dtype, case)
+    check_sublayer_input(flavour, dtype, case)
 
 
 @pytest.mark.parametrize(("query", "shape"), [

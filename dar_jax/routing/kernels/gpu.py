@@ -52,7 +52,8 @@ def query_cotangent(
     _, b, t, d = sources.shape
     tokens = 1 if u[0].shape[1] > 1 else TOKENS_PER_PARTIAL_SUM
     programs = pl.cdiv(t, tokens)
-    out_shape = len(u) * (jax.ShapeDtypeStruct((b, programs, d), jnp.float32),), _scalars(len(u), b, t)
+    dtype = u[0].dtype if tokens == 1 else jnp.float32
+    out_shape = len(u) * (jax.ShapeDtypeStruct((b, programs, d), dtype),), _scalars(len(u), b, t)
     kernel = functools.partial(_query_cotangent, tokens)
     arguments = u, sources, inv_rms, count.reshape(1), aggregates, log_sum, g, l
     d_u, l = _call(kernel, (b, programs), out_shape, interpret)(*arguments)
@@ -89,26 +90,34 @@ def add_source_cotangent(
     d_sources, u, sources, inv_rms, count, log_sum, g, l, *, interpret=False
 ) -> Array:  # fmt: skip
     """See tpu.add_source_cotangent."""
-    out_shape = jax.ShapeDtypeStruct(d_sources.shape, d_sources.dtype)
-    call = _call(_add_source_cotangent, sources.shape[1:3], out_shape, interpret, input_output_aliases={0: 0})
-    return call(d_sources, u, sources, inv_rms, count.reshape(1), log_sum, g, l)
+    before = () if d_sources is None else (d_sources,)
+    out_shape, aliases = jax.ShapeDtypeStruct(sources.shape, sources.dtype), {0: 0} if before else {}
+    call = _call(_add_source_cotangent, sources.shape[1:3], out_shape, interpret, input_output_aliases=aliases)
+    return call(before, u, sources, inv_rms, count.reshape(1), log_sum, g, l)
 
 
-def _add_source_cotangent(d_sources, u, sources, inv_rms, count, log_sum, g, l, new_d_sources):
+def _add_source_cotangent(before, u, sources, inv_rms, count, log_sum, g, l, d_sources):
     b, t = pl.program_id(0), pl.program_id(1)
     queries, cotangents = [_load(x, b, t) for x in u], [_load(x, b, t) for x in g]
 
     def add_to_row(k, carry):
-        v, r, total = _load(sources, k, b, t), inv_rms[k, b, t], _load(d_sources, k, b, t)
+        v, r = _load(sources, k, b, t), inv_rms[k, b, t]
+        total = sum((_load(x, k, b, t) for x in before), jnp.zeros_like(v))
         for q, (query, cotangent) in enumerate(zip(queries, cotangents, strict=True)):
             score = jnp.sum(query * v) * r
             alpha = jnp.exp(score - log_sum[q, b, t])
             s_r = alpha * (jnp.sum(cotangent * v) + l[q, b, t]) * r
             total += alpha * cotangent + s_r * query - s_r * score * r / sources.shape[3] * v
-        _store(new_d_sources, total, k, b, t)
+        _store(d_sources, total, k, b, t)
+        return carry
+
+    def clear_row(k, carry):
+        _store(d_sources, jnp.zeros_like(queries[0]), k, b, t)
         return carry
 
     jax.lax.fori_loop(0, count[0], add_to_row, 0)
+    if not before:
+        jax.lax.fori_loop(count[0], sources.shape[0], clear_row, 0)
 
 
 def sublayer_input(u, values, columns, modulation, *, interpret=False) -> tuple[Array]:
@@ -132,7 +141,7 @@ def sublayer_input_cotangents(
     b, t, d = values[0].shape
     programs = pl.cdiv(t, TOKENS_PER_PARTIAL_SUM)
     partial_sums = jax.ShapeDtypeStruct((b, programs, d), jnp.float32)
-    d_u = tuple(partial_sums if x.shape[1] == 1 else jax.ShapeDtypeStruct((b, t, d), jnp.float32) for x in u)
+    d_u = tuple(partial_sums if x.shape[1] == 1 else jax.ShapeDtypeStruct(x.shape, x.dtype) for x in u)
     d_values = tuple(jax.ShapeDtypeStruct(v.shape, v.dtype) for v in values)
     out_shape = d_u, d_values, (jax.ShapeDtypeStruct((b, t), jnp.float32),), 2 * (partial_sums,)
     aliases = {len(u) + len(values) + len(columns) + 3 + r: len(u) + 1 + r for r in range(len(d_recent))}
@@ -182,7 +191,7 @@ def _sublayer_input_cotangents(
 
 
 def _merge(u, values, columns, b, t):
-    """The query, the values, their scores and weights, and (h - mean) / deviation of the merged state, 1 / deviation."""
+    """The query, the values, their scores and weights, (h - mean) / deviation of the merged state h, 1 / deviation."""
     size = values[0].shape[-1]
     query = _load(u[0], b, t) if u else None
     loaded = [_load(v, b, t) for v in values]

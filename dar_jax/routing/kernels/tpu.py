@@ -87,7 +87,9 @@ def query_cotangent(
     u: tuple[Array, ...], sources: Array, inv_rms: Array, count: Array, aggregates: tuple[Array, ...], log_sum: Array,
     g: tuple[Array, ...], l: Array, *, mean_count: float | None = None, interpret: bool = False,
 ) -> tuple[tuple[Array, ...], Array]:  # fmt: skip
-    """The cotangents of u, float32, Q times `[B, 1 or T, D]`, and `l - g . aggregate`, float32 `[Q, B, T]`.
+    """The cotangents of u, Q times `[B, 1 or T, D]`, and `l - g . aggregate`, float32 `[Q, B, T]`.
+
+    Those of u are float32 where one token stands for all, otherwise in the type of u.
 
     With s_k = alpha_k (g . v_k - g . aggregate + l), that of u is sum_k s_k r_k v_k.
 
@@ -100,7 +102,7 @@ def query_cotangent(
     (k, b, t, d), q, size, per_token = sources.shape, len(u), sources.dtype.itemsize, u[0].shape[1] > 1
     tile = _tile(t, d * (2 * size * (1 + 2 * q + q * per_token) + 8 * q * per_token))
     if per_token:
-        out_spec, out_shape = _tokens_spec(q, d, tile), q * (jax.ShapeDtypeStruct((b, t, d), jnp.float32),)
+        out_spec, out_shape = _tokens_spec(q, d, tile), q * (jax.ShapeDtypeStruct((b, t, d), u[0].dtype),)
     else:
         out_spec, out_shape = _sample_spec(q, d), jax.ShapeDtypeStruct((b, q, d), jnp.float32)
     columns = _columns_spec(q, tile)
@@ -114,9 +116,10 @@ def query_cotangent(
                 _tokens_spec(q, d, tile), columns, _tokens_spec(q, d, tile), columns,
             ],
             out_specs=[out_spec, columns],
+            scratch_shapes=[pltpu.VMEM((q, tile, d) if per_token else (1, 1, 1), jnp.float32)],
         ),
         out_shape=[out_shape, jax.ShapeDtypeStruct((b, t, q), jnp.float32)],
-        cost_estimate=_cost(sources, mean_count, 1, 3 + 6 * q, q * (u[0].size * (size + 4) + 2 * b * t * d * size)),
+        cost_estimate=_cost(sources, mean_count, 1, 3 + 6 * q, 2 * q * (u[0].size + b * t * d) * size),
         compiler_params=_SEPARATE_TILES if per_token else _JOINT_TILES,
         interpret=interpret,
     )(
@@ -126,7 +129,7 @@ def query_cotangent(
     return d_u, jnp.moveaxis(l, -1, 0)
 
 
-def _query_cotangent(per_token, tokens, count, u, row, inv_rms, aggregates, log_sum, g, l, d_u, new_l):
+def _query_cotangent(per_token, tokens, count, u, row, inv_rms, aggregates, log_sum, g, l, d_u, new_l, total):
     t, k = pl.program_id(1), pl.program_id(2)
 
     @pl.when(k == 0)
@@ -135,8 +138,7 @@ def _query_cotangent(per_token, tokens, count, u, row, inv_rms, aggregates, log_
             jnp.sum(g_q[...].astype(jnp.float32) * aggregate[...].astype(jnp.float32), axis=-1, keepdims=True)
             for g_q, aggregate in zip(g, aggregates, strict=True)
         )
-        for d_u_q in d_u if per_token else ():
-            d_u_q[...] = jnp.zeros_like(d_u_q)
+        total[...] = jnp.zeros_like(total)
 
     if not per_token:
 
@@ -151,16 +153,23 @@ def _query_cotangent(per_token, tokens, count, u, row, inv_rms, aggregates, log_
         alpha = jnp.exp(_dots(u, row[...]) * r - log_sum[...])
         s_r = alpha * (_dots(g, row[...]) + new_l[...]) * r
         if per_token:
-            for q, d_u_q in enumerate(d_u):
-                d_u_q[...] += s_r[:, q : q + 1] * v
+            for q in range(len(total)):
+                total[q] += s_r[:, q : q + 1] * v
         else:
             inside = t * len(v) + jax.lax.broadcasted_iota(jnp.int32, (len(v), 1), 0) < tokens
             s_r, v = jnp.where(inside, s_r, 0), jnp.where(inside, v, 0)
             d_u[...] += _matmul(s_r.astype(row.dtype), v.astype(row.dtype), 0, 0)
 
+    if per_token:
+
+        @pl.when(k == pl.num_programs(2) - 1)
+        def _():
+            for q, d_u_q in enumerate(d_u):
+                d_u_q[...] = total[q].astype(d_u_q.dtype)
+
 
 def add_source_cotangent(
-    d_sources: Array, u: tuple[Array, ...], sources: Array, inv_rms: Array, count: Array, log_sum: Array,
+    d_sources: Array | None, u: tuple[Array, ...], sources: Array, inv_rms: Array, count: Array, log_sum: Array,
     g: tuple[Array, ...], l: Array, *, mean_count: float | None = None, interpret: bool = False,
 ) -> Array:  # fmt: skip
     """Adds to `d_sources` what Q reads hand back to the first `count` rows; returns `[K, B, T, D]`.
@@ -168,29 +177,33 @@ def add_source_cotangent(
     Source k gets alpha_k g + s_k r_k u - (s_k score_k r_k^2 / D) v_k of each query, with s_k = alpha_k (g . v_k + l).
 
     Args:
-      d_sources: cotangent so far, shape and type of the sources; overwritten.
+      d_sources: cotangent so far, shape and type of the sources; overwritten. None: zeros, which are not read.
       l: from `query_cotangent`. The others are as there.
     """
     (k, b, t, d), q, size, per_token = sources.shape, len(u), sources.dtype.itemsize, u[0].shape[1] > 1
     tile = _tile(t, d * (2 * size * (3 + q + q * per_token) + 8))
     row, columns = _row_spec(sources, tile), _columns_spec(q, tile)
+    before = () if d_sources is None else (d_sources,)
+    every_row = pl.BlockSpec((None, None, tile, d), lambda b, t, k, count: (k, b, t, 0))
+    passes = 2 + len(before) if before or mean_count is None else 1 + k / mean_count
     return pl.pallas_call(
         _add_source_cotangent,
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=1,
             grid=(b, pl.cdiv(t, tile), k),
             in_specs=[
-                row, _query_spec(u, tile), row, _columns_spec(k, tile), columns, _tokens_spec(q, d, tile), columns
+                len(before) * (row,), _query_spec(u, tile), row, _columns_spec(k, tile), columns,
+                _tokens_spec(q, d, tile), columns,
             ],
-            out_specs=row,
+            out_specs=row if before else every_row,
         ),
-        out_shape=jax.ShapeDtypeStruct(d_sources.shape, d_sources.dtype),
-        input_output_aliases={1: 0},
-        cost_estimate=_cost(sources, mean_count, 3, 6 + 8 * q, q * (u[0].size + b * t * d) * size),
+        out_shape=jax.ShapeDtypeStruct(sources.shape, sources.dtype),
+        input_output_aliases={1: 0} if before else {},
+        cost_estimate=_cost(sources, mean_count, passes, 6 + 8 * q, q * (u[0].size + b * t * d) * size),
         compiler_params=_SEPARATE_TILES,
         interpret=interpret,
     )(
-        count.reshape(1), d_sources, _by_sample(u), sources, _columns(inv_rms), _columns(log_sum), g, _columns(l)
+        count.reshape(1), before, _by_sample(u), sources, _columns(inv_rms), _columns(log_sum), g, _columns(l)
     )  # fmt: skip
 
 
@@ -204,8 +217,9 @@ def _add_source_cotangent(count, d_row, u, row, inv_rms, log_sum, g, l, new_d_ro
         scores = _dots(u, row[...]) * r
         alpha = jnp.exp(scores - log_sum[...])
         s = alpha * (_dots(g, row[...]) + l[...])
-        along_v = jnp.sum(s * scores, axis=-1, keepdims=True) * r * r / v.shape[-1]
-        total = d_row[...].astype(jnp.float32) - along_v * v
+        total = -jnp.sum(s * scores, axis=-1, keepdims=True) * r * r / v.shape[-1] * v
+        for before in d_row:
+            total += before[...].astype(jnp.float32)
         for q, g_q in enumerate(g):
             total += alpha[:, q : q + 1] * g_q[...].astype(jnp.float32)
         if isinstance(u, tuple):
@@ -214,6 +228,12 @@ def _add_source_cotangent(count, d_row, u, row, inv_rms, log_sum, g, l, new_d_ro
         else:
             total += _matmul((s * r).astype(row.dtype), u[...], 1, 0)
         new_d_row[...] = total.astype(new_d_row.dtype)
+
+    if not d_row:
+
+        @pl.when(k >= count[0])
+        def _():
+            new_d_row[...] = jnp.zeros_like(new_d_row)
 
 
 def sublayer_input(
@@ -225,7 +245,7 @@ def sublayer_input(
     h = sum_k alpha_k value_k with alpha the softmax of the log sum of value 0 and the scores of all others.
 
     Args:
-      u: the folded query, float32 `[B, 1 or T, D]`; none if value 0 is the only one.
+      u: the folded query in the type of the values, `[B, 1 or T, D]`; none if value 0 is the only one.
       values: the aggregate of the history and R recent sources, `[B, T, D]`.
       columns: the log sum of the aggregate, and 1 / rms of the recent sources, float32 `[B, T]`. A kernel, which has
         the sources in VMEM, computes the latter once more rather than read them.
@@ -260,7 +280,7 @@ def sublayer_input_cotangents(
 ) -> tuple[tuple[Array, ...], ...]:  # fmt: skip
     """The cotangents of u, of the values, of the log sum and of the modulation, each a tuple.
 
-    Those of u and of the modulation are float32, the log sum's too; those of recent sources are added to `d_recent`.
+    Those of recent sources are added to `d_recent`. Of the others all are float32, but for that of a query per token.
 
     Args:
       u, values, columns, modulation, interpret: as in `sublayer_input`.
@@ -280,7 +300,7 @@ def sublayer_input_cotangents(
         in_specs=[*_merge_specs(u, values, tile), (tokens,), len(d_recent) * (tokens,)],
         out_specs=(len(u) * (tokens if per_token else sample,), len(values) * (tokens,), (column,), 2 * (sample,)),
         out_shape=(
-            tuple(jax.ShapeDtypeStruct(x.shape, jnp.float32) for x in u), like,
+            tuple(jax.ShapeDtypeStruct(x.shape, x.dtype if per_token else jnp.float32) for x in u), like,
             (jax.ShapeDtypeStruct((b, t, 1), jnp.float32),), 2 * (per_sample,),
         ),
         input_output_aliases={
@@ -316,18 +336,20 @@ def _sublayer_input_cotangents(
 
     sums = [(d_modulation[0], g), (d_modulation[1], g * normal)]
     if u and u[0].shape[0] > 1:
-        d_u[0][...] = d_query
+        d_u[0][...] = d_query.astype(d_u[0].dtype)
     elif u:
         sums.append((d_u[0], d_query))
-    t = pl.program_id(1)
-    inside = t * len(g) + jax.lax.broadcasted_iota(jnp.int32, (len(g), 1), 0) < tokens
+    t, tile = pl.program_id(1), len(g)
     for total, terms in sums:
 
         @pl.when(t == 0)
         def _(total=total):
             total[...] = jnp.zeros_like(total)
 
-        total[...] += jnp.sum(jnp.where(inside, terms, 0), axis=0, keepdims=True)
+        if tokens % tile:
+            inside = t * tile + jax.lax.broadcasted_iota(jnp.int32, (tile, 1), 0) < tokens
+            terms = jnp.where(inside, terms, 0)
+        total[...] += jnp.sum(terms, axis=0, keepdims=True)
 
 
 def _merge(u, values, log_sum):

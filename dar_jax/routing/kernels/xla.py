@@ -84,7 +84,7 @@ def add_source_cotangent(d_sources, u, sources, inv_rms, count, log_sum, g, l):
 
 
 def _merge(u, values, columns):
-    """The weights of the values, [R + 1, B, T, 1], scores [R + 1, B, T], and their merge, normalized: see tpu._merge."""
+    """Scores `[R + 1, B, T]` and weights of the values, (h - mean) / deviation of the merged h, and 1 / deviation."""
     dtype = statistics_dtype(values[0])
     log_sum, *inverse = columns
     dots = [_dots_of_row(u, v.astype(dtype))[0] for v in values[1:]]
