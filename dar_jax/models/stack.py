@@ -35,7 +35,7 @@ class History(NamedTuple):
     """What the routed scan carries.
 
     Attributes:
-      sources: the buffer, `[K, B, T, D]`; rows not yet appended are zero.
+      sources: the buffer, `[K, B, T, D]`; rows not yet appended mean nothing.
       inv_rms: 1 / rms of every row, `[K, B, T]` float32.
       recent: all outputs of the latest step, P times `[B, T, D]`: the final aggregator reads them in full.
     """
@@ -45,8 +45,10 @@ class History(NamedTuple):
     recent: tuple[Array, ...]
 
     @classmethod
-    def start(cls, layout: Layout, v_0: Array) -> "History":
-        sources = constrain(jax.lax.empty((layout.num_rows, *v_0.shape), v_0.dtype))
+    def start(cls, layout: Layout, v_0: Array, implementation: str) -> "History":
+        # Kernels do not read rows that are not filled. XLA multiplies them by zero, so they must be finite.
+        new = jnp.zeros if implementation == "xla" else jax.lax.empty
+        sources = constrain(new((layout.num_rows, *v_0.shape), v_0.dtype))
         inv_rms = jnp.zeros(sources.shape[:-1], statistics_dtype(v_0))
         return cls(sources, inv_rms, layout.sublayers_per_step * (jnp.zeros_like(v_0),)).append(0, v_0[None], None)
 
@@ -188,7 +190,7 @@ class RoutedStack(nn.Module):
         return constrain(sublayer_input(how, u, aggregate, log_sum, recent, norms, shift, scale)[0])
 
     def _forward(self, steps: nn.Module, v_0: Array, condition: Array, e_t: Array) -> History:
-        history = History.start(self.layout, v_0)
+        history = History.start(self.layout, v_0, self.implementation)
         return steps(history, jnp.arange(self.layout.num_steps), condition, e_t)[0]
 
     def _forward_and_residuals(self, steps: nn.Module, v_0: Array, condition: Array, e_t: Array):
@@ -205,7 +207,7 @@ class RoutedStack(nn.Module):
             return history, _save(linear, known=inputs)
 
         scanned = jnp.arange(self.layout.num_steps), params
-        history, saved = jax.lax.scan(advance, History.start(self.layout, v_0), scanned)
+        history, saved = jax.lax.scan(advance, History.start(self.layout, v_0, self.implementation), scanned)
         return history, (params, history, condition, e_t, saved)
 
     def _linearize(self, index: Array, history: History, params: dict, condition: Array, e_t: Array):

@@ -68,7 +68,7 @@ class Execution:
         def spec(x):
             if is_group(x):
                 return tuple(each if y.shape[1] > 1 else shared for y in x)
-            return rows if x.ndim else PartitionSpec()
+            return rows if getattr(x, "ndim", 0) else PartitionSpec()
 
         in_specs = tuple(spec(x) for x in args)
         out_specs = jax.tree.map(spec, jax.eval_shape(plain, *args), is_leaf=is_group)
@@ -134,8 +134,7 @@ def _read_backward(how, residuals, cotangents):
     d_u = tuple(d.astype(u_q.dtype) for d, u_q in zip(d_u, u, strict=True))
     if has_tap is not None:
         return d_u, None, None, None, (g, l)
-    d_sources = add_cotangent(how, jnp.zeros_like(sources), u, sources, inv_rms, count, log_sum, g, l)
-    return d_u, d_sources, None, None, None
+    return d_u, add_cotangent(how, None, u, sources, inv_rms, count, log_sum, g, l), None, None, None
 
 
 read.defvjp(_read_forward, _read_backward)
@@ -145,6 +144,7 @@ def add_cotangent(how, d_sources, u, sources, inv_rms, count, log_sum, g, l) -> 
     """Adds the cotangent of the sources of Q tapped reads to `d_sources`, `[K, B, T, D]`, in one pass.
 
     Args:
+      d_sources: cotangent so far, or None: there is none yet.
       how, sources, inv_rms, count: as in `read`.
       u, log_sum: queries and log sums of the reads, Q times `[B, 1 or T, D]` and `[Q, B, T]`.
       g, l: cotangents of their taps, Q times `[B, T, D]` and `[Q, B, T]`.
