@@ -128,8 +128,8 @@ class Attention(nn.Module):
         b, tokens, size = x.shape
         # The kernel keeps q, k and v on an axis of their own, so that heads can be split over devices.
         qkv = Dense((3, size), ("embed", "qkv", "heads"), self.dtype, name="qkv")(x)
-        heads = b, tokens, self.num_heads, size // self.num_heads
-        q, k, v = (x.reshape(heads) for x in jnp.split(qkv, 3, axis=2))
+        qkv = qkv.reshape(b, tokens, 3, self.num_heads, size // self.num_heads)
+        q, k, v = (jnp.squeeze(x, 2) for x in jnp.split(qkv, 3, axis=2))
         scores = jnp.einsum("bqhd,bkhd->bhqk", q, k, preferred_element_type=jnp.promote_types(x.dtype, jnp.float32))
         weights = jax.nn.softmax(scores * (size // self.num_heads) ** -0.5).astype(x.dtype)
         out = jnp.einsum("bhqk,bkhd->bqhd", weights, v)
