@@ -1,11 +1,12 @@
 """Softmax over depth: `h = sum_k alpha_k v_k`, `alpha = softmax_k(u . v_k / rms(v_k))` (paper Eq. 5).
 
 `u` is the query with the norm's scale and 1/sqrt(D) folded in (queries.py). The sources of an aggregator come in
-two parts: the filled rows of the history buffer, read by `read`, and the recent outputs of the current step, merged
-in by `merge`. Statistics, scores and weights are float32; sources may be bfloat16.
+two parts: the filled rows of the history buffer, which `read` aggregates for many queries at once, and the recent
+outputs of the current step, which `sublayer_input` adds, one pass from there to what the sublayer reads. Statistics,
+scores and weights are float32; sources may be bfloat16.
 
-The passes over the history are in kernels/, for XLA and as fused kernels: the forward pass, the cotangent of the query,
-and the cotangent of the sources, which is added for all reads of a step at once.
+The passes are in kernels/, for XLA and fused: both directions of these two, and the cotangent of the history, which is
+added for all reads of a step at once.
 """
 
 import dataclasses
@@ -18,8 +19,6 @@ from jax import Array
 from jax.sharding import PartitionSpec
 
 from dar_jax.routing.kernels import gpu, tpu, xla
-
-EPS = 1e-6
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,7 +88,7 @@ class Execution:
 
 def inverse_rms(v: Array) -> Array:
     """1 / rms over the last axis in float32: `[..., D]` -> `[...]`."""
-    return jax.lax.rsqrt(jnp.mean(jnp.square(v.astype(xla.statistics_dtype(v))), axis=-1) + EPS)
+    return jax.lax.rsqrt(jnp.mean(jnp.square(v.astype(xla.statistics_dtype(v))), axis=-1) + xla.EPS)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -110,7 +109,7 @@ def read(
 
     Returns:
       The aggregates over these rows, Q times `[B, T, D]` in the type of the sources, and the logs of their softmax
-      denominators, float32 `[Q, B, T]`, with which `merge` adds further sources.
+      denominators, float32 `[Q, B, T]`, with which `sublayer_input` adds further sources.
     """
     return _read_forward(how, u, sources, inv_rms, count, tap)[0]
 
@@ -158,7 +157,7 @@ def sublayer_input(
     how: Execution, u: Array, aggregate: Array, log_sum: Array, recent: tuple[Array, ...], inv_rms: tuple[Array, ...],
     shift: Array, scale: Array,
 ) -> tuple[Array, tuple[Array, ...]]:  # fmt: skip
-    """Adds recent sources to an aggregate of the history, the softmax being over all, and hands it to a sublayer.
+    """What a sublayer reads: recent sources join an aggregate of the history, then LayerNorm and modulation.
 
     Args:
       how: implementation.
@@ -170,9 +169,9 @@ def sublayer_input(
       shift, scale: `[B, 1, D]`.
 
     Returns:
-      LayerNorm(h) * (1 + scale) + shift, where h is the aggregated state: `[B, T, D]` in the type of the aggregate,
-      computed in float32. And `recent` as it was given: who reads it from here on hands its cotangent back to this
-      function, which adds its own in the same pass.
+      LayerNorm(h) * (1 + scale) + shift, where h is the state aggregated over all: `[B, T, D]` in the type of the
+      aggregate, computed in float32. And `recent` as it was given: who reads that from here on hands its cotangent back
+      to this function, which adds its own in the same pass.
     """
     return _sublayer_input_forward(how, u, aggregate, log_sum, recent, inv_rms, shift, scale)[0]
 

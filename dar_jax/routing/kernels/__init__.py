@@ -1,1 +1,1 @@
-"""The three passes over the history, with the same signatures for XLA, TPUs and GPUs."""
+"""The passes over the history and to what a sublayer reads, with the same signatures for XLA, TPUs and GPUs."""

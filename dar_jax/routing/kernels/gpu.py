@@ -14,6 +14,8 @@ from jax import Array
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
+from dar_jax.routing.kernels.xla import EPS
+
 TOKENS_PER_PARTIAL_SUM = 8
 
 
@@ -202,7 +204,7 @@ def _merge(u, values, columns, b, t):
     h = sum(a * v for a, v in zip(alpha, loaded, strict=True))
     inside = jnp.arange(len(h)) < size
     centred = jnp.where(inside, h - jnp.sum(h) / size, 0.0)
-    inverse_deviation = jax.lax.rsqrt(jnp.sum(centred * centred) / size + 1e-6)
+    inverse_deviation = jax.lax.rsqrt(jnp.sum(centred * centred) / size + EPS)
     return query, loaded, scores, alpha, centred * inverse_deviation, inverse_deviation
 
 

@@ -21,6 +21,8 @@ from jax import Array
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from dar_jax.routing.kernels.xla import EPS
+
 VMEM_PER_TILE = 6 * 2**20  # bytes of blocks and scratch; with the compiler's own temporaries they must fit 16 MiB
 
 
@@ -290,26 +292,23 @@ def sublayer_input_cotangents(
     (b, t, d), per_token = values[0].shape, bool(u) and u[0].shape[1] > 1
     tile = _merge_tile(u, values, 3 * len(values))
     (tokens,), sample, column = _tokens_spec(1, d, tile), _sample_spec(1, d), _columns_spec(1, tile)
-    like, per_sample = (
-        tuple(jax.ShapeDtypeStruct(v.shape, v.dtype) for v in values),
-        jax.ShapeDtypeStruct((b, 1, d), jnp.float32),
-    )
+    per_sample, per_token_column = (jax.ShapeDtypeStruct((b, *s), jnp.float32) for s in ((1, d), (t, 1)))
     d_u, d_values, d_log_sum, d_modulation = pl.pallas_call(
         functools.partial(_sublayer_input_cotangents, t),
         grid=(b, pl.cdiv(t, tile)),
         in_specs=[*_merge_specs(u, values, tile), (tokens,), len(d_recent) * (tokens,)],
         out_specs=(len(u) * (tokens if per_token else sample,), len(values) * (tokens,), (column,), 2 * (sample,)),
         out_shape=(
-            tuple(jax.ShapeDtypeStruct(x.shape, x.dtype if per_token else jnp.float32) for x in u), like,
-            (jax.ShapeDtypeStruct((b, t, 1), jnp.float32),), 2 * (per_sample,),
+            tuple(jax.ShapeDtypeStruct(x.shape, x.dtype if per_token else jnp.float32) for x in u),
+            tuple(jax.ShapeDtypeStruct(v.shape, v.dtype) for v in values),
+            (per_token_column,),
+            2 * (per_sample,),
         ),
-        input_output_aliases={
-            len(u) + len(values) + 4 + r: len(u) + 1 + r for r in range(len(d_recent))
-        },
+        input_output_aliases={len(u) + len(values) + 4 + r: len(u) + 1 + r for r in range(len(d_recent))},
         cost_estimate=_merge_cost(u, values, 3 * len(values), 2),
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary")),
         interpret=interpret,
-    )(u, values, columns[0][..., None].astype(jnp.float32), modulation, g, d_recent)  # fmt: skip
+    )(u, values, columns[0][..., None].astype(jnp.float32), modulation, g, d_recent)
     return d_u, d_values, (d_log_sum[0][..., 0],), d_modulation
 
 
@@ -360,7 +359,7 @@ def _merge(u, values, log_sum):
     """
     query = u[0][...].astype(jnp.float32) if u else None
     wide = [v[...].astype(jnp.float32) for v in values]
-    inverse = [jax.lax.rsqrt(_mean(v * v) + 1e-6) for v in wide[1:]]
+    inverse = [jax.lax.rsqrt(_mean(v * v) + EPS) for v in wide[1:]]
     dots = [jnp.sum(query * v, axis=-1, keepdims=True) for v in wide[1:]]
     scores = [log_sum[...]] + [dot * r for dot, r in zip(dots, inverse, strict=True)]
     largest = functools.reduce(jnp.maximum, scores)
@@ -368,7 +367,7 @@ def _merge(u, values, log_sum):
     alpha = [w / sum(weights) for w in weights]
     h = sum(a * v for a, v in zip(alpha, wide, strict=True))
     centred = h - _mean(h)
-    inverse_deviation = jax.lax.rsqrt(_mean(centred * centred) + 1e-6)
+    inverse_deviation = jax.lax.rsqrt(_mean(centred * centred) + EPS)
     return query, wide, inverse, scores, alpha, centred * inverse_deviation, inverse_deviation
 
 

@@ -11,6 +11,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+EPS = 1e-6  # of RMSNorm and LayerNorm
+
 
 def statistics_dtype(x: Array) -> jnp.dtype:
     """float32, or float64 for a float64 array: the type of norms, scores and softmax weights."""
@@ -18,8 +20,8 @@ def statistics_dtype(x: Array) -> jnp.dtype:
 
 
 def _of_filled(function, sources: Array, count: Array):
-    """`function(sources[:n])` for the least of up to 8 sizes n >= `count`: what it returns must not depend on n."""
-    sizes = sorted({-(-len(sources) * i // 8) for i in range(1, 9)})
+    """`function(sources[:n])` for the least of up to 4 sizes n >= `count`: what it returns must not depend on n."""
+    sizes = sorted({-(-len(sources) * i // 4) for i in range(1, 5)})
     return jax.lax.switch(sum(count > n for n in sizes[:-1]), [lambda n=n: function(sources[:n]) for n in sizes])
 
 
@@ -125,7 +127,7 @@ def _merge(u, values, columns):
     alpha = jax.nn.softmax(scores, axis=0)[..., None]
     h = sum(a * v for a, v in zip(alpha, values, strict=True))
     centred = h - jnp.mean(h, axis=-1, keepdims=True)
-    inverse_deviation = jax.lax.rsqrt(jnp.mean(jnp.square(centred), axis=-1, keepdims=True) + 1e-6)
+    inverse_deviation = jax.lax.rsqrt(jnp.mean(jnp.square(centred), axis=-1, keepdims=True) + EPS)
     return scores, alpha, centred * inverse_deviation, inverse_deviation
 
 
