@@ -24,8 +24,9 @@ def layer_norm(x: Array) -> Array:
     return y.astype(x.dtype)
 
 
+@partial(jax.checkpoint, prevent_cse=False)
 def modulated_norm(x: Array, shift: Array, scale: Array) -> Array:
-    """layer_norm(x) * (1 + scale) + shift with x `[B, T, D]` and shift, scale `[B, 1, D]`."""
+    """layer_norm(x) * (1 + scale) + shift with x `[B, T, D]` and shift, scale `[B, 1, D]`; backward keeps x alone."""
     return layer_norm(x) * (1 + scale) + shift
 
 

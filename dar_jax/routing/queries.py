@@ -29,12 +29,11 @@ class Query(nn.Module):
         """
         size = newest.shape[-1]
         zeros, ones = nn.initializers.zeros, nn.initializers.ones
-        scale = self.param("scale", nn.with_logical_partitioning(ones, ("norm",)), (size,))
+        scale = self.param("scale", nn.with_logical_partitioning(ones, ("norm",)), (size,)) * size**-0.5
         if self.kind == "dynamic":
-            kernel_init = nn.with_logical_partitioning(zeros, ("embed", "query"))
-            query = nn.Dense(size, use_bias=False, dtype=self.dtype, kernel_init=kernel_init, name="project")(newest)
-        else:
-            query = self.param("weight", nn.with_logical_partitioning(zeros, ("norm",)), (size,))
-            if self.kind == "static_t":
-                query = query + time_embedding[:, None]
-        return query.astype(jnp.promote_types(query.dtype, jnp.float32)) * (scale * size**-0.5)
+            kernel = self.param("kernel", nn.with_logical_partitioning(zeros, ("embed", "query")), (size, size))
+            # The scale goes into the matrix, which is smaller than what it makes of all tokens.
+            query = newest.astype(self.dtype) @ (kernel * scale).astype(self.dtype)
+            return query.astype(jnp.promote_types(self.dtype, jnp.float32))
+        query = self.param("weight", nn.with_logical_partitioning(zeros, ("norm",)), (size,))
+        return (query + time_embedding[:, None] if self.kind == "static_t" else query) * scale

@@ -50,7 +50,7 @@ def warm_start(params: dict, layout: Layout, query: str) -> dict:
     def uniform(*leading: int) -> dict:
         scale = jnp.full((*leading, size), 0.0 if query == "static_t" else 1.0)
         if query == "dynamic":
-            return {"scale": scale, "project": {"kernel": jnp.zeros((*leading, size, size))}}
+            return {"scale": scale, "kernel": jnp.zeros((*leading, size, size))}
         return {"scale": scale, "weight": jnp.zeros((*leading, size))}
 
     steps = {f"block_{i}": block(i) for i in range(blocks_per_step)}

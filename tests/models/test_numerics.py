@@ -42,8 +42,7 @@ def test_a_block_keeps_its_dense_outputs_only():
     h, condition = jnp.ones((b, t, d)), jnp.ones((b, d))
 
     def both(block, h, condition):
-        modulation = block.modulation(condition)
-        return [branch(h, modulation) for branch in block.branches()]
+        return [branch(h, gate) for branch, _, _, gate in block.branches(condition)]
 
     params = block.init(jax.random.key(0), h, condition, method=both)["params"]
     _, vjp = jax.vjp(lambda params, h: block.apply({"params": params}, h, condition, method=both), params, h)

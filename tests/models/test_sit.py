@@ -50,7 +50,7 @@ def test_dynamic_xl_has_57_query_matrices():
     matrices = [
         leaf.size // d**2
         for path, leaf in jax.tree_util.tree_leaves_with_path(dynamic["stack"])
-        if "project" in str(path)
+        if "query" in str(path) and "kernel" in str(path)
     ]
     assert sum(matrices) == 57
     assert count(dynamic) - count(residual) == 57 * (d**2 + d)  # the matrix and the norm's scale
