@@ -31,6 +31,12 @@ ROOT = pathlib.Path(__file__).parents[2]
 MODULES = {"xla": xla, "tpu": tpu, "gpu": gpu}
 
 
+@pytest.fixture(autouse=True)
+def small_tiles(monkeypatch):
+    """Tiles of 16 tokens, so that few tokens make several, the last of them not full."""
+    monkeypatch.setattr(tpu, "VMEM_PER_TILE", 0)
+
+
 @functools.partial(jax.jit, static_argnames="flavour")
 def run(flavour, u, sources, count, g, l, before):
     """All three passes: what a read returns, the cotangent of its queries, and that of its sources plus `before`."""
