@@ -139,8 +139,8 @@ def sublayer_input_reference(u, values, log_sum, modulation, g, before):
     )
     found = {"x": x, "d_u": [i.grad for i in u], "d_values": d_values, "d_log_sum": log_sum.grad}
     found["d_modulation"] = torch.stack([m.grad for m in modulation])
-    # A score's cotangent, alpha_k (h' . v_k - h' . h), is a difference; rounding is relative to its parts.
-    parts = alpha[..., 0] * (h.grad * torch.stack(values)).sum(-1).abs()
+    # A score's cotangent, alpha_k (h' . v_k - h' . h), is a difference of sums; rounding is relative to their terms.
+    parts = alpha[..., 0] * (h.grad * torch.stack(values)).abs().sum(-1)
     sizes = {name: torch.linalg.norm(value) for name, value in found.items() if name != "d_u"}
     sizes["d_log_sum"] = torch.linalg.norm(parts[0])
     terms = sum((part[..., None] * key.abs() for part, key in zip(parts[1:], keys, strict=True)), torch.zeros(()))
