@@ -36,11 +36,17 @@ def _dots(x: tuple[Array, ...], sources: Array, count: Array) -> Array:
 
     lanes = math.gcd(d, 16)
 
+    def on_cpu(x_q, v):
+        slices = [slice(i, i + lanes) for i in range(0, d, lanes)]
+        return sum(x_q[..., i].astype(dtype) * v[..., i].astype(dtype) for i in slices) @ jnp.ones(lanes, dtype)
+
+    def elsewhere(x_q, v):
+        return jnp.sum(x_q.astype(dtype) * v.astype(dtype), axis=-1)
+
     def dots_of(x_q):
         def dots(v):
-            slices = [slice(i, i + lanes) for i in range(0, d, lanes)]
-            partial_sums = sum(x_q[..., i].astype(dtype) * v[..., i].astype(dtype) for i in slices)
-            return jnp.pad(partial_sums @ jnp.ones(lanes, dtype), ((0, k - len(v)), (0, 0), (0, 0)))
+            found = jax.lax.platform_dependent(x_q, v, cpu=on_cpu, default=elsewhere)
+            return jnp.pad(found, ((0, k - len(v)), (0, 0), (0, 0)))
 
         return _of_filled(dots, sources, count)
 
