@@ -407,7 +407,7 @@ def _tile(tokens: int, bytes_per_token: int) -> int:
     return min(tile, tokens)
 
 
-def _cost(sources: Array, mean_count: float | None, passes: int, flops: int, other_bytes: int) -> pl.CostEstimate:
+def _cost(sources: Array, mean_count: float | None, passes: float, flops: int, other_bytes: int) -> pl.CostEstimate:
     filled = (len(sources) if mean_count is None else mean_count) * sources[0].size
     return pl.CostEstimate(
         flops=int(flops * filled),
