@@ -15,7 +15,7 @@ from absl import app, flags
 from ml_collections import config_flags
 
 from dar_jax import models, sharding
-from dar_jax.diagnosis.inline import InlineDiagnosis
+from dar_jax.diagnosis.curves import InlineDiagnosis
 from dar_jax.training.optimizer import make_optimizer
 from dar_jax.training.state import make_state
 from dar_jax.training.step import make_train_step

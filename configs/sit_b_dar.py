@@ -16,7 +16,8 @@ from dar_jax import config as config_lib
 def get_config(variant=None):
     config = config_lib.default()
     config.data.update(source="latents", path="latents", vae="vae", image_size=32, flip=True)
-    config.model.update(input_size=32, channels=4, num_classes=1000, patch_size=2, dtype="bfloat16")
+    config.model.update(space="latents", input_size=32, channels=4, num_classes=1000)
+    config.model.update(patch_size=2, dtype="bfloat16")
     config.model.update(**config_lib.SIZES["B"])
     config.model.routing.chunk_size = 4
     config.train.update(num_steps=400_000, batch_size=256, log_every_steps=100)

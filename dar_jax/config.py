@@ -1,10 +1,8 @@
 """Every choice an experimenter has, with its meaning and default. A file in configs/ changes some of them.
 
-`default()` is the schema: a config with a key that is not here is an error that names the near miss.
+`default()` is the schema: a config with a key that is not here is an error that names the near miss. What values a
+field may take is checked by the package that reads it, and by `dar_jax.validate` for all of them.
 """
-
-import os
-import re
 
 from ml_collections import ConfigDict
 
@@ -45,6 +43,7 @@ def default() -> ConfigDict:
 
     config.model = model = ConfigDict()
     model.input_size = 8  # height = width of the tensor the model sees: pixels or latents
+    model.space = "pixels"  # what x1 is: pixels | latents (of data.vae)
     model.channels = 1
     model.num_classes = 10  # the null label of guidance is num_classes
     model.patch_size = 2
@@ -97,6 +96,9 @@ def default() -> ConfigDict:
     optimizer.weight_decay = 0.0
     optimizer.clip_norm = 0.0  # global norm, 0 = off
     optimizer.ema_decay = 0.9999  # per step
+    # Parameters with a learning_rate or weight_decay of their own, or frozen; the first regular expression that matches
+    # the whole path counts: (("stack/.*/adaln/.*", {"learning_rate": 1e-5}), ("label/.*", {"frozen": True}))
+    optimizer.groups = ()
 
     config.train = train = ConfigDict()
     train.num_steps = 1000
@@ -150,35 +152,11 @@ def micro_batch(config: ConfigDict) -> int:
     return config.train.batch_size // config.train.accumulate_steps
 
 
-def encodes_online(config: ConfigDict) -> bool:
-    """Whether a model of latents trains on a source of images."""
-    return config.model.channels not in (1, 3) and config.data.source not in ("latents", "synthetic")
-
-
-def check_flags(args: list[str]) -> None:
-    """Raises UserError for a --config file that does not exist and for a --config.x.y that is no field."""
-    for arg, following in zip(args, [*args, ""][1:], strict=True):
-        if match := re.match(r"--?config(?:=(.*))?$", arg):
-            path = (following if match[1] is None else match[1]).split(":")[0]
-            if not os.path.isfile(path):
-                raise UserError(f'--config = "{path}" is no file; name one like configs/digits.py.')
-        elif match := re.match(r"--?(?:no)?config\.([^=]*)", arg):
-            schema, prefix = default(), "config"
-            for key in match[1].split("."):
-                if not isinstance(schema, ConfigDict):
-                    raise UserError(f'flag "{arg}": {prefix} is a value, not a section.')
-                _check_key(key, schema, prefix)
-                schema, prefix = schema[key], f"{prefix}.{key}"
-
-
-def _check_key(key: str, schema: ConfigDict, prefix: str) -> None:
-    if key not in schema:
-        raise UserError(f'config key "{prefix}.{key}" is unknown.{near_miss(key, schema)}')
-
-
-def _check_keys(config: ConfigDict, schema: ConfigDict, prefix: str) -> None:
+def check_keys(config: ConfigDict, schema: ConfigDict | None = None, prefix: str = "config") -> None:
+    """Raises UserError for a key that `default()` has not, a key that is missing, or a value of another type."""
+    schema = default() if schema is None else schema
     for key in config:
-        _check_key(key, schema, prefix)
+        check_key(key, schema, prefix)
     for key, value in schema.items():
         name = f"{prefix}.{key}"
         if key not in config:
@@ -187,135 +165,10 @@ def _check_keys(config: ConfigDict, schema: ConfigDict, prefix: str) -> None:
         if not isinstance(config[key], kinds):
             raise UserError(f"{name} = {config[key]!r} must be of type {type(value).__name__}.")
         if isinstance(value, ConfigDict):
-            _check_keys(config[key], value, name)
+            check_keys(config[key], value, name)
 
 
-def validate(config: ConfigDict) -> None:
-    """Raises UserError, in one line, for the first value that cannot work. Touches no device and no file."""
-    _check_keys(config, default(), "config")
-    model, routing, data = config.model, config.model.routing, config.data
-    choices = {
-        "config.data.source": ("digits", "idx", "folder", "tfds", "latents", "synthetic"),
-        "config.model.dtype": ("float32", "bfloat16"),
-        "config.model.remat": ("dense", "block"),
-        "config.model.routing.kind": ("residual", "dar"),
-        "config.model.routing.query": ("static", "static_t", "dynamic"),
-        "config.model.routing.summary": ("last", "sum"),
-        "config.model.routing.final": ("dedicated", "shared", "summaries"),
-        "config.model.routing.implementation": ("auto", "xla", "pallas"),
-        "config.diffusion.interpolant": ("linear", "gvp", "vp"),
-        "config.diffusion.prediction": ("velocity", "score", "noise"),
-        "config.diffusion.weighting": ("none", "velocity", "likelihood"),
-        "config.diffusion.time": ("uniform", "logit_normal"),
-        "config.sampler.method": ("euler", "heun", "dopri5", "sde_euler", "sde_heun"),
-        "config.sampler.last_step": ("none", "mean", "tweedie", "euler"),
-        "config.sampler.diffusion_form": (
-            "constant", "sbdm", "sigma", "linear", "decreasing", "increasing_decreasing",
-        ),
-        "config.optimizer.schedule": ("constant", "cosine"),
-        "config.eval.labels": ("balanced", "random"),
-    }  # fmt: skip
-    for field, valid in choices.items():
-        value = config
-        for name in field.split(".")[1:]:
-            value = value[name]
-        check_choice(field, value, valid)
-
-    def require(condition: bool, message: str) -> None:
-        if not condition:
-            raise UserError(message)
-
-    sublayers, size = 2 * model.depth, routing.chunk_size
-    divisors = [1] + [s for s in range(2, sublayers + 1, 2) if sublayers % s == 0]
-    if routing.kind == "dar":
-        require(
-            size in divisors,
-            f"config.model.routing.chunk_size = {size} must be 1 or an even divisor of 2 * depth = {sublayers}: "
-            f"one of {divisors}.",
-        )
-    require(
-        model.hidden_size % 4 == 0 and model.hidden_size % model.num_heads == 0,
-        f"config.model.hidden_size = {model.hidden_size} must be divisible by 4 and by num_heads = {model.num_heads}.",
-    )
-    require(
-        model.input_size % model.patch_size == 0,
-        f"config.model.input_size = {model.input_size} must be divisible by patch_size = {model.patch_size}.",
-    )
-    online = encodes_online(config)
-    require(
-        not online or data.vae != "",
-        f"config.model.channels = {model.channels} does not suit images; take 1 (grey) or 3 (RGB) channels, or name in "
-        "config.data.vae the VAE that encodes them.",
-    )
-    require(
-        online or data.image_size == model.input_size,
-        f"config.data.image_size = {data.image_size} must equal config.model.input_size = {model.input_size}.",
-    )
-    for field, value in (
-        ("train.num_steps", config.train.num_steps),
-        ("train.batch_size", config.train.batch_size),
-        ("train.accumulate_steps", config.train.accumulate_steps),
-        ("train.log_every_steps", config.train.log_every_steps),
-        ("checkpoint.every_steps", config.checkpoint.every_steps),
-        ("checkpoint.keep", config.checkpoint.keep),
-        ("sampler.num_steps", config.sampler.num_steps),
-        ("eval.batch_size", config.eval.batch_size),
-        ("eval.grid_size", config.eval.grid_size),
-        ("diagnosis.num_images", config.diagnosis.num_images),
-    ):
-        require(value >= 1, f"config.{field} = {value} must be at least 1.")
-    require(
-        config.train.batch_size % config.train.accumulate_steps == 0,
-        f"config.train.batch_size = {config.train.batch_size} must be divisible by "
-        f"accumulate_steps = {config.train.accumulate_steps}.",
-    )
-    for field, value in (
-        ("seed", config.seed),
-        ("data.num_workers", data.num_workers),
-        ("optimizer.warmup_steps", config.optimizer.warmup_steps),
-        ("train.max_skipped", config.train.max_skipped),
-        ("eval.every_steps", config.eval.every_steps),
-        ("eval.final_samples", config.eval.final_samples),
-        ("diagnosis.every_steps", config.diagnosis.every_steps),
-    ):
-        require(value >= 0, f"config.{field} = {value} must not be negative.")
-    require(config.diffusion.time_std > 0, f"config.diffusion.time_std = {config.diffusion.time_std} must be positive.")
-    low, high = config.sampler.cfg_interval
-    require(
-        0 <= low <= high <= 1,
-        f"config.sampler.cfg_interval = ({low}, {high}) must satisfy 0 <= low <= high <= 1.",
-    )
-    require(
-        0 <= config.sampler.cfg_channels <= model.channels,
-        f"config.sampler.cfg_channels = {config.sampler.cfg_channels} must be in 0 (all) to "
-        f"config.model.channels = {model.channels}.",
-    )
-    num_samples = config.eval.num_samples
-    require(
-        not config.eval.every_steps or model.channels in (1, 3) or data.vae != "",
-        f"config.eval.every_steps = {config.eval.every_steps} asks for images, but the model makes latents of "
-        f"{model.channels} channels; name their VAE in config.data.vae, or set every_steps = 0.",
-    )
-    require(
-        not (config.eval.every_steps and num_samples)
-        or model.channels in (1, 3)
-        or (config.eval.inception and config.eval.reference),
-        f"config.eval.num_samples = {num_samples}: to score decoded latents, set config.eval.inception and "
-        "config.eval.reference; set num_samples = 0 to draw grids only.",
-    )
-    require(
-        num_samples == 0 or num_samples >= 2,
-        f"config.eval.num_samples = {num_samples} must be 0 (no metrics) or at least 2.",
-    )
-    require(
-        not (config.eval.every_steps and num_samples) or config.eval.inception or 8 <= data.image_size <= 64,
-        f"config.data.image_size = {data.image_size} is not in 8..64, as fd_convnet needs; "
-        "set config.eval.inception, or config.eval.num_samples = 0 to draw grids only.",
-    )
-    require(0 <= model.label_dropout < 1, f"config.model.label_dropout = {model.label_dropout} must be in [0, 1).")
-    sizes = list(config.mesh.values())
-    require(
-        all(size >= 1 or size == -1 for size in sizes) and sizes.count(-1) <= 1,
-        f"config.mesh {', '.join(f'{axis} = {size}' for axis, size in config.mesh.items())}: each must be at least 1, "
-        "but one of them may be -1, all the rest.",
-    )
+def check_key(key: str, schema: ConfigDict, prefix: str) -> None:
+    """Raises UserError unless `schema`, the section `prefix`, has the field `key`."""
+    if key not in schema:
+        raise UserError(f'config key "{prefix}.{key}" is unknown.{near_miss(key, schema)}')

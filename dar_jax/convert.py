@@ -13,7 +13,7 @@ dar_jax.prepare --vae, dar_jax.sample --vae and config.data.vae.
 
 from absl import flags
 
-from dar_jax import errors
+from dar_jax import cli, errors
 
 KIND = flags.DEFINE_string(
     "kind", None, "What the weights are: sit (residual, any size) | inception (of FID) | vae (f8)"
@@ -26,7 +26,7 @@ NUM_HEADS = flags.DEFINE_integer("num_heads", None, "sit: attention heads; defau
 
 
 def main(_):
-    errors.require_flags(kind=KIND.value, input=INPUT.value, output=OUTPUT.value)
+    cli.require_flags(kind=KIND.value, input=INPUT.value, output=OUTPUT.value)
     errors.check_choice("--kind", KIND.value, ("sit", "inception", "vae"))
     from dar_jax.pretrained.state_dict import read_state_dict
 
@@ -48,15 +48,16 @@ def main(_):
 
 def _convert_sit(state_dict: dict) -> None:
     from dar_jax import config as config_lib
+    from dar_jax.checkpoint import write_weights
     from dar_jax.pretrained import sit
-    from dar_jax.training.checkpoint import write_weights
+    from dar_jax.validate import validate
 
     config = config_lib.default()
-    config.model.update(sit.infer_model(state_dict, NUM_HEADS.value))
+    config.model.update(sit.infer_model(state_dict, NUM_HEADS.value), space="latents")
     config.model.routing.kind = "residual"
     config.data.update(source="synthetic", image_size=config.model.input_size)  # the weights do not tell their data
     config.eval.batch_size = 64
-    config_lib.validate(config)
+    validate(config)
     write_weights(OUTPUT.value, config, sit.params_from_torch(state_dict))
     model = config.model
     print(
@@ -67,4 +68,4 @@ def _convert_sit(state_dict: dict) -> None:
 
 
 if __name__ == "__main__":
-    errors.run(main)
+    cli.run(main)

@@ -8,7 +8,7 @@ report.html (which needs no other file), every figure as PNG and PDF, and diagno
 
 from absl import flags
 
-from dar_jax import errors, runtime
+from dar_jax import cli, runtime
 
 WORKDIR = flags.DEFINE_string("workdir", None, "A directory that dar_jax.main wrote, residual or routed")
 COMPARE = flags.DEFINE_string("compare", None, "Another one, to show beside it")
@@ -24,29 +24,33 @@ NUM_SAMPLES = flags.DEFINE_integer("num_samples", None, "Samples it scores; defa
 
 
 def main(_):
-    errors.require_flags(workdir=WORKDIR.value, out=OUT.value)
-    try:
-        times = None if TIMESTEPS.value is None else [float(t) for t in TIMESTEPS.value]
-    except ValueError as error:
-        raise errors.UserError(f"--timesteps = {','.join(TIMESTEPS.value)} must be numbers: 0,0.5,1.") from error
+    cli.require_flags(workdir=WORKDIR.value, out=OUT.value)
+    times = None if TIMESTEPS.value is None else cli.parse_numbers("timesteps", TIMESTEPS.value)
     runtime.start()
-    from dar_jax.diagnosis.jobs import diagnose
-    from dar_jax.training.logs import say
+    from dar_jax.checkpoint import load_config
+    from dar_jax.diagnosis.runs import diagnose
+    from dar_jax.logs import say
+    from dar_jax.validate import validate
 
     workdirs = [workdir for workdir in (WORKDIR.value, COMPARE.value) if workdir]
+    configs = [load_config(workdir) for workdir in workdirs]
+    for config in configs:
+        config.data.eval_split = SPLIT.value or config.data.eval_split
+        config.eval.num_samples = config.eval.num_samples if NUM_SAMPLES.value is None else NUM_SAMPLES.value
+        config.eval.every_steps = 0  # what a run could not evaluate can still be diagnosed
+        validate(config)
     written = diagnose(
+        configs,
         workdirs,
         OUT.value,
-        split=SPLIT.value,
         num_images=NUM_IMAGES.value,
         timesteps=times,
         batch_size=BATCH_SIZE.value,
         canonical=CANONICAL.value,
-        num_samples=NUM_SAMPLES.value,
     )
     for path in written:
         say(f"wrote {path}")
 
 
 if __name__ == "__main__":
-    errors.run(main)
+    cli.run(main)

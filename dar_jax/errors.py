@@ -1,10 +1,8 @@
-"""One way for a user's mistake to reach the user: a single clear line and exit code 2."""
+"""A user's mistake, and the checks of words and numbers that find it. `cli.run` prints it as one line."""
 
-import contextlib
 import difflib
-import os
-import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 
 class UserError(ValueError):
@@ -25,51 +23,26 @@ def check_choice(field: str, value: str, valid: Iterable[str]) -> None:
         raise UserError(f'{field} = "{value}" is unknown.{near_miss(str(value), valid)}')
 
 
-def require_flags(**values) -> None:
-    """Raises UserError for a flag that was not given."""
-    for name, value in values.items():
-        if value is None:
-            raise UserError(f"--{name} is required; see --help.")
+def require(condition: bool, message: str) -> None:
+    """Raises UserError with `message` unless `condition` holds."""
+    if not condition:
+        raise UserError(message)
 
 
-def run(main) -> None:
-    """Runs a door under absl. A user's mistake, in a flag or later, is one line on stderr and exit code 2."""
-    from absl import app, flags, logging
+def check_ranges(prefix: str, section: Mapping[str, Any], **intervals: str) -> None:
+    """Raises UserError for the first number of `section` outside its interval; NaN and infinity are outside all.
 
-    from dar_jax.config import check_flags
-
-    os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")  # else tensorflow, which clu imports, greets on stderr
-    logging.set_verbosity(logging.FATAL)  # orbax describes its every move, and every error that it raises anyway
-
-    def parse(argv):
-        if {"--help", "-help", "--helpshort", "--helpfull"} & set(argv):
-            with contextlib.suppress(SystemExit):  # absl leaves with 1
-                flags.FLAGS(argv)
-            sys.exit(0)
-        try:
-            check_flags(argv[1:])
-            rest = flags.FLAGS(argv)[1:]
-            if rest:
-                raise UserError(f'"{rest[0]}" is not understood; a flag is written --name=value, see --help.')
-            return argv[:1]
-        except (flags.Error, OSError, AttributeError, KeyError, TypeError, ValueError) as error:
-            _exit(error)
-
-    def guarded(argv):
-        try:
-            main(argv)
-        except UserError as error:
-            _exit(error)
-
-    app.run(guarded, flags_parser=parse)
-
-
-def _exit(error: Exception) -> None:
-    if "Traceback" in str(error):  # ml_collections hides what a config file raised in the text of another error
-        while error.__cause__ or error.__context__:
-            error = error.__cause__ or error.__context__
-    while error.args and isinstance(error.args[0], Exception):
-        error = error.args[0]
-    text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
-    print(f"error: {' '.join(text.split())}", file=sys.stderr, flush=True)
-    sys.exit(2)
+    Args:
+      prefix: what the section is called, as "config.optimizer".
+      section: holds the fields.
+      intervals: by field, as "[0, 1)", "(0, inf)" or "[1, inf)".
+    """
+    for name, interval in intervals.items():
+        value = section[name]
+        low, high = (float(end) for end in interval[1:-1].split(","))
+        above = value >= low if interval[0] == "[" else value > low
+        below = value <= high if interval[-1] == "]" else value < high
+        if not (above and below):
+            rule = f"at least {low:g}" if interval[0] == "[" and interval.endswith("inf)") else f"in {interval}"
+            rule += " and finite" if isinstance(value, float) and interval.endswith("inf)") else ""
+            raise UserError(f"{prefix}.{name} = {value} must be {rule}.")

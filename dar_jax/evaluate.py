@@ -9,13 +9,12 @@ a run goes on where it was when the same command is given again. Without --incep
 by a convnet (fd_convnet), which is not FID.
 """
 
-import json
 import pathlib
 
 from absl import flags
 from ml_collections import config_flags
 
-from dar_jax import errors, runtime
+from dar_jax import cli, errors, files, runtime
 
 WORKDIR = flags.DEFINE_string("workdir", None, "A run to sample from and score")
 SAMPLES = flags.DEFINE_string("samples", None, "Or an .npz of samples, arr_0 uint8 [N, H, W, C]")
@@ -51,21 +50,22 @@ def main(_):
     results = _evaluate_run() if WORKDIR.value else [_evaluate_file()]
     import jax
 
-    from dar_jax.evaluation import jobs
+    from dar_jax.evaluation import scoring
 
     if jax.process_index() > 0:
         return
-    print(jobs.table(results))
+    print(scoring.table(results))
     if JSON.value:
-        pathlib.Path(JSON.value).write_text(json.dumps(results, indent=2) + "\n")
+        files.write_json(JSON.value, results, indent=2)
         print(f"wrote {JSON.value}")
     if SAMPLES_OUT.value:
         print(f"wrote {SAMPLES_OUT.value}")
 
 
 def _evaluate_run() -> list[dict]:
-    from dar_jax.evaluation import jobs
-    from dar_jax.training.checkpoint import load_config
+    from dar_jax.checkpoint import load_config
+    from dar_jax.evaluation import scoring
+    from dar_jax.validate import validate
 
     config = load_config(WORKDIR.value)
     config.eval.num_samples = NUM_SAMPLES.value
@@ -82,30 +82,32 @@ def _evaluate_run() -> list[dict]:
     ):
         if flag.value is not None:
             section[field] = flag.value
-    try:
-        scales = [float(scale) for scale in CFG_SWEEP.value or [config.sampler.cfg_scale]]
-    except ValueError as error:
-        raise errors.UserError(f"--cfg_sweep = {','.join(CFG_SWEEP.value)} must be numbers: 1,1.25,1.5.") from error
-    return jobs.evaluate_run(config, WORKDIR.value, STEP.value, scales, SAMPLES_OUT.value)
+    scales = cli.parse_numbers("cfg_sweep", CFG_SWEEP.value) if CFG_SWEEP.value else [config.sampler.cfg_scale]
+    for scale in scales:
+        config.sampler.cfg_scale = scale
+        validate(config)
+    return scoring.evaluate_run(config, WORKDIR.value, STEP.value, scales, SAMPLES_OUT.value)
 
 
 def _evaluate_file() -> dict:
-    from dar_jax.evaluation import jobs
+    from dar_jax.evaluation import scoring
 
-    errors.require_flags(reference=REFERENCE.value)
-    return jobs.evaluate_file(SAMPLES.value, REFERENCE.value, INCEPTION.value or "", NUM_SAMPLES.value)
+    cli.require_flags(reference=REFERENCE.value)
+    return scoring.evaluate_file(SAMPLES.value, REFERENCE.value, INCEPTION.value or "", NUM_SAMPLES.value)
 
 
 def _write_reference() -> None:
-    from dar_jax.evaluation import jobs
-    from dar_jax.training.logs import say
+    from dar_jax.evaluation import scoring
+    from dar_jax.logs import say
+    from dar_jax.validate import validate
 
-    errors.require_flags(config=CONFIG.value)
+    cli.require_flags(config=CONFIG.value)
     config = CONFIG.value
+    validate(config)
     config.eval.inception = INCEPTION.value or config.eval.inception
-    count = jobs.write_reference(config, SPLIT.value or config.data.eval_split, WRITE_REFERENCE.value)
+    count = scoring.write_reference(config, SPLIT.value or config.data.eval_split, WRITE_REFERENCE.value)
     say(f"wrote {WRITE_REFERENCE.value} of {count} images")
 
 
 if __name__ == "__main__":
-    errors.run(main)
+    cli.run(main)

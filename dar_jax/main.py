@@ -9,7 +9,7 @@ import sys
 from absl import flags
 from ml_collections import config_flags
 
-from dar_jax import errors, runtime
+from dar_jax import cli, runtime
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "Experiment, and its variant: configs/digits.py:static_t")
 PROFILE = flags.DEFINE_integer(
@@ -19,12 +19,14 @@ WORKDIR = flags.DEFINE_string("workdir", None, "Directory of checkpoints, sample
 
 
 def main(_):
-    errors.require_flags(config=CONFIG.value, workdir=WORKDIR.value)
+    cli.require_flags(config=CONFIG.value, workdir=WORKDIR.value)
     signal.signal(signal.SIGTERM, _stop)  # until the loop listens; the imports take seconds
     if runtime.start() == 1:  # of several processes jax.distributed listens, and tells all
         signal.signal(signal.SIGTERM, _stop)
     from dar_jax.training.loop import train
+    from dar_jax.validate import validate
 
+    validate(CONFIG.value)
     train(CONFIG.value, WORKDIR.value, PROFILE.value)
 
 
@@ -34,4 +36,4 @@ def _stop(*_):
 
 
 if __name__ == "__main__":
-    errors.run(main)
+    cli.run(main)

@@ -5,7 +5,6 @@ compiler's estimate of its time. A TPU topology needs libtpu (pip install -e ".[
 """
 
 import dataclasses
-import json
 import os
 import pathlib
 import re
@@ -13,7 +12,7 @@ import re
 from absl import flags
 from ml_collections import config_flags
 
-from dar_jax import errors
+from dar_jax import cli, errors, files
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "Experiment, and its variant: configs/digits.py:static_t")
 TOPOLOGY = flags.DEFINE_list(
@@ -27,13 +26,15 @@ LAUNCH_FLAGS = pathlib.Path(__file__).parents[1] / "launch" / "xla_flags.sh"
 
 
 def main(_):
-    errors.require_flags(config=CONFIG.value, topology=TOPOLOGY.value)
+    cli.require_flags(config=CONFIG.value, topology=TOPOLOGY.value)
     for flag, path in {"json": JSON.value, "plot": PLOT.value}.items():
         if path and not pathlib.Path(path).absolute().parent.is_dir():
             raise errors.UserError(f'--{flag} = "{path}" is in no directory; make it first.')
     _set_environment(TOPOLOGY.value)
     from dar_jax import planning
+    from dar_jax.validate import validate
 
+    validate(CONFIG.value)
     several = len(TOPOLOGY.value) > 1
     make = planning.make_fitting_plan if several or FIT.value else planning.make_plan
     plans = []
@@ -44,7 +45,7 @@ def main(_):
         print(planning.table(plans))
     if JSON.value:
         found = [dataclasses.asdict(plan) for plan in plans]
-        pathlib.Path(JSON.value).write_text(json.dumps(found if several else found[0], indent=2) + "\n")
+        files.write_json(JSON.value, found if several else found[0], indent=2)
         print(f"wrote {JSON.value}")
     if PLOT.value:
         planning.plot({"": plans}, PLOT.value)
@@ -69,4 +70,4 @@ def _set_environment(topologies: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    errors.run(main)
+    cli.run(main)

@@ -10,7 +10,7 @@ import re
 
 from absl import flags
 
-from dar_jax import errors
+from dar_jax import cli, errors
 
 SOURCE = flags.DEFINE_string("source", None, "tfds:NAME (prepared as array_record) | folder:PATH | idx:PATH")
 DATA_DIR = flags.DEFINE_string("data_dir", "", "tfds: where the set is; default: the tfds default")
@@ -27,11 +27,11 @@ VERIFY = flags.DEFINE_bool("verify", False, "Check the finished set in --out and
 
 
 def main(_):
-    errors.require_flags(out=OUT.value)
+    cli.require_flags(out=OUT.value)
     if VERIFY.value:
         _verify()
         return
-    errors.require_flags(source=SOURCE.value, vae=VAE.value)
+    cli.require_flags(source=SOURCE.value, vae=VAE.value)
     worker = re.fullmatch(r"(\d+)/(\d+)", WORKER.value)
     if not worker or int(worker[1]) >= int(worker[2]):
         raise errors.UserError(f'--worker = "{WORKER.value}" must be i/n with 0 <= i < n, as 0/4.')
@@ -85,4 +85,4 @@ def _verify():
 
 
 if __name__ == "__main__":
-    errors.run(main)
+    cli.run(main)

@@ -6,7 +6,7 @@ uint8 [N, H, W, C] and, as arr_1, the labels int64 [N]. Without --vae, a model o
 
 from absl import flags
 
-from dar_jax import errors, runtime
+from dar_jax import cli, runtime
 
 WORKDIR = flags.DEFINE_string("workdir", None, "A directory that dar_jax.main wrote")
 STEP = flags.DEFINE_integer("step", None, "Checkpoint to load; default: the latest")
@@ -22,11 +22,12 @@ OUT = flags.DEFINE_string("out", "samples.png", "A .png grid or an .npz of image
 
 
 def main(_):
-    errors.require_flags(workdir=WORKDIR.value)
+    cli.require_flags(workdir=WORKDIR.value)
     runtime.start()
+    from dar_jax.checkpoint import load_config
     from dar_jax.evaluation.sampling import sample_to_file
-    from dar_jax.training.checkpoint import load_config
-    from dar_jax.training.logs import say
+    from dar_jax.logs import say
+    from dar_jax.validate import validate
 
     config = load_config(WORKDIR.value)
     for field, flag in {"method": SAMPLER, "num_steps": STEPS, "cfg_scale": CFG_SCALE}.items():
@@ -35,9 +36,10 @@ def main(_):
     config.data.vae = VAE.value or config.data.vae
     config.seed = config.seed if SEED.value is None else SEED.value
     config.eval.batch_size = BATCH_SIZE.value or config.eval.batch_size
+    validate(config)
     sample_to_file(config, WORKDIR.value, STEP.value, LABELS.value, NUM_PER_LABEL.value, OUT.value)
     say(f"wrote {OUT.value}")
 
 
 if __name__ == "__main__":
-    errors.run(main)
+    cli.run(main)

@@ -2,7 +2,7 @@
 
 import contextlib
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import flax.linen as nn
 import jax
@@ -11,7 +11,7 @@ from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
-from dar_jax.errors import UserError
+from dar_jax.errors import UserError, require
 
 AXES = ("data", "fsdp", "tensor")
 
@@ -36,6 +36,16 @@ RULES = (
     ("query", "tensor"),
     ("tokens", "tensor"),
 )
+
+
+def check(mesh: ConfigDict) -> None:
+    """Raises UserError for sizes in `config.mesh` that fit no number of devices."""
+    sizes = [mesh[axis] for axis in AXES]
+    require(
+        all(size >= 1 or size == -1 for size in sizes) and sizes.count(-1) <= 1,
+        f"config.mesh {', '.join(f'{axis} = {mesh[axis]}' for axis in AXES)}: each must be at least 1, but one of them "
+        "may be -1, all the rest.",
+    )
 
 
 def make_mesh(mesh: ConfigDict, devices: Sequence[jax.Device] | None = None) -> Mesh:
@@ -77,7 +87,7 @@ def fit(mesh: ConfigDict, devices: Sequence[jax.Device] | None = None) -> None:
 
 
 def _num_slices(devices: Sequence[jax.Device]) -> int:
-    """Of TPUs; jax also numbers the hosts of GPUs so, between which fsdp may well go."""
+    """Number of TPU slices, 1 elsewhere. GPUs report a slice index per host, but fsdp may go from host to host."""
     return len({getattr(device, "slice_index", 0) for device in devices if device.platform == "tpu"}) or 1
 
 
@@ -151,6 +161,22 @@ def unbox(tree):
     """Strips linen's boxes of logical names. (`nn.unbox` would also constrain abstract or eager values.)"""
     is_box = lambda x: isinstance(x, nn.meta.AxisMetadata)  # noqa: E731
     return jax.tree.map(lambda x: x.value if is_box(x) else x, tree, is_leaf=is_box)
+
+
+def abstract(mesh: Mesh, make: Callable):
+    """Shapes, dtypes and shardings of the (boxed) tree that make() returns: the target of a restore.
+
+    Raises UserError where a size does not divide.
+    """
+    boxed = jax.eval_shape(make)
+    return jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), unbox(boxed), tree_shardings(mesh, boxed)
+    )
+
+
+def make(abstract, make: Callable):
+    """The tree that make() returns, without boxes, computed on the shardings of its `abstract` form."""
+    return jax.jit(lambda: unbox(make()), out_shardings=jax.tree.map(lambda x: x.sharding, abstract))()
 
 
 def tree_shardings(mesh: Mesh, abstract):

@@ -18,7 +18,6 @@ with moments if a VAE made them, and with the image if asked for or if there is 
     shards        name, records, bytes and sha256 of every file, in order
 """
 
-import hashlib
 import json
 import pathlib
 from collections.abc import Iterable
@@ -28,6 +27,7 @@ from typing import Any
 import numpy as np
 from array_record.python.array_record_data_source import ArrayRecordDataSource
 
+from dar_jax import files
 from dar_jax.errors import UserError
 
 SCHEMA = 1
@@ -66,16 +66,10 @@ def read_manifest(path: pathlib.Path) -> dict[str, Any]:
     return manifest
 
 
-def checksum(path: pathlib.Path) -> str:
-    """SHA-256 of a file."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def check_checksums(path: pathlib.Path, shards: list[dict[str, Any]]) -> None:
     """Reads `shards`, entries of the manifest, as a whole; raises UserError that names those that are damaged."""
     with ThreadPoolExecutor(8) as pool:  # hashing releases the interpreter
-        sums = pool.map(checksum, [path / shard["name"] for shard in shards])
+        sums = pool.map(files.sha256, [path / shard["name"] for shard in shards])
         bad = [shard["name"] for shard, found in zip(shards, sums, strict=True) if found != shard["sha256"]]
     if bad:
         raise UserError(
@@ -108,13 +102,13 @@ class LatentSource:
         (record,) = np.frombuffer(self.records[index], self.dtype)
         return {name: record[name] for name in self.dtype.names} | {"label": int(record["label"])}
 
-    def check(self, image_size: int, channels: int, vae_fingerprint: str | None) -> None:
+    def check(self, space: str, image_size: int, channels: int, vae_fingerprint: str | None) -> None:
         """Raises UserError unless a model of these inputs, and of this VAE, if there is one, can learn from here."""
-        wanted = "image" if channels in (1, 3) else "moments"
+        wanted = "image" if space == "pixels" else "moments"
         if wanted not in self.dtype.names:
             option = "--keep_images" if wanted == "image" else "--vae=DIR"
             raise UserError(
-                f'config.model.channels = {channels} asks for {wanted}, but the records of "{self.path}" have only '
+                f'config.model.space = {space} asks for {wanted}, but the records of "{self.path}" have only '
                 f"{', '.join(self.dtype.names)}; prepare them with {option}."
             )
         if wanted == "moments" and self.dtype["moments"].shape[2:] != (image_size, image_size, channels):

@@ -15,19 +15,8 @@ from ml_collections import ConfigDict
 from dar_jax.data.images import center_crop, to_channels, to_float
 from dar_jax.data.latents import LatentSource, check_checksums, draw_latent
 from dar_jax.data.sources import open_source
-from dar_jax.errors import UserError
 
 _MAX_THREADS = 16
-
-
-def _is_latent(data: ConfigDict, channels: int) -> bool:
-    """Whether the model learns latents. Prepared data may hold pixels as well, which three channels ask for."""
-    return data.source == "synthetic" or (data.source == "latents" and channels not in (1, 3))
-
-
-def _check_channels(channels: int) -> None:
-    if channels not in (1, 3):
-        raise UserError(f"config.model.channels = {channels} does not suit images; take 1 (grey) or 3 (RGB) channels.")
 
 
 @functools.lru_cache(maxsize=4)
@@ -37,7 +26,14 @@ def _epoch_order(seed: int, epoch: int, size: int) -> np.ndarray:
 
 
 def train_iterator(
-    data: ConfigDict, *, channels: int, batch_size: int, seed: int, first_step: int = 0, rows: np.ndarray | None = None
+    data: ConfigDict,
+    *,
+    space: str,
+    channels: int,
+    batch_size: int,
+    seed: int,
+    first_step: int = 0,
+    rows: np.ndarray | None = None,
 ) -> grain.DatasetIterator:
     """Iterates over this process's rows of the training batches, without end.
 
@@ -51,6 +47,7 @@ def train_iterator(
 
     Args:
       data: `config.data`.
+      space: "pixels" or "latents": what x1 is. Prepared data may hold both.
       channels: 1 (grey) or 3 (RGB), to which images are converted; or those of latents.
       batch_size: examples per step over all processes.
       seed: of the order and the flips, 0 <= seed.
@@ -58,20 +55,18 @@ def train_iterator(
       rows: which rows of every batch to read, int [b] ascending (`sharding.local_rows`); None for all.
 
     Returns:
-      A grain iterator of {"image": float32 [b, S, S, channels], "label": int32 [b]}, S = data.image_size: images in
-      [-1, 1], or scaled latents.
+      A grain iterator of {"x1": float32 [b, S, S, channels], "condition": {"label": int32 [b]}}, S = data.image_size:
+      images in [-1, 1], or scaled latents.
 
     Raises:
-      UserError: the split cannot be opened, or channels, batch_size or `data.vae` do not fit, or a shard of latents
-        is damaged. `next` raises it for a damaged image.
+      UserError: the split cannot be opened, prepared data do not fit `space`, channels or `data.vae`, or a shard is
+        damaged. `next` raises it for a damaged image.
     """
-    latent = _is_latent(data, channels)
-    if not latent:
-        _check_channels(channels)
+    is_latent = space == "latents"
     rows = np.arange(batch_size) if rows is None else rows
     source, size, flip = open_source(data, data.train_split), data.image_size, data.flip
     if data.source == "latents":
-        _check_latents(source, data, channels, batch_size, rows)
+        _check_latents(source, data, space, channels, batch_size, rows)
 
     def load(i: int) -> dict[str, Any]:
         step, row = divmod(i, len(rows))
@@ -80,18 +75,16 @@ def train_iterator(
         epoch, i = divmod(place, len(source))
         example = source[int(_epoch_order(seed, epoch, len(source))[i])]
         mirrored = flip and rng.random() < 0.5
-        if latent and "moments" in example:
-            image = draw_latent(example["moments"][int(mirrored)], source.scale, rng)
+        if is_latent and "moments" in example:
+            x1 = draw_latent(example["moments"][int(mirrored)], source.scale, rng)
         else:
-            image = example["image"]
-            if not latent:
-                image = center_crop(to_channels(image, channels), size)
-            image = image[:, ::-1] if mirrored else image
-        return {"image": image, "label": np.int32(example["label"])}
+            image = example["image"] if is_latent else center_crop(to_channels(example["image"], channels), size)
+            x1 = image[:, ::-1] if mirrored else image
+        return {"x1": x1, "condition": {"label": np.int32(example["label"])}}
 
     def scale(batch: dict[str, Any]) -> dict[str, Any]:
-        image = batch["image"]
-        return {"image": to_float(image) if image.dtype == np.uint8 else image, "label": batch["label"]}
+        x1 = batch["x1"]
+        return {**batch, "x1": to_float(x1) if x1.dtype == np.uint8 else x1}
 
     stream = grain.MapDataset.range(first_step * len(rows), sys.maxsize).map(load)
     stream = stream.batch(len(rows), drop_remainder=True).map(scale)
@@ -105,13 +98,15 @@ def train_iterator(
     return iter(batches)
 
 
-def _check_latents(source: LatentSource, data: ConfigDict, channels: int, batch_size: int, rows: np.ndarray) -> None:
+def _check_latents(
+    source: LatentSource, data: ConfigDict, space: str, channels: int, batch_size: int, rows: np.ndarray
+) -> None:
     fingerprint = None
     if data.vae:
         from dar_jax.pretrained.vae import read_header  # imports jax, which worker processes can do without
 
         fingerprint = read_header(data.vae, "config.data.vae")["fingerprint"]
-    source.check(data.image_size, channels, fingerprint)
+    source.check(space, data.image_size, channels, fingerprint)
     if data.verify:
         # Each shard goes with one row of the batch, so that processes, whatever rows they have, check all together.
         shards = source.manifest["shards"]
@@ -134,12 +129,11 @@ def image_batches(
       Images, uint8 [b, S, S, channels] with S = data.image_size, and labels, int32 [b].
 
     Raises:
-      UserError: the split cannot be opened, channels is neither 1 nor 3, or an image is damaged.
+      UserError: the split cannot be opened, or an image is damaged.
     """
-    _check_channels(channels)
     source = open_source(data, split)
     if data.source == "latents":
-        source.check(data.image_size, channels, None)
+        source.check("pixels", data.image_size, channels, None)
     count = len(source) if limit is None else min(limit, len(source))
 
     def load(i: int) -> tuple[np.ndarray, int]:

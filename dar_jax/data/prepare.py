@@ -17,8 +17,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from array_record.python.array_record_module import ArrayRecordWriter
 
+from dar_jax import files
 from dar_jax.data.images import center_crop, to_channels
-from dar_jax.data.latents import SCHEMA, checksum, read_manifest, record_dtype
+from dar_jax.data.latents import SCHEMA, read_manifest, record_dtype
 from dar_jax.data.sources import Source
 from dar_jax.errors import UserError
 
@@ -96,10 +97,8 @@ def prepare(
         gives a number that the dtype cannot hold.
     """
     directory = pathlib.Path(out)
-    try:
+    with files.writing(out, "--out"):
         _claim(directory, settings)
-    except OSError as error:
-        raise UserError(f'--out = "{out}" cannot be written: {error.strerror}; take another.') from error
     count = -(-settings["num_source"] // settings["shard_size"])
     names = [f"shard-{i:05d}-of-{count:05d}.array_record" for i in range(count)]
     if (directory / "manifest.json").exists():
@@ -126,7 +125,7 @@ def prepare(
         "skipped": [line for entry in entries for line in entry.pop("skipped")],
         "shards": entries,
     }
-    _write_json(directory / "manifest.json", manifest)
+    files.write_json(directory / "manifest.json", manifest, indent=1)
     size = sum(entry["bytes"] for entry in entries)
     say(
         f"wrote {out}: {manifest['num_examples']:,} examples in {count} shards, {size / 1e9:.3g} GB, "
@@ -165,7 +164,7 @@ def _claim(directory: pathlib.Path, settings: dict[str, Any]) -> None:
     manifest, notes = directory / "manifest.json", directory / "progress" / "settings.json"
     if not manifest.exists() and not notes.exists():
         notes.parent.mkdir(parents=True, exist_ok=True)
-        _write_json(notes, settings)
+        files.write_json(notes, settings, indent=1)
     stored = json.loads((manifest if manifest.exists() else notes).read_text())
     for key, value in settings.items():
         if stored.get(key) != value:
@@ -182,12 +181,6 @@ def _finished(directory: pathlib.Path, name: str) -> dict[str, Any] | None:
         return entry if (directory / name).stat().st_size == entry["bytes"] else None
     except FileNotFoundError:
         return None
-
-
-def _write_json(path: pathlib.Path, content: dict[str, Any]) -> None:
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(json.dumps(content, indent=1) + "\n")
-    os.replace(temporary, path)
 
 
 def _make_encode(vae: "Vae") -> tuple[Callable[[np.ndarray], Any], int]:
@@ -207,44 +200,43 @@ def _write_shard(directory, name, number, source, settings, encode, batch_size, 
     size = settings["shard_size"]
     indices = range(number * size, min((number + 1) * size, settings["num_source"]))
     dtype, skipped, records = record_dtype(settings["fields"]), [], 0
-    temporary = directory / f"{name}.tmp"
-    writer = ArrayRecordWriter(str(temporary), _OPTIONS)
+    with files.replacing(directory / name, only_writer=True) as temporary:
+        writer = ArrayRecordWriter(str(temporary), _OPTIONS)
 
-    def write(labels: list[int], images: np.ndarray, moments: Any) -> None:
-        batch = np.zeros(len(labels), dtype)
-        batch["label"] = labels
-        if "image" in dtype.names:
-            batch["image"] = images[: len(labels)]
-        if moments is not None:
-            with np.errstate(over="ignore"):
-                batch["moments"] = np.stack(moments, axis=1)[: len(labels)]
-            if not np.isfinite(batch["moments"]).all():
-                raise UserError(f"the VAE gives moments that are no numbers of {dtype['moments'].base} in {name}.")
-        for record in batch:
-            writer.write(record.tobytes())
+        def write(labels: list[int], images: np.ndarray, moments: Any) -> None:
+            batch = np.zeros(len(labels), dtype)
+            batch["label"] = labels
+            if "image" in dtype.names:
+                batch["image"] = images[: len(labels)]
+            if moments is not None:
+                with np.errstate(over="ignore"):
+                    batch["moments"] = np.stack(moments, axis=1)[: len(labels)]
+                if not np.isfinite(batch["moments"]).all():
+                    raise UserError(f"the VAE gives moments that are no numbers of {dtype['moments'].base} in {name}.")
+            for record in batch:
+                writer.write(record.tobytes())
 
-    pending = None  # a batch on its way through the devices
-    try:
-        for labels, images, errors in _batches(source, indices, settings["image_size"], batch_size, pool):
-            skipped += [progress.skip(error) for error in errors]
-            # Dispatched before the batch before is fetched, so that the devices need not wait for the disk.
-            following = labels, images, encode(images) if encode and labels else None
-            if pending:
-                write(*pending)
-            pending, records = following, records + len(labels)
-            progress.add(len(labels) + len(errors))
-        write(*pending)
-    finally:
-        writer.close()
-    entry = {
-        "name": name,
-        "records": records,
-        "bytes": temporary.stat().st_size,
-        "sha256": checksum(temporary),
-        "skipped": skipped,
-    }
-    os.replace(temporary, directory / name)
-    _write_json(directory / "progress" / f"{name}.json", entry)
+        pending = None  # a batch on its way through the devices
+        try:
+            for labels, images, errors in _batches(source, indices, settings["image_size"], batch_size, pool):
+                skipped += [progress.skip(error) for error in errors]
+                # Dispatched before the batch before is fetched, so that the devices need not wait for the disk.
+                following = labels, images, encode(images) if encode and labels else None
+                if pending:
+                    write(*pending)
+                pending, records = following, records + len(labels)
+                progress.add(len(labels) + len(errors))
+            write(*pending)
+        finally:
+            writer.close()
+        entry = {
+            "name": name,
+            "records": records,
+            "bytes": temporary.stat().st_size,
+            "sha256": files.sha256(temporary),
+            "skipped": skipped,
+        }
+    files.write_json(directory / "progress" / f"{name}.json", entry, indent=1)
 
 
 def _batches(

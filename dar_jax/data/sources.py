@@ -15,7 +15,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from dar_jax.data.images import decode_image
-from dar_jax.errors import UserError, check_choice, near_miss
+from dar_jax.errors import UserError, check_choice, check_ranges, near_miss
 
 _EXTENSIONS = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 
@@ -259,19 +259,25 @@ def open_source(data: ConfigDict, split: str) -> Source:
     Raises:
       UserError: a path, file, set or split is missing, empty or damaged.
     """
-    check_choice("config.data.source", data.source, ("digits", "idx", "folder", "tfds", "latents", "synthetic"))
-    if data.source == "digits":
-        source = _open_digits(split)
-    elif data.source == "idx":
-        source = _open_idx(data.path, split)
-    elif data.source == "synthetic":
-        source = SyntheticSource(data.image_size)
-    elif data.source == "folder":
-        source = _open_folder(data.path, split)
-    elif data.source == "latents":
-        source = _open_latents(data.path, split)
-    else:
-        source = _open_tfds(data.name, data.path, split)
+    check_choice("config.data.source", data.source, SOURCES)
+    source = SOURCES[data.source](data, split)
     if len(source) == 0:
         raise UserError(f'split "{split}" of config.data.source = "{data.source}" has no images; choose another.')
     return source
+
+
+def check(data: ConfigDict) -> None:
+    """Raises UserError for the first field of `config.data` that cannot work, without a look at any file."""
+    check_choice("config.data.source", data.source, SOURCES)
+    check_ranges("config.data", data, image_size="[1, inf)", num_workers="[0, inf)")
+
+
+SOURCES = {
+    "digits": lambda data, split: _open_digits(split),
+    "idx": lambda data, split: _open_idx(data.path, split),
+    "folder": lambda data, split: _open_folder(data.path, split),
+    "tfds": lambda data, split: _open_tfds(data.name, data.path, split),
+    "latents": lambda data, split: _open_latents(data.path, split),
+    "synthetic": lambda data, split: SyntheticSource(data.image_size),
+}
+LATENT_SOURCES = ("latents", "synthetic")  # their records hold latents; all others hold images

@@ -9,15 +9,16 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
+from dar_jax import conditions, objectives
 from dar_jax.diagnosis import pairs
 from dar_jax.diagnosis.forward import frozen_routing
 from dar_jax.diagnosis.probes import velocity_loss
 from dar_jax.evaluation.features import extract_all
-from dar_jax.evaluation.inline import load_features
+from dar_jax.evaluation.in_training import load_features
 from dar_jax.evaluation.metrics import Collector, load_reference, score, warn_if_few
-from dar_jax.evaluation.sampling import class_labels, make_sampler, sample_images
+from dar_jax.evaluation.sampling import make_sampler, sample_images
+from dar_jax.logs import say
 from dar_jax.models import SiT
-from dar_jax.training.logs import say
 
 
 def compare_canonical(
@@ -46,7 +47,7 @@ def compare_canonical(
 
     def total_loss(params, batch, t, weights):
         def predict(x_t, t):
-            return model.apply({"params": params}, x_t, t, batch["label"])
+            return model.apply({"params": params}, x_t, t, batch["condition"]).prediction
 
         with frozen_routing(weights[..., None]):
             return (velocity_loss(predict, config, batch, t) * batch["weight"]).sum()
@@ -65,15 +66,16 @@ def compare_canonical(
         features = load_features(config, mesh, workdir, say)
         reference = load_reference(config, features, mesh)
         warn_if_few(reference, config.eval.num_samples, say)
-        labels = class_labels(config, config.eval.num_samples)
+        settings = config.eval
+        condition = conditions.build(config.model).to_sample(settings.num_samples, settings.labels, config.seed)
 
         def scores() -> dict[str, float]:
-            collector, draw = Collector(), make_sampler(config, model, mesh)
-            for images in sample_images(draw, params, labels, config.eval.batch_size, mesh):
+            collector, draw = Collector(), make_sampler(config, objectives.build(config).sample, mesh)
+            for images in sample_images(draw, params, condition, settings.batch_size, mesh):
                 collector.add(extract_all(features, images, mesh))
             return score(features, reference, collector.result())
 
-        result |= {"num_samples": len(labels), "scores_routed": scores()}
+        result |= {"num_samples": settings.num_samples, "scores_routed": scores()}
         with frozen_routing(canonical[..., None].astype(np.float32)):
             result["scores"] = scores()
     return result

@@ -1,7 +1,7 @@
 """Batches of pairs of an image and a noise that stay the same for every timestep, checkpoint and batch size."""
 
+import itertools
 from collections.abc import Iterator
-from contextlib import closing
 from typing import NamedTuple
 
 import jax
@@ -11,10 +11,7 @@ from jax import Array
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from dar_jax import sharding
-from dar_jax.config import encodes_online
-from dar_jax.data.pipeline import train_iterator
-from dar_jax.training.online import make_online_encoder
+from dar_jax.data.feed import open_batches
 
 
 class Pairs(NamedTuple):
@@ -40,30 +37,19 @@ def batches(config: ConfigDict, chosen: Pairs, mesh: Mesh) -> Iterator[dict[str,
     weight 0.
 
     Yields:
-      {"image": float32 [B, H, W, C], "label": int32 [B], "index": int32 [B], "weight": float32 [B]}: `index` is the
-      pair's number, from which its noise follows, and `weight` 1, or 0 for filling.
+      Batches as in `data.feed` with "index" int32 [B], the pair's number, from which its noise follows, and "weight"
+      float32 [B], 1, or 0 for filling.
     """
-    data = config.data.copy_and_resolve_references()
-    data.update(train_split=chosen.split, flip=False, verify=False)
-    online = encodes_online(config)
-    batch_size = chosen.batch_size
-    rows = sharding.local_rows(mesh, batch_size)
-    iterator = train_iterator(
-        data,
-        channels=3 if online else config.model.channels,
-        batch_size=batch_size,
-        seed=config.seed,
-        rows=rows,
-    )
-    encode = make_online_encoder(config, mesh) if online else None
-    with closing(iterator):
-        for start in range(0, chosen.num_images, batch_size):
-            index = (start + rows).astype(np.int32)
-            local = {**next(iterator), "index": index, "weight": (index < chosen.num_images).astype(np.float32)}
-            batch = sharding.from_local_rows(mesh, batch_size, rows, local)
-            if encode:
-                batch["image"] = encode(batch["image"], start)
-            yield batch
+    config = config.copy_and_resolve_references()
+    config.data.update(train_split=chosen.split, flip=False, verify=False)
+
+    def extra(step: int, rows: np.ndarray) -> dict[str, np.ndarray]:
+        index = (step * chosen.batch_size + rows).astype(np.int32)
+        return {"index": index, "weight": (index < chosen.num_images).astype(np.float32)}
+
+    count = -(-chosen.num_images // chosen.batch_size)
+    with open_batches(config, mesh, batch_size=chosen.batch_size, extra=extra) as endless:
+        yield from itertools.islice(endless, count)
 
 
 def noise(seed: int, index: Array, shape: tuple[int, ...]) -> Array:

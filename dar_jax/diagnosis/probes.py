@@ -13,10 +13,9 @@ import numpy as np
 from jax import Array
 from ml_collections import ConfigDict
 
+from dar_jax import diffusion
 from dar_jax.diagnosis.forward import forward
 from dar_jax.diagnosis.pairs import noise
-from dar_jax.diffusion import objective
-from dar_jax.diffusion.interpolant import get_interpolant, to_velocity
 from dar_jax.evaluation.statistics import Accumulator
 from dar_jax.models import SiT
 from dar_jax.models.layers import patchify
@@ -30,16 +29,8 @@ def velocity_loss(predict: Callable[[Array, Array], Array], config: ConfigDict, 
 
     predict: (x_t [B, H, W, C], t [B]) -> the model's output [B, H, W, C].
     """
-    diffusion, x1 = config.diffusion, batch["image"]
-
-    def velocity(x_t, t):
-        output = predict(x_t, t).astype(jnp.float32)
-        return to_velocity(output, x_t, t, get_interpolant(diffusion.interpolant), diffusion.prediction)
-
-    as_velocity = diffusion.copy_and_resolve_references()
-    as_velocity.prediction = "velocity"
-    x0 = noise(config.seed, batch["index"], x1.shape[1:])
-    return objective.loss_per_example(velocity, x1, x0, t, as_velocity)
+    x0 = noise(config.seed, batch["index"], batch["x1"].shape[1:])
+    return diffusion.build(config.diffusion).velocity_loss(predict, batch["x1"], x0, t)
 
 
 def make_measure(config: ConfigDict, model: SiT) -> Callable[[dict, dict, Array], tuple[dict, dict]]:
@@ -68,7 +59,7 @@ def make_measure(config: ConfigDict, model: SiT) -> Callable[[dict, dict, Array]
             found = {}
 
             def predict(x_t, t):
-                prediction, found["reads"] = forward(model, params, x_t, t, batch["label"], taps)
+                prediction, found["reads"] = forward(model, params, x_t, t, batch["condition"], taps)
                 found["x_t"] = x_t
                 return prediction
 

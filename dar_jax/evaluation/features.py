@@ -2,10 +2,8 @@
 
 import functools
 import json
-import os
 import pathlib
 import time
-import uuid
 import zlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -19,7 +17,7 @@ from flax import traverse_util
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from dar_jax import sharding
+from dar_jax import files, sharding
 from dar_jax.errors import UserError
 from dar_jax.pretrained import inception
 
@@ -198,10 +196,8 @@ def _initial(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
 
 def _write(path: pathlib.Path, identity: dict, weights: dict) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")  # several processes may write at once
-    with open(temporary, "wb") as file:
+    with files.replacing(path) as temporary, open(temporary, "wb") as file:
         np.savez(file, identity=json.dumps(identity), **traverse_util.flatten_dict(weights, sep="/"))
-    os.replace(temporary, path)
 
 
 def _read(path: pathlib.Path, identity: dict, log: Callable[[str], None]) -> dict | None:

@@ -1,11 +1,11 @@
 """One picture of many images."""
 
-import os
 import pathlib
-import uuid
 
 import numpy as np
 from PIL import Image
+
+from dar_jax import files
 
 GAP = 2  # pixels of the picture between two images
 
@@ -37,6 +37,5 @@ def save_grid(path: pathlib.Path, images: np.ndarray, columns: int, *, min_side:
         canvas[top : top + height, left : left + width] = image.repeat(factor, axis=0).repeat(factor, axis=1)
     path = pathlib.Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
-    Image.fromarray(canvas.squeeze(-1) if channels == 1 else canvas).save(temporary, format="PNG")
-    os.replace(temporary, path)
+    with files.replacing(path) as temporary:
+        Image.fromarray(canvas.squeeze(-1) if channels == 1 else canvas).save(temporary, format="PNG")

@@ -1,8 +1,6 @@
 """Sets of images in the ADM layout: an npz of arr_0 (uint8 images) and, of a reference, mu, sigma, mu_s, sigma_s."""
 
 import os
-import pathlib
-import uuid
 import zipfile
 import zlib
 from collections.abc import Iterable, Iterator
@@ -10,6 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from dar_jax import files
 from dar_jax.errors import UserError, near_miss
 from dar_jax.evaluation.statistics import Statistics
 
@@ -127,30 +126,19 @@ def write_set(
 
     The file appears whole or not at all. Raises UserError if it cannot be written.
     """
-    target = pathlib.Path(path)
-    temporary = target.with_name(f"{target.name}.{uuid.uuid4().hex}.tmp")
-    try:
-        with zipfile.ZipFile(temporary, "w") as archive:
-            with archive.open("arr_0.npy", "w", force_zip64=True) as file:
-                header = {"descr": "|u1", "fortran_order": False, "shape": shape}
-                np.lib.format.write_array_header_1_0(file, header)
-                for batch in images:
-                    file.write(np.ascontiguousarray(batch).tobytes())
-            for name, array in others.items():
-                with archive.open(f"{name}.npy", "w", force_zip64=True) as file:
-                    np.lib.format.write_array(file, array)
-        os.replace(temporary, target)
-    except OSError as error:
-        raise UserError(f'{flag} = "{path}" cannot be written: {error.strerror}; take another.') from error
-    finally:
-        temporary.unlink(missing_ok=True)
+    with files.writing(path, flag), files.replacing(path) as temporary, zipfile.ZipFile(temporary, "w") as archive:
+        with archive.open("arr_0.npy", "w", force_zip64=True) as file:
+            header = {"descr": "|u1", "fortran_order": False, "shape": shape}
+            np.lib.format.write_array_header_1_0(file, header)
+            for batch in images:
+                file.write(np.ascontiguousarray(batch).tobytes())
+        for name, array in others.items():
+            with archive.open(f"{name}.npy", "w", force_zip64=True) as file:
+                np.lib.format.write_array(file, array)
 
 
 def check_output(path: str, suffix: str, flag: str) -> None:
     """Makes the directory of an output file. Raises UserError if it cannot, or `path` has another suffix."""
     if not path.endswith(suffix):
         raise UserError(f'{flag} = "{path}" must end in {suffix}.')
-    try:
-        pathlib.Path(path).absolute().parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f'{flag} = "{path}" cannot be written: {error.strerror}; take another.') from error
+    files.make_parent(path, flag)

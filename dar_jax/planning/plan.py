@@ -12,14 +12,12 @@ from jax.experimental import topologies
 from ml_collections import ConfigDict
 
 from dar_jax import models, sharding
-from dar_jax.config import micro_batch, validate
-from dar_jax.diffusion import sampler
+from dar_jax.config import micro_batch
+from dar_jax.data.feed import abstract_batch
 from dar_jax.errors import UserError
 from dar_jax.models.flops import forward_flops
 from dar_jax.planning.schedule import CHIPS, RESERVED_HBM, count_flops, read_schedule
-from dar_jax.training.optimizer import make_optimizer
-from dar_jax.training.state import make_state
-from dar_jax.training.step import make_train_step
+from dar_jax.training.setup import build_algorithm, set_up
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,8 +33,9 @@ class Plan:
       hbm_temp_bytes: per chip: activations, gradients and everything else a step needs meanwhile.
       hbm_total_bytes: both, and outputs and program where they take room of their own.
       hbm_capacity_bytes: per chip; of host devices, their share of this machine's memory.
-      memory_bytes: the same by kind, per chip: "params", "ema", "optimizer", "batch", "history" (the sources of routing
-        and their cotangents) and "activations", which is all else: also gradients and the program.
+      memory_bytes: the same by kind, per chip: "params", "ema", "optimizer" (all else of the state), "frozen" (networks
+        that a step uses and does not change, if there are any), "batch", "history" (the sources of routing and their
+        cotangents) and "activations", which is all else: also gradients and the program.
       fits: whether the compiler accepts it; on host devices, whether total is at most capacity.
       flops_per_step: matmul FLOPs that are executed, over all devices, recomputation included.
       model_flops_per_step: three times those of the forward pass: what MFU counts.
@@ -116,22 +115,19 @@ def _devices(topology: str):
 def make_plan(config: ConfigDict, topology: str) -> Plan:
     """Compiles the train step of `config` for `topology`, "v5e:4x4" or "cpu:8".
 
-    Raises UserError for a config that could not be trained there, an unknown topology, or a missing libtpu.
+    `config` has passed `validate`. Raises UserError for a config that could not be trained there, an unknown topology,
+    or a missing libtpu.
     """
-    validate(config)
-    sampler.check(config.sampler)
     devices = _devices(topology)
     mesh = sharding.make_mesh(config.mesh, devices)
     sharding.check_model(mesh, config.model)
     num_micro = config.train.accumulate_steps
     sharding.check_batch(mesh, "config.train.batch_size / accumulate_steps", micro_batch(config))
 
-    model = models.build(config.model)
-    optimizer = make_optimizer(config.optimizer, config.train.num_steps)
     with sharding.use(mesh):
-        _, state = make_state(config, model, optimizer, mesh)
-        batch = _abstract_batch(config, sharding.batch_sharding(mesh))
-        traced = jax.jit(make_train_step(config, model, optimizer), donate_argnums=0).trace(state, batch)
+        run = set_up(config, build_algorithm(config), mesh)
+        batch = abstract_batch(config, mesh)
+        traced = run.step.trace(run.state, run.frozen, batch)
         lowered = traced.lower()
         start = time.perf_counter()
         try:
@@ -143,7 +139,7 @@ def make_plan(config: ConfigDict, topology: str) -> Plan:
         compile_seconds = time.perf_counter() - start
 
     if compiled is None:  # the compiler's figure is the total, arguments included
-        arguments, total = _bytes_per_device((state, batch)), int(float(refused[1]) * 2**30)
+        arguments, total = _bytes_per_device((run.state, run.frozen, batch)), int(float(refused[1]) * 2**30)
         temporaries = total - arguments
     else:
         memory = compiled.memory_analysis()
@@ -157,16 +153,18 @@ def make_plan(config: ConfigDict, topology: str) -> Plan:
     schedule = read_schedule(compiled.as_text(), chip or CHIPS["v5e"]) if compiled else None
     kernel_seconds = schedule.kernel_seconds if chip and compiled else None
     seconds = schedule.cycles / chip.clock + kernel_seconds if chip and compiled else None
-    gradient = _bytes_per_device(state.params)
+    fields = {field.name: _bytes_per_device(getattr(run.state, field.name)) for field in dataclasses.fields(run.state)}
+    params, ema = fields.pop("params"), fields.pop("ema")
     model_flops = 3 * config.train.batch_size * forward_flops(config.model)
     collectives = schedule.collectives if schedule else {}
     traffic = sum((2 if kind == "all-reduce" else 1) * entry["bytes"] for kind, entry in collectives.items())
     memory_bytes = {
-        "params": gradient,
-        "ema": _bytes_per_device(state.ema),
-        "optimizer": _bytes_per_device(state.opt_state),
+        "params": params,
+        "ema": ema,
+        "optimizer": sum(fields.values()),
+        **({"frozen": _bytes_per_device(run.frozen)} if run.frozen else {}),
         "batch": _bytes_per_device(batch),
-        "history": _history_bytes(config, mesh, model.layout),
+        "history": _history_bytes(config, mesh),
     }
     memory_bytes["activations"] = max(0, total - sum(memory_bytes.values()))
     fixed, unit = total - temporaries, sharding.batch_shards(mesh) * num_micro
@@ -193,7 +191,7 @@ def make_plan(config: ConfigDict, topology: str) -> Plan:
         unknown_loops=schedule and schedule.unknown_loops,
         collectives=schedule and schedule.collectives,
         compile_seconds=compile_seconds,
-        suggested_batch_size=suggest_batch_size(config.train.batch_size, unit, usable - fixed, temporaries, gradient),
+        suggested_batch_size=suggest_batch_size(config.train.batch_size, unit, usable - fixed, temporaries, params),
     )
 
 
@@ -230,17 +228,11 @@ def suggest_batch_size(batch_size: int, unit: int, available: int, temporaries: 
     return unit * (count - count % 8 if count > 8 else count)
 
 
-def _abstract_batch(config: ConfigDict, batch_sharding) -> dict:
-    size, side = config.train.batch_size, config.model.input_size
-    image = jax.ShapeDtypeStruct((size, side, side, config.model.channels), jnp.float32, sharding=batch_sharding)
-    return {"image": image, "label": jax.ShapeDtypeStruct((size,), jnp.int32, sharding=batch_sharding)}
-
-
-def _history_bytes(config: ConfigDict, mesh, layout) -> int:
+def _history_bytes(config: ConfigDict, mesh) -> int:
     """Of the sources that one microbatch's routing keeps, and of their cotangents; 0 for a residual model."""
+    model, layout = config.model, models.build(config.model).layout
     if layout is None:
         return 0
-    model = config.model
     samples = micro_batch(config) // sharding.batch_shards(mesh)
     tokens = (model.input_size // model.patch_size) ** 2 // mesh.shape["tensor"]
     return 2 * layout.num_rows * samples * tokens * model.hidden_size * jnp.dtype(model.dtype).itemsize

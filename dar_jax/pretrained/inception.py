@@ -6,8 +6,6 @@ torchvision, in which pytorch-fid distributes the weights; `mixed_6` of the Tens
 """
 
 import os
-import pathlib
-import uuid
 from collections.abc import Mapping
 from typing import Any
 
@@ -17,7 +15,8 @@ import numpy as np
 from flax import linen as nn
 from flax import traverse_util
 
-from dar_jax.errors import UserError
+from dar_jax import files
+from dar_jax.errors import UserError, require
 from dar_jax.pretrained.state_dict import to_numpy
 
 WEIGHTS_URL = (
@@ -250,17 +249,10 @@ def params_from_torch(state_dict: Mapping[str, Any]) -> dict:
 
 def write_params(path: str, params: dict) -> None:
     """Writes an .npz with one array for each parameter. Raises UserError if it cannot."""
-    target = pathlib.Path(path)
-    if target.suffix != ".npz":
-        raise UserError(f'--output = "{path}" must end in .npz.')
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = target.with_name(f"{target.name}.{uuid.uuid4().hex}.tmp")
-        with open(temporary, "wb") as file:
-            np.savez(file, **traverse_util.flatten_dict(params, sep="/"))
-        os.replace(temporary, target)
-    except OSError as error:
-        raise UserError(f'--output = "{path}" cannot be written: {error.strerror}; take another.') from error
+    require(path.endswith(".npz"), f'--output = "{path}" must end in .npz.')
+    files.make_parent(path, "--output")
+    with files.writing(path, "--output"), files.replacing(path) as temporary, open(temporary, "wb") as file:
+        np.savez(file, **traverse_util.flatten_dict(params, sep="/"))
 
 
 def read_params(path: str) -> dict:

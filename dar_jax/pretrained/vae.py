@@ -25,7 +25,7 @@ from flax import traverse_util
 from jax import Array
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from dar_jax import sharding
+from dar_jax import files, sharding
 from dar_jax.errors import UserError
 from dar_jax.pretrained.state_dict import to_numpy
 
@@ -237,12 +237,10 @@ def write(path: str, vae: Vae) -> None:
         "scale": vae.scale,
         "fingerprint": vae.fingerprint,
     }
-    try:
+    with files.writing(path, "--output"):
         directory.mkdir(parents=True, exist_ok=True)
         ocp.save_pytree(directory / "weights", vae.params, overwrite=True)
-        (directory / "vae.json").write_text(json.dumps(content, indent=2) + "\n")  # last: it marks a whole directory
-    except OSError as error:
-        raise UserError(f'--output = "{path}" cannot be written: {error.strerror}; take another.') from error
+        files.write_json(directory / "vae.json", content, indent=2)  # last: it marks a whole directory
 
 
 def read_header(path: str, field: str) -> dict[str, Any]:

@@ -1,1 +1,1 @@
-"""State, step, loop, checkpoints and logs of a training run."""
+"""Training: algorithms, their optimizer, and the loop that runs them."""

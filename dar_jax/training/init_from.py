@@ -7,12 +7,11 @@ import jax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from dar_jax import models
+from dar_jax import models, objectives, sharding
+from dar_jax.checkpoint import first_difference, latest_step, load_config, restore_ema
 from dar_jax.errors import UserError
+from dar_jax.logs import say
 from dar_jax.routing import keeps_function, warm_start
-from dar_jax.training.checkpoint import first_difference, latest_step, load_config, restore_ema
-from dar_jax.training.logs import say
-from dar_jax.training.state import abstract_params
 
 
 def check_init_from(config: ConfigDict) -> ConfigDict:
@@ -28,7 +27,8 @@ def check_init_from(config: ConfigDict) -> ConfigDict:
             "dar_jax.convert wrote."
         )
     source = load_config(config.init_from)
-    fields = [f"model.{name}" for name in source.model if name not in ("label_dropout", "dtype", "remat", "routing")]
+    may_differ = ("label_dropout", "dtype", "remat", "routing")
+    fields = [f"model.{name}" for name in source.model if name not in may_differ]
     fields += ["diffusion.interpolant", "diffusion.prediction"]
     if source.model.routing.kind != "residual":
         fields += ["model.routing"]
@@ -43,7 +43,8 @@ def check_init_from(config: ConfigDict) -> ConfigDict:
 def restore_initial(config: ConfigDict, abstract, mesh: Mesh) -> Any:
     """The EMA weights of `config.init_from` on the shardings of `abstract`; uniform routing if they are residual."""
     source, model = check_init_from(config), models.build(config.model)
-    ema, step = restore_ema(config.init_from, abstract_params(source, models.build(source.model), mesh))
+    source_params = sharding.abstract(mesh, lambda: objectives.build(source).init(jax.random.key(0)))
+    ema, step = restore_ema(config.init_from, source_params)
     say(f"started from the EMA weights of step {step} of {config.init_from}")
     if source.model.routing.kind != "residual" or model.layout is None:
         return ema

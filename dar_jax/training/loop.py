@@ -1,176 +1,206 @@
-"""The run: build everything, then step, log, evaluate and save until done or told to stop."""
+"""The run: set everything up, then step, log, evaluate and save until done or told to stop."""
 
 import math
 import signal
 import threading
 from contextlib import closing
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.experimental import multihost_utils
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from dar_jax import models, sharding
-from dar_jax.config import encodes_online, micro_batch, validate
-from dar_jax.data.pipeline import train_iterator
+from dar_jax import conditions, models, sharding
+from dar_jax.checkpoint import Checkpoints, claim_workdir, latest_step, writing_to
+from dar_jax.config import micro_batch
+from dar_jax.data.feed import open_batches
 from dar_jax.data.sources import open_source
-from dar_jax.diagnosis.inline import InlineDiagnosis
-from dar_jax.diffusion import sampler
-from dar_jax.errors import UserError
-from dar_jax.evaluation.inline import InlineEvaluation
+from dar_jax.diagnosis.curves import InlineDiagnosis
+from dar_jax.errors import UserError, check_ranges, require
+from dar_jax.evaluation.in_training import InlineEvaluation
+from dar_jax.logs import Logs, say
 from dar_jax.models.flops import forward_flops
-from dar_jax.training.checkpoint import Checkpoints, claim_workdir, latest_step, writing_to
 from dar_jax.training.init_from import check_init_from, restore_initial
-from dar_jax.training.logs import Logs, say
-from dar_jax.training.online import make_online_encoder
-from dar_jax.training.optimizer import make_optimizer
-from dar_jax.training.state import make_state
-from dar_jax.training.step import make_train_step
+from dar_jax.training.setup import Setup, build_algorithm, set_up
 
 PROFILE_AFTER = 10  # steps of this process before a profile, so that none of it is compilation
+
+
+def check(train: ConfigDict, checkpoint: ConfigDict, diagnosis: ConfigDict) -> None:
+    """Raises UserError for the first field of these sections of a config that cannot work."""
+    at_least_one = {"num_steps": "[1, inf)", "batch_size": "[1, inf)", "accumulate_steps": "[1, inf)"}
+    check_ranges("config.train", train, **at_least_one, log_every_steps="[1, inf)", max_skipped="[0, inf)")
+    check_ranges("config.checkpoint", checkpoint, every_steps="[1, inf)", keep="[1, inf)")
+    check_ranges("config.diagnosis", diagnosis, every_steps="[0, inf)", num_images="[1, inf)")
+    require(
+        train.batch_size % train.accumulate_steps == 0,
+        f"config.train.batch_size = {train.batch_size} must be divisible by accumulate_steps = "
+        f"{train.accumulate_steps}.",
+    )
 
 
 def train(config: ConfigDict, workdir: str, profile_steps: int = 0) -> None:
     """Trains to config.train.num_steps in `workdir`, from its latest checkpoint, else from config.init_from, if given.
 
     SIGTERM, on any host, and in a single process Ctrl-C save and return. With `profile_steps` a trace of so many
-    steps, of fewer at the end of the run, is written to workdir/profile. Raises UserError, before anything is compiled,
-    for what cannot work, and when the loss, the gradient or the weights are no longer finite.
+    steps, of fewer at the end of the run, is written to workdir/profile. `config` has passed `validate`. Raises
+    UserError, before anything is compiled, for what cannot work here, and later when the loss, the gradient or the
+    weights are no longer finite.
     """
-    validate(config)
-    sampler.check(config.sampler)
     mesh = sharding.make_mesh(config.mesh)
     sharding.check_model(mesh, config.model)
     sharding.check_batch(mesh, "config.train.batch_size / accumulate_steps", micro_batch(config))
     if config.diagnosis.every_steps:
         sharding.check_batch(mesh, "config.diagnosis.num_images", config.diagnosis.num_images)
-    num_classes = open_source(config.data, config.data.train_split).num_classes
-    if num_classes > config.model.num_classes:
-        raise UserError(
-            f"config.model.num_classes = {config.model.num_classes} but the data has {num_classes} classes; "
-            f"set it to {num_classes}."
-        )
-    rows, first_step = sharding.local_rows(mesh, config.train.batch_size), latest_step(workdir) or 0
-    iterator = train_iterator(
-        config.data,
-        channels=3 if encodes_online(config) else config.model.channels,
-        batch_size=config.train.batch_size,
-        seed=config.seed,
-        first_step=first_step,
-        rows=rows,
-    )
-    with writing_to(workdir), sharding.use(mesh), _StopSignal() as stop, closing(iterator):
+    conditions.build(config.model).check_data(open_source(config.data, config.data.train_split).num_classes)
+    first_step = latest_step(workdir) or 0
+    feed = open_batches(config, mesh, batch_size=config.train.batch_size, first_step=first_step)
+    with sharding.use(mesh), feed as batches, writing_to(workdir), _StopSignal() as stop:
         if config.init_from and latest_step(workdir) is None:
             check_init_from(config)
         claim_workdir(workdir, config)
-        batches = (sharding.from_local_rows(mesh, config.train.batch_size, rows, local) for local in iterator)
         with closing(Checkpoints(workdir, config.checkpoint.keep)) as checkpoints:
-            _run(config, workdir, mesh, batches, first_step, checkpoints, stop, profile_steps)
+            run = set_up(config, build_algorithm(config), mesh)
+            state = _first_state(config, workdir, mesh, run, checkpoints)
+            if int(state.step) != first_step:
+                raise UserError(
+                    f'the latest checkpoint in "{workdir}" was of step {first_step}, which the data follow, and is now '
+                    f"of step {int(state.step)}: another run writes there, or the hosts do not see the same directory."
+                )
+            if first_step >= config.train.num_steps:
+                say(
+                    f"nothing to do: {workdir} is at step {first_step} of {config.train.num_steps}; raise "
+                    "--config.train.num_steps to go on"
+                )
+                return
+            hooks = _Hooks.start(config, workdir, mesh, run, first_step, profile_steps, checkpoints)
+            with closing(hooks.logs):
+                _loop(config, run, state, batches, hooks, stop)
 
 
-def _run(config, workdir, mesh, batches, first_step, checkpoints, stop, profile_steps) -> None:
-    model = models.build(config.model)
-    optimizer = make_optimizer(config.optimizer, config.train.num_steps)
-    init, abstract = make_state(config, model, optimizer, mesh)
-    if checkpoints.latest_step is None:
-        state = init()
-        if config.init_from:
-            params = restore_initial(config, abstract.params, mesh)
-            # Copies, because the step donates the state and no buffer twice.
-            state = state.replace(params=params, ema=jax.tree.map(jnp.copy, params))
-        _describe(state.params)
-    else:
-        state = checkpoints.restore(abstract)
+def _first_state(config: ConfigDict, workdir: str, mesh: Mesh, run: Setup, checkpoints: Checkpoints) -> Any:
+    if checkpoints.latest_step is not None:
+        state = checkpoints.restore(run.state)
         say(f"resumed at step {checkpoints.latest_step} from {workdir}/checkpoints")
-    step = int(state.step)
-    if step != first_step:
-        raise UserError(
-            f'the latest checkpoint in "{workdir}" was of step {first_step}, which the data follow, and is now of step '
-            f"{step}: another run writes there, or the hosts do not see the same directory."
-        )
-    num_steps = config.train.num_steps
-    if step >= num_steps:
-        say(f"nothing to do: {workdir} is at step {step} of {num_steps}; raise --config.train.num_steps to go on")
-        return
+        return state
+    state = run.init()
+    if config.init_from:
+        params = restore_initial(config, run.state.params, mesh)
+        # A copy, because the step donates the state and no buffer twice.
+        state = state.replace(params=params, ema=jax.tree.map(jnp.copy, params))
+    _describe(state.params)
+    return state
 
-    encode = make_online_encoder(config, mesh) if encodes_online(config) else None
-    evaluation = InlineEvaluation(config, model, mesh, workdir, say) if config.eval.every_steps else None
-    diagnosis = InlineDiagnosis(config, model, mesh) if config.diagnosis.every_steps else None
-    flops_per_step = 3 * config.train.batch_size * forward_flops(config.model)
-    logs = Logs(workdir, first_step, num_steps, config.train.batch_size, flops_per_step)
-    take_step = jax.jit(make_train_step(config, model, optimizer), donate_argnums=0)
-    pending = None  # (step, metrics) of the newest step: fetched only when the next one is on its way
-    skipped = skipped_in_a_row = 0
 
-    def settle() -> None:
-        nonlocal pending, skipped, skipped_in_a_row
-        if pending is None:
+class _Hooks(NamedTuple):
+    """What happens beside the steps."""
+
+    workdir: str
+    checkpoints: Checkpoints
+    logs: Logs
+    metrics: "_Metrics"
+    profile: "_Profile"
+    evaluation: InlineEvaluation | None
+    diagnosis: InlineDiagnosis | None
+
+    @classmethod
+    def start(cls, config, workdir, mesh, run, first_step, profile_steps, checkpoints) -> "_Hooks":
+        evaluation = diagnosis = None
+        if config.eval.every_steps:
+            evaluation = InlineEvaluation(config, run.algorithm.sample, mesh, workdir, say)
+        if config.diagnosis.every_steps:
+            diagnosis = InlineDiagnosis(config, models.build(config.model), mesh)
+        flops_per_step = 3 * config.train.batch_size * forward_flops(config.model)
+        logs = Logs(workdir, first_step, config.train.num_steps, config.train.batch_size, flops_per_step)
+        metrics = _Metrics(config, workdir, logs, checkpoints, first_step)
+        profile = _Profile(workdir, first_step + PROFILE_AFTER, profile_steps)
+        return cls(workdir, checkpoints, logs, metrics, profile, evaluation, diagnosis)
+
+
+def _loop(config: ConfigDict, run: Setup, state: Any, batches, hooks: _Hooks, stop: "_StopSignal") -> None:
+    """Takes the steps that are left, and saves where the run ends or is stopped."""
+    step, num_steps, frozen = int(state.step), config.train.num_steps, run.load_frozen()
+    say("compiling the train step")
+    while step < num_steps and not stop(step):
+        state, metrics = run.step(state, frozen, next(batches))
+        step += 1
+        hooks.metrics.add(step, metrics)
+        hooks.profile.after(step, hooks.metrics)
+        if hooks.diagnosis and step % config.diagnosis.every_steps == 0:
+            hooks.metrics.settle()
+            hooks.logs.write(step, hooks.diagnosis.run(state.params))
+            hooks.logs.start_window(step)
+        evaluate = hooks.evaluation and (step % config.eval.every_steps == 0 or step == num_steps)
+        if evaluate or step % config.checkpoint.every_steps == 0 or step == num_steps:
+            hooks.metrics.settle()
+            hooks.checkpoints.save(state, step)
+            if evaluate:
+                _evaluate(hooks, state.ema, step)
+            hooks.logs.start_window(step)
+    hooks.metrics.settle()
+    hooks.profile.stop()
+    if step < num_steps:
+        hooks.checkpoints.save(state, step)
+        hooks.checkpoints.wait()
+        say(f"stopped by a signal at step {step}, saved; the same command goes on from here")
+
+
+def _evaluate(hooks: _Hooks, ema: Any, step: int) -> None:
+    scores = hooks.evaluation.run(ema, step)
+    hooks.logs.write(step, scores)
+    say(f"step {step}: {hooks.workdir}/samples/{step:08d}.png  " + _format(scores))
+    if scores:
+        hooks.checkpoints.note_score(step, *next(iter(scores.items())))
+
+
+class _Metrics:
+    """The metrics of the steps: logged, and the end of a run that diverges.
+
+    Those of the newest step are fetched only when the next one is on its way, so that the devices do not wait.
+    """
+
+    def __init__(self, config: ConfigDict, workdir: str, logs: Logs, checkpoints: Checkpoints, first_step: int):
+        self.settings, self.workdir, self.logs, self.checkpoints = config.train, workdir, logs, checkpoints
+        self.first_step, self.pending, self.skipped, self.skipped_in_a_row = first_step, None, 0, 0
+
+    def add(self, step: int, metrics: dict[str, Any]) -> None:
+        """Notes the metrics of a step that was started, and settles those of the step before."""
+        self.settle()
+        self.pending = step, metrics
+
+    def settle(self) -> None:
+        """Waits for the newest step. Raises UserError if it, and too many before it, are not finite."""
+        if self.pending is None:
             return
-        (settled, values), pending = pending, None
+        (step, values), self.pending = self.pending, None
         values = {name: float(value) for name, value in values.items()}
         is_finite = all(math.isfinite(value) for value in values.values())
-        skipped_in_a_row = 0 if is_finite else skipped_in_a_row + 1
-        skipped += not is_finite
-        if skipped_in_a_row > config.train.max_skipped:
-            raise UserError(_diverged(settled, values, checkpoints.steps, workdir, config.train.max_skipped))
+        self.skipped_in_a_row = 0 if is_finite else self.skipped_in_a_row + 1
+        self.skipped += not is_finite
+        max_skipped = self.settings.max_skipped
+        if self.skipped_in_a_row > max_skipped:
+            raise UserError(diverged(step, values, self.checkpoints.steps, self.workdir, max_skipped))
         if not is_finite:
-            say(f"step {settled} is not finite and skipped: {_format(values)}  ({skipped} skipped so far)")
-        elif settled % config.train.log_every_steps == 0 or settled == num_steps:
-            logs.progress(settled, {**values, "skipped": skipped} if config.train.max_skipped else values)
-        if settled == first_step + 1:
-            logs.start_window(settled)  # speed without the time of compiling
-
-    say("compiling the train step")
-    try:
-        while step < num_steps and not stop(step):
-            batch = next(batches)
-            if encode:
-                batch["image"] = encode(batch["image"], step)
-            state, metrics = take_step(state, batch)
-            step += 1
-            settle()
-            pending = step, metrics
-            if diagnosis and step % config.diagnosis.every_steps == 0:
-                settle()
-                logs.write(step, diagnosis.run(state.params))
-                logs.start_window(step)
-            evaluate = evaluation and (step % config.eval.every_steps == 0 or step == num_steps)
-            save = evaluate or step % config.checkpoint.every_steps == 0 or step == num_steps
-            if profile_steps and step - first_step in (PROFILE_AFTER, PROFILE_AFTER + profile_steps):
-                settle()
-                _profile(workdir, step - first_step == PROFILE_AFTER)
-            if save:
-                settle()
-                checkpoints.save(state, step)
-            if evaluate:
-                scalars = evaluation.run(state.ema, step)
-                logs.write(step, scalars)
-                say(f"step {step}: {workdir}/samples/{step:08d}.png  " + _format(scalars))
-                if scalars:
-                    checkpoints.note_score(step, *next(iter(scalars.items())))
-            if save:
-                logs.start_window(step)
-        settle()
-        if profile_steps and PROFILE_AFTER <= step - first_step < PROFILE_AFTER + profile_steps:
-            _profile(workdir, start=False)
-        if step < num_steps:
-            checkpoints.save(state, step)
-            checkpoints.wait()
-            say(f"stopped by a signal at step {step}, saved; the same command goes on from here")
-    finally:
-        logs.close()
+            say(f"step {step} is not finite and skipped: {_format(values)}  ({self.skipped} skipped so far)")
+        elif step % self.settings.log_every_steps == 0 or step == self.settings.num_steps:
+            self.logs.progress(step, {**values, "skipped": self.skipped} if max_skipped else values)
+        if step == self.first_step + 1:
+            self.logs.start_window(step)  # speed without the time of compiling
 
 
-def _diverged(step: int, values: dict[str, float], steps: list[int], workdir: str, max_skipped: int) -> str:
-    """What to say and do when `values` of `step` are not all finite."""
+def diverged(step: int, values: dict[str, float], steps: list[int], workdir: str, max_skipped: int) -> str:
+    """What to say and do when `values` of `step` are not all finite and the checkpoints of `steps` are saved."""
     text = f"step {step} is not finite: {_format(values)}. "
     if max_skipped:
         return (
             f"{text}So were the {max_skipped} before it, all skipped (config.train.max_skipped). Start again from the "
             f"last checkpoint in {workdir} with a lower config.optimizer.learning_rate, or look at these steps' data."
         )
-    # The loss of a step is of the weights before it: a checkpoint of these weights would fail again.
-    bad = step - 1 if not math.isfinite(values["loss"] + values["grad_norm"]) else step
+    # All metrics but the norm of the new weights are of the weights before: their checkpoint would fail again.
+    before = [value for name, value in values.items() if name != "param_norm"]
+    bad = step if all(math.isfinite(value) for value in before) else step - 1
     good = max((s for s in steps if s < bad), default=None)
     text += (
         "No good checkpoint was saved. " if good is None else f"The last good checkpoint is step {good} in {workdir}. "
@@ -184,13 +214,28 @@ def _diverged(step: int, values: dict[str, float], steps: list[int], workdir: st
     )
 
 
-def _profile(workdir: str, start: bool) -> None:
-    path = f"{workdir}/profile"
-    if start:
-        jax.profiler.start_trace(path)
-    else:
-        jax.profiler.stop_trace()
-        say(f"wrote a trace to {path}; look at it with xprof or tensorboard --logdir={path}")
+class _Profile:
+    """A trace of `count` steps, the first of them after step `first`, in workdir/profile."""
+
+    def __init__(self, workdir: str, first: int, count: int):
+        self.path, self.first, self.count, self.is_running = f"{workdir}/profile", first, count, False
+
+    def after(self, step: int, metrics: _Metrics) -> None:
+        """Starts or stops the trace, if it is time."""
+        if self.count and step in (self.first, self.first + self.count):
+            metrics.settle()
+            if self.is_running:
+                self.stop()
+            else:
+                jax.profiler.start_trace(self.path)
+                self.is_running = True
+
+    def stop(self) -> None:
+        """Ends the trace, if one is under way."""
+        if self.is_running:
+            jax.profiler.stop_trace()
+            self.is_running = False
+            say(f"wrote a trace to {self.path}; look at it with xprof or tensorboard --logdir={self.path}")
 
 
 def _format(scalars: dict[str, float]) -> str:

@@ -1,21 +1,120 @@
-"""AdamW with the schedules of `config.optimizer`."""
+"""AdamW with the schedules and parameter groups of `config.optimizer`."""
 
+import re
+from typing import Any
+
+import jax
 import optax
 from ml_collections import ConfigDict
+
+from dar_jax.errors import UserError, check_choice, check_ranges, require
+
+GROUP_FIELDS = ("learning_rate", "weight_decay", "frozen")
+
+
+def check(optimizer: ConfigDict) -> None:
+    """Raises UserError for the first field of `config.optimizer` that cannot work."""
+    check_choice("config.optimizer.schedule", optimizer.schedule, SCHEDULES)
+    check_ranges(
+        "config.optimizer",
+        optimizer,
+        learning_rate="[0, inf)",
+        warmup_steps="[0, inf)",
+        b1="[0, 1)",
+        b2="[0, 1)",
+        weight_decay="[0, inf)",
+        clip_norm="[0, inf)",
+        ema_decay="[0, 1]",
+    )
+    for i, group in enumerate(optimizer.groups):
+        name = f"config.optimizer.groups[{i}]"
+        require(
+            len(group) == 2 and isinstance(group[0], str) and hasattr(group[1], "items"),
+            f'{name} = {group} must be a regular expression and its settings, as ("head/.*", {{"frozen": True}}).',
+        )
+        pattern, settings = group
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise UserError(f'{name}: "{pattern}" is no regular expression ({error}).') from error
+        for field in settings:
+            check_choice(name, field, GROUP_FIELDS)
+        numbers = {field: "[0, inf)" for field in ("learning_rate", "weight_decay") if field in settings}
+        check_ranges(name, settings, **numbers)
+
+
+def _constant(peak: float, warmup: int, num_steps: int) -> optax.Schedule:
+    return optax.warmup_constant_schedule(0.0 if warmup else peak, peak, warmup)
+
+
+def _cosine(peak: float, warmup: int, num_steps: int) -> optax.Schedule:
+    return optax.warmup_cosine_decay_schedule(0.0 if warmup else peak, peak, warmup, max(num_steps, warmup + 1))
+
+
+SCHEDULES = {"constant": _constant, "cosine": _cosine}
 
 
 def make_schedule(optimizer: ConfigDict, num_steps: int) -> optax.Schedule:
     """Learning rate by step: linear warm-up from 0, then constant or a cosine to 0 at `num_steps`."""
-    peak, warmup = optimizer.learning_rate, optimizer.warmup_steps
-    if optimizer.schedule == "cosine":
-        return optax.warmup_cosine_decay_schedule(0.0 if warmup else peak, peak, warmup, max(num_steps, warmup + 1))
-    return optax.warmup_constant_schedule(0.0 if warmup else peak, peak, warmup)
+    return SCHEDULES[optimizer.schedule](optimizer.learning_rate, optimizer.warmup_steps, num_steps)
 
 
 def make_optimizer(optimizer: ConfigDict, num_steps: int) -> optax.GradientTransformation:
-    """AdamW (float32 state), after clipping by the global norm where `clip_norm` > 0."""
-    adamw = optax.adamw(
-        make_schedule(optimizer, num_steps), b1=optimizer.b1, b2=optimizer.b2, weight_decay=optimizer.weight_decay
-    )
+    """AdamW (float32 state), after clipping by the global norm where `clip_norm` > 0.
+
+    A parameter belongs to the first of `optimizer.groups` whose regular expression matches its whole path, as
+    "stack/steps/block_0/adaln/kernel". A group may have a learning rate and weight decay of its own, or be frozen. A
+    frozen parameter has no optimizer state, and its gradient does not count in the clipped norm.
+    """
     clip = optax.clip_by_global_norm(optimizer.clip_norm) if optimizer.clip_norm else optax.identity()
-    return optax.chain(clip, adamw)
+    if not optimizer.groups:
+        return optax.chain(clip, _adamw(optimizer, num_steps, {}))
+    groups = {str(i): group for i, (_, group) in enumerate(optimizer.groups)} | {"other": {}}
+
+    def labels(params):
+        return _labels(optimizer, params)
+
+    def is_frozen(params):
+        return jax.tree.map(lambda name: bool(groups[name].get("frozen")), labels(params))
+
+    adamw = {name: _adamw(optimizer, num_steps, group) for name, group in groups.items()}
+    return optax.chain(optax.masked(optax.set_to_zero(), is_frozen), clip, optax.multi_transform(adamw, labels))
+
+
+def _adamw(optimizer: ConfigDict, num_steps: int, group: Any) -> optax.GradientTransformation:
+    if group.get("frozen"):
+        return optax.set_to_zero()
+    peak = group.get("learning_rate", optimizer.learning_rate)
+    return optax.adamw(
+        SCHEDULES[optimizer.schedule](peak, optimizer.warmup_steps, num_steps),
+        b1=optimizer.b1,
+        b2=optimizer.b2,
+        weight_decay=group.get("weight_decay", optimizer.weight_decay),
+    )
+
+
+def _labels(optimizer: ConfigDict, params: Any) -> Any:
+    """The group of each parameter. Raises UserError for a group that has none, which is most likely a typo."""
+    patterns = [re.compile(pattern) for pattern, _ in optimizer.groups]
+    found = set()
+
+    def label(path, _) -> str:
+        name = path_name(path)
+        group = next((str(i) for i, pattern in enumerate(patterns) if pattern.fullmatch(name)), "other")
+        found.add(group)
+        return group
+
+    labels = jax.tree_util.tree_map_with_path(label, params, is_leaf=lambda x: hasattr(x, "unbox"))
+    for i, (pattern, _) in enumerate(optimizer.groups):
+        if str(i) not in found:
+            names = [path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
+            raise UserError(
+                f'config.optimizer.groups[{i}]: no parameter is left for "{pattern}"; paths are like {names[0]} and '
+                f"{names[-1]}."
+            )
+    return labels
+
+
+def path_name(path: tuple) -> str:
+    """The path of a leaf as "stack/steps/block_0/adaln/kernel"."""
+    return "/".join(str(key.key) for key in path if hasattr(key, "key"))

@@ -41,8 +41,8 @@ iterate = functools.partial(test_pipeline.iterate, batch_size=8, channels=4)
 
 def assert_same(ours, theirs):
     for a, b in zip(ours, theirs, strict=True):
-        np.testing.assert_array_equal(a["label"], b["label"])
-        np.testing.assert_array_equal(a["image"], b["image"])
+        np.testing.assert_array_equal(a["condition"]["label"], b["condition"]["label"])
+        np.testing.assert_array_equal(a["x1"], b["x1"])
 
 
 def explain(source, batches):
@@ -53,7 +53,7 @@ def explain(source, batches):
     moments = np.stack([source[i]["moments"] for i in range(len(source))]).astype(np.float64)  # [N, 2, 2, h, w, C]
     mean, std = moments[:, :, 0], moments[:, :, 1]
     for batch in batches:
-        for latent, label in zip(batch["image"], batch["label"], strict=True):
+        for latent, label in zip(batch["x1"], batch["condition"]["label"], strict=True):
             noise = (latent / 0.18215 - mean) / std
             size = np.square(noise).mean(axis=(2, 3, 4))
             record, mirror = np.unravel_index(size.argmin(), size.shape)
@@ -66,7 +66,7 @@ def test_latents_are_fresh_draws_of_the_image_or_its_mirror(prepared):
         open_source(data_config(prepared), "train"),
         take(iterate(data_config(prepared), batch_size=COUNT), 30),
     )
-    assert all(batch["image"].dtype == np.float32 and batch["image"].shape == (COUNT, 4, 4, 4) for batch in batches)
+    assert all(batch["x1"].dtype == np.float32 and batch["x1"].shape == (COUNT, 4, 4, 4) for batch in batches)
     records, mirrors, noises = zip(*explain(source, batches), strict=True)
     for epoch in np.reshape(records, (30, COUNT)):
         assert sorted(epoch) == list(range(COUNT))
@@ -109,7 +109,7 @@ def test_processes_together_draw_the_same(prepared):
     whole = take(iterate(data), 5)
     parts = [take(iterate(data, index=index, count=4), 5) for index in range(4)]
     for step, batch in enumerate(whole):
-        np.testing.assert_array_equal(np.concatenate([part[step]["image"] for part in parts]), batch["image"])
+        np.testing.assert_array_equal(np.concatenate([part[step]["x1"] for part in parts]), batch["x1"])
 
 
 def test_kept_images_are_pixels_like_any_others(prepared):
@@ -179,7 +179,7 @@ def test_checksums_can_be_left_to_verify(prepared, tmp_path):
     data, out = copied(prepared, tmp_path)
     flip_a_byte(out)
     for others, rows in (([0, 1, 2, 3], [4, 5, 6, 7]), ([2, 3, 6, 7], [0, 1, 4, 5])):  # as devices may lie on hosts
-        read = functools.partial(train_iterator, data, channels=4, batch_size=8, seed=3)
+        read = functools.partial(train_iterator, data, space="latents", channels=4, batch_size=8, seed=3)
         read(rows=np.array(others)).close()
         with pytest.raises(UserError, match="1 of 2 shards"):
             read(rows=np.array(rows))

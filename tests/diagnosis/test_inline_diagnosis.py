@@ -7,10 +7,9 @@ import numpy as np
 import pytest
 
 from dar_jax import models, sharding
-from dar_jax.diagnosis.inline import InlineDiagnosis
+from dar_jax.diagnosis.curves import InlineDiagnosis
 from dar_jax.errors import UserError
 from dar_jax.training import loop
-from dar_jax.training.state import init_params
 from tests.training import tiny
 
 
@@ -51,7 +50,7 @@ def test_it_measures_the_weights_it_is_given():
     config = make_config(1)
     with sharding.use(tiny.make_mesh(1, 1)) as mesh:
         model = models.build(config.model)
-        params = jax.jit(lambda: sharding.unbox(init_params(model, 0)))()
+        params = jax.jit(lambda: sharding.unbox(tiny.initial(config)))()
         diagnosis = InlineDiagnosis(config, model, mesh)
         fresh = diagnosis.run(params)
         entropies = [value for name, value in fresh.items() if name.startswith("routing_entropy")]

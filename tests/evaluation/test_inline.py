@@ -7,10 +7,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dar_jax import models, sharding
-from dar_jax.evaluation import inline
+from dar_jax import sharding
+from dar_jax.evaluation import in_training
 from dar_jax.evaluation.features import Features
-from dar_jax.evaluation.sampling import class_labels
 from dar_jax.training import loop
 from tests.training import tiny
 
@@ -36,8 +35,8 @@ def network(monkeypatch):
         seen.append(images)
         return {name: np.asarray(x) for name, x in extract(images).items()}
 
-    monkeypatch.setattr(inline, "load_features", lambda *_: Features("test", extract, 8))
-    monkeypatch.setattr(inline, "extract_all", spy)
+    monkeypatch.setattr(in_training, "load_features", lambda *_: Features("test", extract, 8))
+    monkeypatch.setattr(in_training, "extract_all", spy)
     monkeypatch.setattr(sharding, "make_mesh", lambda mesh: tiny.make_mesh(1, 1))
     return seen
 
@@ -69,10 +68,10 @@ def test_scored_samples_are_the_first_ones(network, tmp_path, monkeypatch, grid_
     def draw(params, index, label):  # sample i is as bright as i, of the grid's number of channels
         return jnp.broadcast_to(index[:, None, None, None] / 127.5 - 1, (len(index), 8, 8, 1))
 
-    monkeypatch.setattr(inline, "make_sampler", lambda *_: draw)
+    monkeypatch.setattr(in_training, "make_sampler", lambda *_: draw)
     config, mesh = make_config(), tiny.make_mesh(1, 1)
     config.eval.update(grid_size=grid_size, num_samples=num_samples)
-    evaluation = inline.InlineEvaluation(config, models.build(config.model), mesh, str(tmp_path), print)
+    evaluation = in_training.InlineEvaluation(config, None, mesh, str(tmp_path), print)
     for step, count in ((2, num_samples), (6, 20 if num_samples else 0)):
         network.clear()
         found = evaluation.run({}, step)
@@ -87,27 +86,15 @@ def test_scored_samples_are_the_first_ones(network, tmp_path, monkeypatch, grid_
 
 
 def test_batches_are_cut_at_the_stops():
-    pieces = list(inline._split_at([np.arange(5), np.arange(5, 10), np.arange(10, 13)], (3, 10, 12, 99)))
+    pieces = list(in_training._split_at([np.arange(5), np.arange(5, 10), np.arange(10, 13)], (3, 10, 12, 99)))
     assert [piece.tolist() for piece in pieces] == [[0, 1, 2], [3, 4], [5, 6, 7, 8, 9], [10, 11], [12]]
 
 
 def test_without_weights_a_line_says_how_to_get_them(tmp_path, monkeypatch):
-    monkeypatch.setattr(inline, "convnet_features", lambda *_, **__: "the convnet")
+    monkeypatch.setattr(in_training, "convnet_features", lambda *_, **__: "the convnet")
     lines = []
-    assert inline.load_features(tiny.make_config(), None, str(tmp_path), lines.append) == "the convnet"
+    assert in_training.load_features(tiny.make_config(), None, str(tmp_path), lines.append) == "the convnet"
     (line,) = lines
     assert "config.eval.inception" in line and "fd_convnet" in line and "\n" not in line
     assert "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/pt_inception-2015-12-05" in line
     assert "python -m dar_jax.convert --kind=inception --input=pt_inception-2015-12-05-6726825d.pth" in line
-
-
-def test_class_labels():
-    config = tiny.make_config()
-    np.testing.assert_array_equal(class_labels(config, 23), np.arange(23) % 10)
-    config.eval.labels = "random"
-    labels = class_labels(config, 5000)
-    np.testing.assert_array_equal(class_labels(config, 777), labels[:777])
-    assert labels.dtype == np.int32 and set(labels) == set(range(10))
-    assert np.bincount(labels).min() > 400 and (labels[:-1] == labels[1:]).mean() < 0.15
-    config.seed = 1
-    assert (class_labels(config, 5000) != labels).mean() > 0.8

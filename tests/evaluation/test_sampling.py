@@ -12,12 +12,12 @@ def test_batches_are_rounded_up_to_what_the_devices_share():
     drawn = []
 
     @jax.jit
-    def draw(params, index, label):
+    def draw(params, index, condition):
         jax.debug.callback(lambda n: drawn.append(int(n)), len(index))
-        return (index + 100 * label)[:, None, None, None].astype(np.float32)
+        return (index + 100 * condition["label"])[:, None, None, None].astype(np.float32)
 
     labels = np.arange(10) % 2
-    batches = list(sample_images(draw, {}, labels, 6, tiny.make_mesh(4, 1), first=1, as_uint8=False))
+    batches = list(sample_images(draw, {}, {"label": labels}, 6, tiny.make_mesh(4, 1), first=1, as_uint8=False))
     assert [len(batch) for batch in batches] == [8, 1]
     np.testing.assert_array_equal(np.concatenate(batches).ravel(), np.arange(1, 10) + 100 * labels[1:])
     assert drawn == [8, 8]

@@ -19,8 +19,8 @@ def get_config():
 # for a disk that fills up: from then on no file may grow beyond 8 KiB.
 DOOR = """
 import os, resource, signal, time
-from dar_jax import errors, main
-from dar_jax.training.logs import Logs
+from dar_jax import cli, main
+from dar_jax.logs import Logs
 
 number, step, saved = os.environ["SEND"].split(",")
 progress = Logs.progress
@@ -36,7 +36,7 @@ def progress_and_signal(self, logged, scalars):
             os.kill(os.getpid(), getattr(signal, number))
 
 Logs.progress = progress_and_signal
-errors.run(main.main)
+cli.run(main.main)
 """
 
 

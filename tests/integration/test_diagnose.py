@@ -19,12 +19,12 @@ from PIL import Image
 
 from dar_jax import models, sharding
 from dar_jax.data.pipeline import load_images
-from dar_jax.diagnosis import canonical, jobs, pairs, probes
+from dar_jax.diagnosis import canonical, pairs, probes
+from dar_jax.diagnosis.runs import diagnose
 from dar_jax.diagnosis.forward import frozen_routing
 from dar_jax.errors import UserError
 from dar_jax.evaluation.features import Features
-from dar_jax.training.checkpoint import load_config, write_weights
-from dar_jax.training.state import init_params
+from dar_jax.checkpoint import load_config, write_weights
 from tests.training import tiny
 
 NUM_IMAGES, TIMES = 20, (0.0, 0.4, 1.0)
@@ -36,7 +36,7 @@ def make_run(folder: pathlib.Path, kind: str):
     config.model.routing.update(kind=kind, chunk_size=2)
     config.eval.num_samples = 16
     config.mesh.update(fsdp=2, tensor=2)  # of eight devices, where nothing says otherwise
-    params = sharding.unbox(jax.eval_shape(lambda: init_params(models.build(config.model), 0)))
+    params = sharding.unbox(jax.eval_shape(lambda: tiny.initial(config)))
     rng = np.random.default_rng(0)
     params = jax.tree.map(lambda p: jnp.asarray(0.3 * rng.normal(size=p.shape), jnp.float32), params)
     write_weights(str(folder), config, params)
@@ -50,15 +50,14 @@ def fake_features(*_):
 
 def run(folder, out, batch_size, canonical):
     workdirs = [str(folder / "residual"), str(folder / "dar")]
-    jobs.diagnose(
+    diagnose(
+        [load_config(workdir) for workdir in workdirs],
         workdirs,
         str(out),
-        split=None,
         num_images=NUM_IMAGES,
         timesteps=TIMES,
         batch_size=batch_size,
         canonical=canonical,
-        num_samples=None,
     )
     return json.loads((out / "diagnosis.json").read_text())["runs"]
 
@@ -109,10 +108,10 @@ def pairs_of(config):
     with sharding.use(tiny.make_mesh(1, 1)) as mesh:
         (batch,) = pairs.batches(config, pairs.Pairs("test", NUM_IMAGES, NUM_IMAGES, TIMES), mesh)
     batch = jax.device_get(batch)
-    for image, label in zip(batch["image"], batch["label"], strict=True):  # held-out ones, whatever the order
+    for image, label in zip(batch["x1"], batch["condition"]["label"], strict=True):  # held-out ones, whatever the order
         same = np.isclose(images / 127.5 - 1, image, atol=1e-6).all(axis=(1, 2, 3))
         assert label in labels[same]
-    assert len(np.unique(batch["image"], axis=0)) == NUM_IMAGES
+    assert len(np.unique(batch["x1"], axis=0)) == NUM_IMAGES
     return batch
 
 
@@ -122,7 +121,7 @@ def test_losses_are_those_of_the_model_with_its_own_and_with_frozen_weights(diag
         model, batch = models.build(config.model), pairs_of(config)
 
         def loss(t, weights=None, model=model, params=params, batch=batch, config=config):
-            predict = lambda x, t: model.apply({"params": params}, x, t, batch["label"])  # noqa: E731
+            predict = lambda x, t: model.apply({"params": params}, x, t, batch["condition"]).prediction  # noqa: E731
             with contextlib.nullcontext() if weights is None else frozen_routing(weights[..., None]):
                 return probes.velocity_loss(predict, config, batch, jnp.full(NUM_IMAGES, t)).mean()
 
@@ -215,7 +214,7 @@ def test_report_fits_in_a_browser(diagnosed, tmp_path, width):
         ({"timesteps": [0.5, math.nan]}, "--timesteps = 0.5,nan must be"),
         ({"batch_size": 10}, "--batch_size = 10 must be divisible by the 4 devices"),
         ({"workdirs": ["residual"], "canonical": True}, "--canonical freezes routing weights"),
-        ({"split": "trian"}, '"trian"'),
+        ({"eval_split": "trian"}, '"trian"'),
         ({"out": "/proc/nowhere"}, '--out = "/proc/nowhere" cannot be written'),
     ],
     ids=str,
@@ -224,16 +223,20 @@ def test_what_cannot_work_is_refused(runs, tmp_path, monkeypatch, changes, words
     monkeypatch.chdir(runs[0])
     for name, channels in (("empty", 1), ("latents", 4)):
         config = load_config("dar")
-        config.model.channels = channels
+        config.model.update(channels=channels, space="pixels" if channels == 1 else "latents")
         config.data.source = "digits" if channels == 1 else "synthetic"
         pathlib.Path(name, "checkpoints").mkdir(parents=True, exist_ok=True)
         pathlib.Path(name, "config.json").write_text(config.to_json())
     shutil.copytree("dar/checkpoints", "latents/checkpoints", dirs_exist_ok=True)
-    monkeypatch.setattr(jobs, "_measure_run", lambda *_: pytest.fail("nothing may be measured"))
-    arguments = {"workdirs": ["dar"], "out": str(tmp_path / "out"), "split": None, "num_images": 8, "timesteps": None}
-    arguments |= {"batch_size": 8, "canonical": False, "num_samples": None} | changes
+    monkeypatch.setattr("dar_jax.diagnosis.runs._measure_run", lambda *_: pytest.fail("nothing may be measured"))
+    arguments = {"workdirs": ["dar"], "out": str(tmp_path / "out"), "num_images": 8, "timesteps": None}
+    arguments |= {"batch_size": 8, "canonical": False} | changes
+    split = arguments.pop("eval_split", "test")
     with pytest.raises(UserError, match=re.escape(words)):
-        jobs.diagnose(**arguments)
+        configs = [load_config(workdir) for workdir in arguments["workdirs"]]
+        for config in configs:
+            config.data.eval_split = split
+        diagnose(configs, **arguments)
 
 
 def test_the_door_refuses_in_one_line():

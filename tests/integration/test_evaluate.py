@@ -11,12 +11,11 @@ from PIL import Image
 
 from dar_jax import models, sharding
 from dar_jax.errors import UserError
-from dar_jax.evaluation import jobs
+from dar_jax.evaluation import scoring
 from dar_jax.evaluation.features import convnet_features
-from dar_jax.evaluation.jobs import evaluate_file, evaluate_run, table, write_reference
+from dar_jax.evaluation.scoring import evaluate_file, evaluate_run, table, write_reference
 from dar_jax.pretrained import inception
-from dar_jax.training.checkpoint import write_weights
-from dar_jax.training.state import init_params
+from dar_jax.checkpoint import write_weights
 from tests.evaluation.test_metrics import network
 from tests.parity.torch_inception import random_inception
 from tests.training import tiny
@@ -40,7 +39,7 @@ def weights(tmp_path_factory):
 def workdir(tmp_path_factory):
     """A run of random weights, whose samples depend on noise, label and guidance."""
     path, config = tmp_path_factory.mktemp("run"), tiny.make_config()
-    params = sharding.unbox(jax.jit(lambda: init_params(models.build(config.model), 0))())
+    params = jax.jit(lambda: sharding.unbox(tiny.initial(config)))()
     rng = np.random.default_rng(0)
     params = jax.tree.map(lambda x: x + rng.normal(size=x.shape).astype(np.float32) * 0.3, params)
     write_weights(str(path), config, params)
@@ -60,16 +59,16 @@ def scores(results):
 @pytest.fixture
 def drawn(monkeypatch):
     """Indices of the samples that were drawn."""
-    indices, sample_images = [], jobs.sample_images
+    indices, sample_images = [], scoring.sample_images
 
-    def spy(draw, params, labels, batch_size, mesh, *, first=0):
-        for batch in sample_images(draw, params, labels, batch_size, mesh, first=first):
+    def spy(draw, params, condition, batch_size, mesh, *, first=0):
+        for batch in sample_images(draw, params, condition, batch_size, mesh, first=first):
             indices.extend(range(first, first + len(batch)))
             first += len(batch)
             yield batch
 
-    monkeypatch.setattr(jobs, "sample_images", spy)
-    monkeypatch.setattr(jobs, "SHARD", 8)
+    monkeypatch.setattr(scoring, "sample_images", spy)
+    monkeypatch.setattr(scoring, "SHARD", 8)
     return indices
 
 
@@ -82,7 +81,7 @@ def test_a_reference_is_that_of_all_images(weights, tmp_path, monkeypatch):
         Image.fromarray(picture).save(folder / f"{i:02d}.png")
     config = make_config(inception=weights)
     config.data.update(source="folder", path=str(tmp_path))
-    monkeypatch.setattr(jobs, "MAX_REFERENCE_IMAGES", 6)
+    monkeypatch.setattr(scoring, "MAX_REFERENCE_IMAGES", 6)
     assert write_reference(config, "held_out", str(tmp_path / "ref.npz")) == 12
     found = inception.extract(inception.read_params(weights), pictures[..., None])
     with np.load(tmp_path / "ref.npz") as file:
@@ -98,7 +97,7 @@ def test_a_reference_is_that_of_all_images(weights, tmp_path, monkeypatch):
 def test_run_and_file_agree_with_each_other(workdir, weights, tmp_path, monkeypatch):
     """Scores of samples as they are drawn equal those of the samples that were written."""
     for name in ("load_features", "inception_features"):  # of 24 features, because 2048 take long to compare
-        monkeypatch.setattr(jobs, name, lambda *_: network("inception"))
+        monkeypatch.setattr(scoring, name, lambda *_: network("inception"))
     reference, samples = str(tmp_path / "ref.npz"), str(tmp_path / "samples.npz")
     np.savez(reference, np.random.default_rng(0).integers(0, 256, (30, 8, 8, 1)).astype(np.uint8))
     config = make_config(inception=weights, reference=reference)
@@ -129,7 +128,7 @@ def features():
 
 @pytest.fixture
 def convnet(monkeypatch, features):
-    monkeypatch.setattr(jobs, "load_features", lambda *_: features)
+    monkeypatch.setattr(scoring, "load_features", lambda *_: features)
 
 
 def test_stopped_evaluation_goes_on(workdir, convnet, drawn, monkeypatch, capsys):
@@ -137,7 +136,7 @@ def test_stopped_evaluation_goes_on(workdir, convnet, drawn, monkeypatch, capsys
     whole = evaluate_run(make_config(), workdir, None, [1.5], None)
     assert drawn == list(range(24))
     drawn.clear()
-    extract_all, calls = jobs.extract_all, []
+    extract_all, calls = scoring.extract_all, []
 
     def stop_at_the_third(features, images, mesh):
         calls.append(len(images))
@@ -146,7 +145,7 @@ def test_stopped_evaluation_goes_on(workdir, convnet, drawn, monkeypatch, capsys
         return extract_all(features, images, mesh)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(jobs, "extract_all", stop_at_the_third)
+        patch.setattr(scoring, "extract_all", stop_at_the_third)
         evaluate_run(make_config(), workdir, None, [1.5], None)
     drawn.clear()
     again = evaluate_run(make_config(), workdir, None, [1.5], None)
@@ -159,7 +158,7 @@ def test_stopped_evaluation_goes_on(workdir, convnet, drawn, monkeypatch, capsys
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         calls.clear()
-        patch.setattr(jobs, "extract_all", stop_at_the_third)
+        patch.setattr(scoring, "extract_all", stop_at_the_third)
         evaluate_run(make_config(), workdir, None, [1.5], None)
     drawn.clear()
     config = make_config()
@@ -204,7 +203,7 @@ def test_runs_that_cannot_be_scored(workdir, weights, tmp_path):
         with pytest.raises(UserError, match=message):
             evaluate_run(make_config(**fields), workdir, None, scales, out)
     config = make_config()
-    config.model.channels = 4
+    config.model.update(channels=4, space="latents")
     with pytest.raises(UserError, match="latents of 4 channels"):
         evaluate_run(config, workdir, None, [1.0], None)
     with pytest.raises(UserError, match=r"--inception is required to write a reference. Download"):
@@ -213,13 +212,13 @@ def test_runs_that_cannot_be_scored(workdir, weights, tmp_path):
 
 
 def test_nan_samples_are_told(workdir, convnet, monkeypatch):
-    restore = jobs.restore_ema
+    restore = scoring.restore
 
     def broken(*args):
         ema, step = restore(*args)
         return jax.tree.map(lambda x: x * np.nan, ema), step
 
-    monkeypatch.setattr(jobs, "restore_ema", broken)
+    monkeypatch.setattr(scoring, "restore", broken)
     with pytest.raises(UserError, match="samples 0 to 7 hold NaN or infinity"):
         evaluate_run(make_config(), workdir, None, [1.0], None)
 

@@ -1,5 +1,6 @@
 """What machines do to a run: killed at any time, a disk that fills up, losses that are not finite."""
 
+import contextlib
 import json
 import random
 import re
@@ -8,10 +9,10 @@ import time
 import numpy as np
 import pytest
 
-from dar_jax.data.pipeline import train_iterator
+from dar_jax.data.feed import open_batches
 from dar_jax.errors import UserError
 from dar_jax.training import loop
-from dar_jax.training.checkpoint import latest_step
+from dar_jax.checkpoint import latest_step
 from tests.integration.doors import Doors, kill
 from tests.training import tiny
 
@@ -72,14 +73,16 @@ def test_full_disk_is_one_error_and_the_last_checkpoint_survives(cache, tmp_path
 def run_with_bad_steps(monkeypatch, workdir, bad, max_skipped):
     """Twelve steps of which those in `bad` (from 1) get an image of NaN."""
 
+    @contextlib.contextmanager
     def spoilt(*args, first_step, **kwargs):
-        for step, batch in enumerate(train_iterator(*args, first_step=first_step, **kwargs), start=first_step + 1):
-            yield {**batch, "image": batch["image"] * np.float32(np.nan if step in bad else 1)}
+        with open_batches(*args, first_step=first_step, **kwargs) as batches:
+            numbered = enumerate(batches, start=first_step + 1)
+            yield ({**batch, "x1": batch["x1"] * (np.nan if step in bad else 1)} for step, batch in numbered)
 
     config = tiny.make_config()
     config.train.max_skipped = max_skipped
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "train_iterator", spoilt)
+        patch.setattr(loop, "open_batches", spoilt)
         loop.train(config, str(workdir))
 
 

@@ -8,19 +8,19 @@ import pytest
 import torch
 from PIL import Image
 
-from dar_jax import models, sharding
-from dar_jax.config import validate
+from dar_jax import sharding
 from dar_jax.errors import UserError
-from dar_jax.evaluation import jobs
+from dar_jax.evaluation import scoring
 from dar_jax.evaluation.grid import save_grid
-from dar_jax.evaluation.jobs import evaluate_run
+from dar_jax.evaluation.scoring import evaluate_run
 from dar_jax.evaluation.sampling import make_sampler, sample_to_file, to_uint8
 from dar_jax.pretrained import vae as vae_lib
 from dar_jax.training.loop import train
-from dar_jax.training.online import make_online_encoder
+from dar_jax.data.feed import make_online_encoder
 from tests.data.prepared import tiny_vae, write_folder
 from tests.evaluation.test_metrics import network
 from tests.parity import torch_vae
+from dar_jax.validate import validate
 from tests.training import tiny
 
 
@@ -62,7 +62,7 @@ def test_from_weights_and_a_folder_to_decoded_samples(tmp_path, monkeypatch):
     config.data.vae = str(tmp_path / "vae")
     with pytest.raises(UserError, match="latents of 4 channels; to score them give --vae, --inception and --reference"):
         evaluate_run(config, run, None, [1.0], None)
-    monkeypatch.setattr(jobs, "load_features", lambda *_: network("inception", channels=3))
+    monkeypatch.setattr(scoring, "load_features", lambda *_: network("inception", channels=3))
     np.savez(tmp_path / "ref.npz", np.random.default_rng(0).integers(0, 256, (30, 8, 8, 3)).astype(np.uint8))
     config.eval.update(num_samples=24, inception=str(tmp_path / "ref.npz"), reference=str(tmp_path / "ref.npz"))
     (result,) = evaluate_run(config, run, None, [1.0], str(tmp_path / "samples.npz"))
@@ -74,7 +74,7 @@ def test_from_weights_and_a_folder_to_decoded_samples(tmp_path, monkeypatch):
 def latent_config(**fields):
     config = tiny.make_config()
     config.data.update(source="latents", image_size=4)
-    config.model.update(input_size=4, channels=4, depth=1)
+    config.model.update(space="latents", input_size=4, channels=4, depth=1)
     config.model.routing.kind = "residual"  # compiles sooner
     config.update_from_flattened_dict(fields)
     return config
@@ -107,7 +107,7 @@ def test_images_are_encoded_online(tmp_path, monkeypatch, capsys):
     with pytest.raises(UserError, match=r"image_size = 16 makes latents of 8x8x4 .* takes 4x4x4; .* input_size \* 2"):
         make_online_encoder(config, tiny.make_mesh(1, 1))
     config.data.vae = ""
-    with pytest.raises(UserError, match=r"channels = 4 does not suit images.*config\.data\.vae"):
+    with pytest.raises(UserError, match=r"space = latents, but .* has images; name in config\.data\.vae"):
         validate(config)
 
 
@@ -131,4 +131,4 @@ def test_vae_of_other_latents(tmp_path):
     vae_lib.write(str(tmp_path), vae)
     config = latent_config(**{"data.vae": str(tmp_path)})
     with pytest.raises(UserError, match=r"decodes 8 channels, but config\.model\.channels = 4"):
-        make_sampler(config, models.build(config.model), tiny.make_mesh(1, 1))
+        make_sampler(config, None, tiny.make_mesh(1, 1))

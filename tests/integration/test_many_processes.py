@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dar_jax.training.checkpoint import latest_step
+from dar_jax.checkpoint import latest_step
 from tests.integration.doors import Doors, kill
 
 FLAGS = ["--config.eval.every_steps=12", "--config.eval.num_samples=0", "--config.eval.grid_size=2"]

@@ -13,8 +13,8 @@ from PIL import Image
 from dar_jax.errors import UserError
 from dar_jax.evaluation.sampling import sample_to_file
 from dar_jax.training import loop
-from dar_jax.training.checkpoint import load_config
-from dar_jax.training.logs import Logs
+from dar_jax.checkpoint import load_config
+from dar_jax.logs import Logs
 from tests.integration.doors import Doors
 from tests.training import tiny
 
@@ -86,9 +86,9 @@ def test_kill_9_through_the_door(finished, tmp_path):
 def test_stop_before_the_loop_listens(tmp_path):
     """SIGTERM while the door still imports: exit code 0 and nothing is left behind."""
     code = (
-        "import os, signal, sys, types; from dar_jax import errors, main;"
+        "import os, signal, sys, types; from dar_jax import cli, main;"
         "loop = types.ModuleType('loop'); loop.train = lambda *_: os.kill(os.getpid(), signal.SIGTERM);"
-        "sys.modules['dar_jax.training.loop'] = loop; errors.run(main.main)"
+        "sys.modules['dar_jax.training.loop'] = loop; cli.run(main.main)"
     )
     flags = ["--config=configs/digits.py", f"--workdir={tmp_path}/run"]
     result = subprocess.run([sys.executable, "-c", code, *flags], capture_output=True, text=True, timeout=60)
@@ -118,14 +118,14 @@ def test_non_finite_step_stops_and_keeps_the_last_good_checkpoint(tmp_path):
 def test_message_names_a_checkpoint_that_leads_to_the_failure():
     """A loss is of the weights before its step: when it is not finite, a checkpoint of these weights is no good."""
     values = {"loss": float("nan"), "grad_norm": 1.0, "param_norm": 1.0}
-    text = loop._diverged(6, values, [4, 5], "runs/x", 0)
+    text = loop.diverged(6, values, [4, 5], "runs/x", 0)
     assert "last good checkpoint is step 4 in runs/x" in text
     assert "Remove runs/x/checkpoints/5" in text
     values = {"loss": 1.0, "grad_norm": 1.0, "param_norm": float("inf")}
-    text = loop._diverged(6, values, [4, 5], "runs/x", 0)
+    text = loop.diverged(6, values, [4, 5], "runs/x", 0)
     assert "last good checkpoint is step 5" in text
     assert "Remove" not in text
-    assert "No good checkpoint" in loop._diverged(1, values, [], "runs/x", 0)
+    assert "No good checkpoint" in loop.diverged(1, values, [], "runs/x", 0)
 
 
 def test_finished_run_has_nothing_to_do(finished, capsys):

@@ -11,8 +11,8 @@ import pytest
 
 from dar_jax.config import default
 from dar_jax.errors import UserError
-from dar_jax.training.checkpoint import Checkpoints, claim_workdir, latest_step, load_config, restore_ema
-from dar_jax.training.state import TrainState
+from dar_jax.checkpoint import Checkpoints, claim_workdir, latest_step, load_config, restore_ema
+from dar_jax.training.flow import TrainState
 
 
 def make_state(step):

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from dar_jax.training.logs import Logs
+from dar_jax.logs import Logs
 
 
 def test_resumed_run_drops_what_it_takes_again(tmp_path):

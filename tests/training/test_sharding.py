@@ -9,11 +9,10 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 
-from dar_jax import models, sharding
+from dar_jax import sharding
 from dar_jax.config import default
 from dar_jax.errors import UserError
-from dar_jax.training.optimizer import make_optimizer
-from dar_jax.training.state import init_params, make_state
+from dar_jax.training.setup import build_algorithm, set_up
 from tests.training import tiny
 
 KNOWN = {name for name, _ in sharding.RULES}
@@ -27,7 +26,7 @@ def test_every_logical_name_has_a_rule(query, monkeypatch):
     seen = set()
     constrain = nn.with_logical_constraint
     monkeypatch.setattr(nn, "with_logical_constraint", lambda x, names: seen.update(names) or constrain(x, names))
-    boxed = jax.eval_shape(lambda: init_params(models.build(config.model), 0))
+    boxed = jax.eval_shape(lambda: tiny.initial(config))
     assert {"batch", "tokens"} <= seen
     assert seen - {None} <= KNOWN
     for spec in jax.tree.leaves(nn.get_partition_spec(boxed), is_leaf=lambda s: isinstance(s, PartitionSpec)):
@@ -121,9 +120,8 @@ def test_the_mesh_of_a_run_fits_fewer_devices(sizes, devices, expected):
 def test_fsdp_must_divide_the_width():
     config = tiny.make_config()
     config.model.update(hidden_size=12)
-    optimizer = make_optimizer(config.optimizer, 1)
     with pytest.raises(UserError, match=r"fsdp = 8 must divide 12, an axis of .*params"):
-        make_state(config, models.build(config.model), optimizer, tiny.make_mesh(1, 8))
+        set_up(config, build_algorithm(config), tiny.make_mesh(1, 8))
 
 
 def test_batch_must_divide_over_the_devices():

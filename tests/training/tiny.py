@@ -9,11 +9,9 @@ import pytest
 from jax.sharding import Mesh
 
 from dar_jax import config as config_lib
-from dar_jax import models, sharding
+from dar_jax import objectives, sharding
 from dar_jax.sharding import make_mesh as mesh_of  # tests put their own in place of it
-from dar_jax.training.optimizer import make_optimizer
-from dar_jax.training.state import make_state
-from dar_jax.training.step import make_train_step
+from dar_jax.training.setup import build_algorithm, set_up
 
 
 def make_config():
@@ -49,25 +47,34 @@ def all_runs_on(mesh_shape: tuple[int, int], cache: pathlib.Path):
         jax.config.update(name, value)
 
 
+def initial(config):
+    """Initial parameters of the model of `config`, in linen's boxes."""
+    return objectives.build(config).init(jax.random.key(config.seed))
+
+
+def abstract(config, mesh: Mesh):
+    """Shapes and shardings of these parameters: the target of a restore."""
+    return sharding.abstract(mesh, lambda: initial(config))
+
+
 def batches(config, count: int):
     rng = np.random.default_rng(0)
     size, shape = config.train.batch_size, (config.data.image_size,) * 2 + (config.model.channels,)
     for _ in range(count):
-        image = rng.uniform(-1, 1, (size, *shape)).astype(np.float32)
-        yield {"image": image, "label": rng.integers(0, config.model.num_classes, size, dtype=np.int32)}
+        x1 = rng.uniform(-1, 1, (size, *shape)).astype(np.float32)
+        label = rng.integers(0, config.model.num_classes, size, dtype=np.int32)
+        yield {"x1": x1, "condition": {"label": label}}
 
 
 def run(config, mesh: Mesh, steps: int):
     """Returns the states before the first and after every step, and the metrics, of `steps` train steps."""
-    model = models.build(config.model)
-    optimizer = make_optimizer(config.optimizer, config.train.num_steps)
     with sharding.use(mesh):
-        init, _ = make_state(config, model, optimizer, mesh)
-        step = jax.jit(make_train_step(config, model, optimizer))
-        states, metrics = [init()], []
+        setup = set_up(config, build_algorithm(config), mesh)
+        step = jax.jit(setup.algorithm.step)  # donates nothing, because all states are kept
+        states, metrics = [setup.init()], []
         for batch in batches(config, steps):
             batch = jax.device_put(batch, sharding.batch_sharding(mesh))
-            state, values = step(states[-1], batch)
+            state, values = step(states[-1], (), batch)
             states.append(state)
             metrics.append(jax.device_get(values))
     return states, metrics

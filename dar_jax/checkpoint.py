@@ -1,13 +1,14 @@
 """Checkpoints of a run: workdir/checkpoints/<step> by orbax, workdir/config.json beside them.
 
-A checkpoint holds two items: "train" (step, params, optimizer state) and "ema"; one of converted weights "ema" alone.
-The data need no third, because a batch is a function of the step. A step's directory appears under its final name only
-when it is whole, so a crash while saving leaves the last good one. workdir/best.json names the one with the lowest FID.
+A checkpoint holds two items: "ema", the weights that samples come from, and "train", the other fields of the state.
+A checkpoint of converted weights holds "ema" alone. The data need no third item, because a batch is a function of the
+step. A step's directory appears under its final name only when it is whole, so a crash while saving leaves the last
+good one. workdir/best.json names the checkpoint with the lowest score.
 """
 
 import contextlib
+import dataclasses
 import json
-import os
 import pathlib
 import re
 import time
@@ -19,20 +20,22 @@ import orbax.checkpoint.experimental.v1 as ocp
 from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
+from dar_jax import files
 from dar_jax.config import default
 from dar_jax.errors import UserError
-from dar_jax.training.logs import say
-from dar_jax.training.state import TrainState
+from dar_jax.logs import say
+
+# The layout of config.json. 1: it had no number, and config.model had no field `space`.
+FORMAT = 2
 
 # What a run keeps for life: its function, its randomness, and what makes a batch of a step.
 FIXED = ("model", "diffusion", "seed", "data.source", "data.name", "data.train_split", "train.batch_size")
 
 
-def _items(state: TrainState) -> dict[str, Any]:
-    return {
-        "train": {"step": state.step, "params": state.params, "opt_state": state.opt_state},
-        "ema": state.ema,
-    }
+def _items(state) -> dict[str, Any]:
+    """The items of a state: any dataclass with the fields `step` and `ema`."""
+    fields = {field.name: getattr(state, field.name) for field in dataclasses.fields(state)}
+    return {"ema": fields.pop("ema"), "train": fields}
 
 
 class _Best:
@@ -51,9 +54,7 @@ class _Best:
             return
         self.record = {"step": step, "metric": metric, "value": value}
         if jax.process_index() == 0:
-            temporary = self.path.with_suffix(".tmp")
-            temporary.write_text(json.dumps(self.record) + "\n")
-            os.replace(temporary, self.path)
+            files.write_json(self.path, self.record)
 
     def should_preserve(self, checkpoints, *, context) -> list[bool]:
         return [self.record is not None and checkpoint.step == self.record["step"] for checkpoint in checkpoints]
@@ -82,7 +83,7 @@ class Checkpoints:
     def latest_step(self) -> int | None:
         return max(self.steps, default=None)
 
-    def save(self, state: TrainState, step: int) -> None:
+    def save(self, state, step: int) -> None:
         """Starts saving; returns when the state may be donated. A step that is already saved is left alone.
 
         If the one before failed, for want of room, say, its error is raised here.
@@ -94,11 +95,10 @@ class Checkpoints:
         """Keeps the checkpoint of `step` for good if its score is the lowest yet of this metric."""
         self._best.note(step, self.steps, metric, value)
 
-    def restore(self, abstract: TrainState) -> TrainState:
-        """The latest state, on the shardings of `abstract`."""
+    def restore(self, abstract):
+        """The latest state, of the type and on the shardings of `abstract`."""
         items = self._checkpointer.load_checkpointables(self.latest_step, _items(abstract))
-        train = items["train"]
-        return TrainState(train["step"], train["params"], items["ema"], train["opt_state"])
+        return type(abstract)(ema=items["ema"], **items["train"])
 
     def close(self) -> None:
         """Waits, and ends."""
@@ -166,13 +166,19 @@ def restore_ema(workdir: str, abstract_params, step: int | None = None) -> tuple
 
 
 def load_config(workdir: str) -> ConfigDict:
-    """The config a workdir was trained with. Raises UserError if there is none."""
+    """The config a workdir was trained with. Raises UserError if there is none, or one of a later format."""
     path = pathlib.Path(workdir) / "config.json"
     if not path.exists():
         raise UserError(f'"{path}" does not exist; --workdir must be a directory that python -m dar_jax.main wrote.')
+    stored = json.loads(path.read_text())
+    number = stored.pop("format", 1)
+    if number > FORMAT:
+        raise UserError(f'"{path}" has format {number}, but this version reads up to {FORMAT}; update dar_jax.')
+    if number == 1:
+        stored["model"]["space"] = "pixels" if stored["model"]["channels"] in (1, 3) else "latents"
     config = default()
     with config.unlocked():
-        config.update(json.loads(path.read_text()))
+        config.update(stored)
     return config.lock()
 
 
@@ -193,13 +199,9 @@ def claim_workdir(workdir: str, config: ConfigDict) -> None:
                 f'workdir "{workdir}" holds a run with {difference}; take another --workdir, or the config of that run.'
             )
     if jax.process_index() == 0:
-        try:
+        with files.writing(workdir, "--workdir"):
             path.mkdir(parents=True, exist_ok=True)
-            temporary = path / "config.json.tmp"
-            temporary.write_text(config.to_json(indent=2) + "\n")
-            os.replace(temporary, path / "config.json")
-        except OSError as error:
-            raise UserError(f'--workdir = "{workdir}" cannot be written: {error.strerror}; take another.') from error
+            files.write_json(path / "config.json", {"format": FORMAT, **json.loads(config.to_json())}, indent=2)
 
 
 def write_weights(workdir: str, config: ConfigDict, params: dict) -> None:

@@ -8,12 +8,13 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from dar_jax import conditions
 from dar_jax.data.pipeline import load_images
+from dar_jax.errors import check_choice, check_ranges, require
 from dar_jax.evaluation.features import Features, convnet_features, extract_all, inception_features
 from dar_jax.evaluation.grid import save_grid
 from dar_jax.evaluation.metrics import Collector, load_reference, score, warn_if_few
-from dar_jax.evaluation.sampling import class_labels, make_sampler, sample_images
-from dar_jax.models import SiT
+from dar_jax.evaluation.sampling import make_sampler, sample_images
 from dar_jax.pretrained.inception import how_to_get
 
 MAX_TRAINING_IMAGES = 20_000  # for the convnet, which learns in seconds
@@ -35,12 +36,28 @@ def load_features(config: ConfigDict, mesh: Mesh, workdir: str, log: Callable[[s
     return convnet_features(images, labels, config.model.num_classes, seed=0, cache=cache, log=log)
 
 
-class InlineEvaluation:
-    """Draws the same samples (noise and labels) at every call and compares them with the reference."""
+def check(settings: ConfigDict) -> None:
+    """Raises UserError for the first field of `config.eval` that cannot work."""
+    check_choice("config.eval.labels", settings.labels, conditions.ORDERS)
+    at_least_one, at_least_zero = "[1, inf)", "[0, inf)"
+    check_ranges(
+        "config.eval",
+        settings,
+        every_steps=at_least_zero,
+        num_samples=at_least_zero,
+        final_samples=at_least_zero,
+        batch_size=at_least_one,
+        grid_size=at_least_one,
+    )
+    require(settings.num_samples != 1, "config.eval.num_samples = 1 must be 0 (no metrics) or at least 2.")
 
-    def __init__(self, config: ConfigDict, model: SiT, mesh: Mesh, workdir: str, log: Callable[[str], None]):
+
+class InlineEvaluation:
+    """Draws the same samples (noise and conditions) at every call and compares them with the reference."""
+
+    def __init__(self, config: ConfigDict, sample: Callable, mesh: Mesh, workdir: str, log: Callable[[str], None]):
         self.config, self.mesh, self.workdir, self.log = config, mesh, pathlib.Path(workdir), log
-        self.draw = make_sampler(config, model, mesh)
+        self.draw, self.kind = make_sampler(config, sample, mesh), conditions.build(config.model)
         if config.eval.num_samples:
             self.features = load_features(config, mesh, workdir, log)
             self.reference = load_reference(config, self.features, mesh)
@@ -56,8 +73,8 @@ class InlineEvaluation:
         grid_images, sizes = settings.grid_size**2, [settings.num_samples]
         if step == self.config.train.num_steps and settings.final_samples > settings.num_samples > 0:
             sizes.append(settings.final_samples)
-        labels = class_labels(self.config, max(*sizes, grid_images))
-        batches = sample_images(self.draw, ema, labels, settings.batch_size, self.mesh)
+        condition = self.kind.to_sample(max(*sizes, grid_images), settings.labels, self.config.seed)
+        batches = sample_images(self.draw, ema, condition, settings.batch_size, self.mesh)
         grid, scores, collector, position = [], {}, Collector(), 0
         for images in _split_at(batches, (grid_images, *sizes)):
             position += len(images)

@@ -1,12 +1,12 @@
-"""What the door `evaluate` does: score a run, score a file of samples, write a reference."""
+"""Scores a run or a file of samples, and writes a reference: what the door `evaluate` does."""
 
 import hashlib
 import importlib.metadata
 import json
-import os
 import pathlib
 import shutil
 from collections.abc import Iterator
+from typing import Any
 
 import jax
 import numpy as np
@@ -14,14 +14,13 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from dar_jax import models, sharding
-from dar_jax.config import default, validate
+from dar_jax import conditions, files, objectives, sharding
+from dar_jax.config import default
 from dar_jax.data.pipeline import image_batches
 from dar_jax.data.sources import open_source
-from dar_jax.diffusion import sampler
 from dar_jax.errors import UserError
 from dar_jax.evaluation.features import Features, extract_all, inception_features
-from dar_jax.evaluation.inline import load_features
+from dar_jax.evaluation.in_training import load_features
 from dar_jax.evaluation.metrics import (
     MAX_REFERENCE_IMAGES,
     READ_BATCH,
@@ -31,13 +30,11 @@ from dar_jax.evaluation.metrics import (
     score,
     warn_if_few,
 )
-from dar_jax.evaluation.sampling import class_labels, image_shape, make_sampler, sample_images
+from dar_jax.evaluation.sampling import image_shape, make_sampler, restore, sample_images
 from dar_jax.evaluation.sets import MOMENT_KEYS, check_output, open_images, write_set
+from dar_jax.logs import say
 from dar_jax.pretrained.inception import how_to_get
 from dar_jax.pretrained.vae import read_header
-from dar_jax.training.checkpoint import restore_ema
-from dar_jax.training.logs import say
-from dar_jax.training.state import abstract_params
 
 SHARD = 1000  # samples between two points from which a stopped evaluation goes on
 
@@ -51,7 +48,7 @@ def evaluate_run(
     there, and the same call goes on where it was stopped.
 
     Args:
-      config: of the run, with the sampler, seed and `config.eval` of this evaluation.
+      config: of the run, with the sampler, seed and `config.eval` of this evaluation; it has passed `validate`.
       workdir: the run.
       step: its checkpoint, None for the latest.
       cfg_scales: guidance scales.
@@ -63,9 +60,7 @@ def evaluate_run(
     Raises:
       UserError: something does not fit, before anything is sampled.
     """
-    if config.model.channels not in (1, 3) and not (
-        config.data.vae and config.eval.inception and config.eval.reference
-    ):
+    if config.model.space == "latents" and not (config.data.vae and config.eval.inception and config.eval.reference):
         raise UserError(
             f"--workdir: the model makes latents of {config.model.channels} channels; to score them give --vae, "
             "--inception and --reference."
@@ -74,32 +69,25 @@ def evaluate_run(
         check_output(samples_out, ".npz", "--samples_out")
         if len(cfg_scales) > 1:
             raise UserError("--samples_out takes one guidance scale; leave out --cfg_sweep.")
-    if config.eval.num_samples < 2:
-        raise UserError(f"--num_samples = {config.eval.num_samples} must be at least 2.")
     sharding.fit(config.mesh)
-    for scale in cfg_scales:
-        config.sampler.cfg_scale = float(scale)
-        validate(config)
-    sampler.check(config.sampler)
     mesh = sharding.make_mesh(config.mesh)
-    model = models.build(config.model)
+    condition = conditions.build(config.model).to_sample(config.eval.num_samples, config.eval.labels, config.seed)
     results = []
     with sharding.use(mesh):
-        ema, step = restore_ema(workdir, abstract_params(config, model, mesh), step)
+        ema, step = restore(config, workdir, mesh, step)
         features = load_features(config, mesh, workdir, say)
         reference = load_reference(config, features, mesh)
         warn_if_few(reference, config.eval.num_samples, say)
         for scale in cfg_scales:
-            config.sampler.cfg_scale = float(scale)
+            config.sampler.cfg_scale = scale
             settings = _settings(config, features, workdir=workdir, step=step)
             shards = _Shards(pathlib.Path(workdir) / "evaluation", settings, with_images=bool(samples_out))
-            draw, labels = make_sampler(config, model, mesh), class_labels(config, config.eval.num_samples)
-            samples = _sample(draw, ema, labels, features, shards, config.eval.batch_size, mesh)
+            draw = make_sampler(config, objectives.build(config).sample, mesh)
+            samples = _sample(draw, ema, condition, features, shards, config.eval.batch_size, mesh)
             results.append({"scores": score(features, reference, samples), "settings": settings})
             if samples_out and jax.process_index() == 0:
-                shape = (len(labels), *image_shape(config))
-                others = {"arr_1": labels.astype(np.int64)}
-                write_set(samples_out, shape, shards.images(len(labels)), others, "--samples_out")
+                count, others = config.eval.num_samples, {"arr_1": condition["label"].astype(np.int64)}
+                write_set(samples_out, (count, *image_shape(config)), shards.images(count), others, "--samples_out")
             shards.remove()
     return results
 
@@ -124,7 +112,7 @@ def evaluate_file(samples: str, reference: str, inception: str, num_samples: int
     config.eval.update(inception=inception, reference=reference, num_samples=count)
     settings = {
         "samples": samples,
-        "samples_sha256": _sha256(samples),
+        "samples_sha256": files.sha256(samples),
         **_files(config, features),
         "num_samples": count,
     }
@@ -140,7 +128,6 @@ def write_reference(config: ConfigDict, split: str, path: str) -> int:
       UserError: the config, the split or the output does not fit, or `config.eval.inception` is missing.
     """
     check_output(path, ".npz", "--write_reference")
-    validate(config)
     if not config.eval.inception:
         raise UserError(f"--inception is required to write a reference. {how_to_get()}")
     mesh = sharding.make_mesh(default().mesh)
@@ -177,10 +164,10 @@ def table(results: list[dict]) -> str:
     return "\n".join(lines)
 
 
-def _sample(draw, ema: dict, labels: np.ndarray, features: Features, shards: "_Shards", batch_size: int, mesh: Mesh):
-    """The `FeatureSet` of samples 0 to len(labels); what `shards` already holds is not drawn again."""
-    collector, position = Collector(), 0
-    for stored in shards.stored(len(labels)):
+def _sample(draw, ema: Any, condition: dict, features: Features, shards: "_Shards", batch_size: int, mesh: Mesh):
+    """The `FeatureSet` of the samples of `condition`; what `shards` already holds is not drawn again."""
+    collector, position, total = Collector(), 0, conditions.length(condition)
+    for stored in shards.stored(total):
         collector.add(stored)
         position += len(stored["pool"])
     if jax.process_count() > 1:  # the shards are the first process's, and all must draw the same
@@ -188,14 +175,15 @@ def _sample(draw, ema: dict, labels: np.ndarray, features: Features, shards: "_S
     if position:
         say(f"going on after {position} samples from {shards.directory}")
     per_shard = batch_size * -(-SHARD // batch_size)
-    while position < len(labels):
-        stop = min(position + per_shard, len(labels))
-        images = np.concatenate(list(sample_images(draw, ema, labels[:stop], batch_size, mesh, first=position)))
+    while position < total:
+        stop = min(position + per_shard, total)
+        until = jax.tree.map(lambda x: x[:stop], condition)  # noqa: B023
+        images = np.concatenate(list(sample_images(draw, ema, until, batch_size, mesh, first=position)))
         found = extract_all(features, images, mesh)
         shards.write(position, found, images)
         collector.add(found)
         position = stop
-        say(f"{position} of {len(labels)} samples")
+        say(f"{position} of {total} samples")
     return collector.result() if jax.process_index() == 0 else None
 
 
@@ -235,19 +223,13 @@ class _Shards:
     def write(self, position: int, features: dict[str, np.ndarray], images: np.ndarray) -> None:
         if jax.process_index() == 0:
             arrays = {**features, "count": np.int64(len(images)), **({"images": images} if self.with_images else {})}
-            temporary = self.directory / "unfinished"
-            with open(temporary, "wb") as file:
+            path = self.directory / f"{position:08d}.npz"
+            with files.replacing(path, only_writer=True) as temporary, open(temporary, "wb") as file:
                 np.savez(file, **arrays)
-            os.replace(temporary, self.directory / f"{position:08d}.npz")
 
     def remove(self) -> None:
         if jax.process_index() == 0:
             shutil.rmtree(self.directory)
-
-
-def _sha256(path: str) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _files(config: ConfigDict, features: Features) -> dict:
@@ -255,7 +237,7 @@ def _files(config: ConfigDict, features: Features) -> dict:
     settings = {"features": features.name, "versions": {n: importlib.metadata.version(n) for n in ("dar_jax", "jax")}}
     for name in ("inception", "reference"):
         if path := config.eval[name]:
-            settings[name], settings[f"{name}_sha256"] = path, _sha256(path)
+            settings[name], settings[f"{name}_sha256"] = path, files.sha256(path)
     return settings
 
 

@@ -5,9 +5,9 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
+from dar_jax import diffusion
 from dar_jax.diagnosis import pairs
 from dar_jax.diagnosis.probes import averages, make_measure, relative_entropy, source_mask
-from dar_jax.diffusion.interpolant import time_range
 from dar_jax.models import SiT
 
 
@@ -16,7 +16,7 @@ class InlineDiagnosis:
 
     def __init__(self, config: ConfigDict, model: SiT, mesh: Mesh):
         count = config.diagnosis.num_images
-        t0, t1 = time_range(config.diffusion.interpolant, config.diffusion.prediction, sampling=True)
+        t0, t1 = diffusion.build(config.diffusion).time_range(sampling=True)
         # Midpoints: at the very end of the range gradients are ten times as large, and would be all there is to see.
         times = t0 + (t1 - t0) * (np.arange(count) + 0.5) / count
         chosen = pairs.Pairs(config.data.train_split, count, count, times)

@@ -1,4 +1,4 @@
-"""What the door `diagnose` does: measure one or two runs, draw the figures, write numbers and report."""
+"""Measures one or two runs, draws the figures, writes numbers and report: what the door `diagnose` does."""
 
 import json
 import pathlib
@@ -9,48 +9,45 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
-from dar_jax import models, sharding
-from dar_jax.config import micro_batch, validate
+from dar_jax import diffusion, files, models, sharding
+from dar_jax.checkpoint import saved_steps
+from dar_jax.config import micro_batch
 from dar_jax.data.sources import open_source
 from dar_jax.diagnosis import figures
 from dar_jax.diagnosis.canonical import compare_canonical
 from dar_jax.diagnosis.pairs import Pairs, batches
 from dar_jax.diagnosis.probes import LinearProbe, averages, make_measure, relative_entropy, source_mask, summary
 from dar_jax.diagnosis.report import write_report
-from dar_jax.diffusion import sampler
-from dar_jax.diffusion.interpolant import time_range
 from dar_jax.errors import UserError
+from dar_jax.evaluation.sampling import restore
+from dar_jax.logs import say
 from dar_jax.models import SiT
-from dar_jax.training.checkpoint import load_config, restore_ema, saved_steps
-from dar_jax.training.logs import say
-from dar_jax.training.state import abstract_params
 
 NUM_TIMES = 11  # of the default grid
 HELD_OUT = 4  # the linear probe is scored on one pair in so many
 
 
 def diagnose(
+    configs: Sequence[ConfigDict],
     workdirs: Sequence[str],
     out: str,
     *,
-    split: str | None,
     num_images: int,
     timesteps: Sequence[float] | None,
     batch_size: int | None,
     canonical: bool,
-    num_samples: int | None,
 ) -> list[pathlib.Path]:
     """Diagnoses the EMA of the latest checkpoint of each run and writes figures, diagnosis.json and report.html.
 
     Args:
-      workdirs: one run, or two to compare.
+      configs: of one run, or of two to compare. The images are those of `data.eval_split`; for `canonical`,
+        `eval.num_samples` samples are scored, 0 for losses only.
+      workdirs: of these runs.
       out: directory to write to.
-      split: of each run's data; None: its `data.eval_split`.
-      num_images: of that split; all of it, if it has fewer.
+      num_images: of the split; all of it, if it has fewer.
       timesteps: times at which to measure; None: eleven over the range in which the model samples.
       batch_size: images at a time over all devices; None: of a train step (or microbatch) of the run.
       canonical: also freeze the weights of the routed runs to their mean over t (`canonical.compare_canonical`).
-      num_samples: to score for that, 0 for losses only; None: `config.eval.num_samples` of the run.
 
     Returns:
       What was written, the report first.
@@ -58,58 +55,45 @@ def diagnose(
     Raises:
       UserError: something does not fit, before anything is compiled.
     """
-    configs = [load_config(workdir) for workdir in workdirs]
     if canonical and all(config.model.routing.kind == "residual" for config in configs):
         raise UserError("--canonical freezes routing weights, and a residual model has none; leave it out.")
     plans = []
     for config, workdir in zip(configs, workdirs, strict=True):
         saved_steps(workdir)
-        config.data.eval_split = split or config.data.eval_split
-        config.eval.num_samples = config.eval.num_samples if num_samples is None else num_samples
-        mesh = _check(config, batch_size)
+        sharding.fit(config.mesh)
+        mesh = sharding.make_mesh(config.mesh)
+        sharding.check_batch(mesh, "--batch_size", batch_size or micro_batch(config))
         if canonical:
             _check_sampling(config)
         plans.append((config, workdir, mesh, _choose(config, workdir, num_images, timesteps, batch_size)))
     folder = pathlib.Path(out)
-    try:
+    with files.writing(out, "--out"):
         folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f'--out = "{out}" cannot be written: {error.strerror}; take another.') from error
 
     results = [_measure_run(*plan, canonical) for plan in plans]
     if jax.process_index() > 0:
         return []
     numbers, drawn = folder / "diagnosis.json", figures.draw(results, folder)
-    numbers.write_text(json.dumps({"runs": _plain(results)}, indent=1, allow_nan=False) + "\n")
+    files.write_text(numbers, json.dumps({"runs": _plain(results)}, indent=1, allow_nan=False) + "\n")
     return [write_report(results, drawn, folder), numbers, *(path for figure in drawn for path in figure.paths)]
-
-
-def _check(config: ConfigDict, batch_size: int | None) -> Mesh:
-    sharding.fit(config.mesh)
-    config.eval.every_steps = 0  # what a run could not evaluate can still be diagnosed
-    validate(config)
-    mesh = sharding.make_mesh(config.mesh)
-    sharding.check_batch(mesh, "--batch_size", batch_size or micro_batch(config))
-    return mesh
 
 
 def _check_sampling(config: ConfigDict) -> None:
     scores, side = config.eval, config.data.image_size
     if not scores.num_samples:
         return
-    if config.model.channels in (1, 3):
+    if config.model.space == "pixels":
         lacking = not scores.inception and not 8 <= side <= 64 and f"config.eval.inception for images of {side} pixels"
     else:
         found = config.data.vae and scores.inception and scores.reference
         lacking = not found and "config.data.vae, eval.inception and eval.reference to score latents"
     if lacking:
         raise UserError(f"--canonical: the run lacks {lacking}; add --num_samples=0 for losses only.")
-    sampler.check(config.sampler)
 
 
 def _choose(config, workdir, num_images, timesteps, batch_size) -> Pairs:
     split = config.data.eval_split
-    t0, t1 = time_range(config.diffusion.interpolant, config.diffusion.prediction, sampling=True)
+    t0, t1 = diffusion.build(config.diffusion).time_range(sampling=True)
     times = np.linspace(t0, t1, NUM_TIMES) if timesteps is None else np.asarray(timesteps, np.float64)
     if len(np.unique(times)) < 2 or not ((t0 <= times) & (times <= t1)).all():
         raise UserError(
@@ -125,7 +109,7 @@ def _measure_run(config: ConfigDict, workdir: str, mesh: Mesh, chosen: Pairs, ca
     """All numbers of a run, arrays with the times leading; the entries are those of `make_measure` and more."""
     model = models.build(config.model)
     with sharding.use(mesh):
-        params, step = restore_ema(workdir, abstract_params(config, model, mesh))
+        params, step = restore(config, workdir, mesh, None)
         say(f"{workdir}: step {step}, {chosen.num_images} images at {len(chosen.times)} times")
         sums, probes = _stream(config, model, mesh, params, chosen)
         result = {

@@ -1,12 +1,12 @@
 """What a run says: TensorBoard (clu), workdir/metrics.jsonl and a progress line."""
 
 import json
-import os
 import pathlib
 import time
 
 import jax
 
+from dar_jax import files
 from dar_jax.models.flops import peak_flops
 
 
@@ -39,9 +39,7 @@ class Logs:
         self.start_window(first_step)
         if is_first and self.path.exists():
             kept = [line for line in self.path.read_text().splitlines() if _step(line) <= first_step]
-            temporary = self.path.with_suffix(".tmp")
-            temporary.write_text("".join(f"{line}\n" for line in kept))
-            os.replace(temporary, self.path)
+            files.write_text(self.path, "".join(f"{line}\n" for line in kept))
 
     def start_window(self, step: int) -> None:
         """Starts the measurement of speed anew, after time that was not training."""
@@ -54,7 +52,10 @@ class Logs:
                 file.write(json.dumps({"step": step, **scalars}) + "\n")
 
     def progress(self, step: int, scalars: dict[str, float]) -> None:
-        """Writes the scalars with the speed since the window started, and prints the progress line."""
+        """Writes the scalars with the speed since the window started, and prints the progress line.
+
+        The line shows the scalars whose name begins with "loss".
+        """
         if step > self.window_step:
             speed = (step - self.window_step) / (time.monotonic() - self.window_time)
             scalars = {**scalars, "steps_per_second": speed, "images_per_second": speed * self.batch_size}
@@ -64,8 +65,9 @@ class Logs:
             mfu = f"  MFU {100 * scalars['mfu']:.1f} %" if self.peak_flops else ""
             eta = (self.num_steps - step) / speed
             clock = f"{int(eta // 3600)}:{int(eta // 60 % 60):02d}:{int(eta % 60):02d}"
+            losses = "  ".join(f"{name} {value:.4f}" for name, value in scalars.items() if name.startswith("loss"))
             say(
-                f"step {step}/{self.num_steps}  loss {scalars['loss']:.4f}  {speed:.3g} steps/s  "
+                f"step {step}/{self.num_steps}  {losses}  {speed:.3g} steps/s  "
                 f"{scalars['images_per_second']:.4g} images/s{mfu}  ETA {clock}"
             )
         self.write(step, scalars)

@@ -1,0 +1,110 @@
+"""Batches on the devices: what each process read, as one sharded batch, encoded to latents where the model asks for it.
+
+A batch is a dictionary with the samples on the leading axis of every array:
+
+    x1          float32 [B, H, W, C]: images in [-1, 1], or scaled latents
+    condition   what the model is conditioned on (`dar_jax.conditions`): {"label": int32 [B]}
+
+Further entries are passed on as they are.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from dar_jax import conditions, sharding
+from dar_jax.data.pipeline import train_iterator
+from dar_jax.data.sources import LATENT_SOURCES
+from dar_jax.errors import UserError
+from dar_jax.pretrained.vae import load, make_encoder
+
+ENCODER_STREAM = 2**32 - 1  # of the seed's random streams; the others are numbered by steps, which never reach it
+
+
+def encodes_online(config: ConfigDict) -> bool:
+    """Whether a model of latents trains on a source of images."""
+    return config.model.space == "latents" and config.data.source not in LATENT_SOURCES
+
+
+def abstract_batch(config: ConfigDict, mesh: Mesh) -> dict:
+    """Shapes, dtypes and shardings of a train step's batch."""
+    model, size = config.model, config.train.batch_size
+    x1 = jax.ShapeDtypeStruct((size, model.input_size, model.input_size, model.channels), jnp.float32)
+    batch, sharded = {"x1": x1, "condition": conditions.build(model).abstract(size)}, sharding.batch_sharding(mesh)
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharded), batch)
+
+
+@contextlib.contextmanager
+def open_batches(
+    config: ConfigDict,
+    mesh: Mesh,
+    *,
+    batch_size: int,
+    first_step: int = 0,
+    extra: Callable[[int, np.ndarray], dict[str, np.ndarray]] | None = None,
+) -> Iterator[Iterator[dict]]:
+    """The batches of `config.data.train_split`, from `first_step` on, without end (`pipeline.train_iterator`).
+
+    Args:
+      config: of the run.
+      mesh: the devices.
+      batch_size: samples of a batch over all devices.
+      first_step: how many batches to leave out.
+      extra: None, or a function of a step and this process's rows that gives further entries of the batch.
+
+    Raises:
+      UserError: the data or the VAE of online encoding do not fit; on entry, before the first batch.
+    """
+    encode = make_online_encoder(config, mesh) if encodes_online(config) else None
+    rows = sharding.local_rows(mesh, batch_size)
+    iterator = train_iterator(
+        config.data,
+        space="pixels" if encode else config.model.space,
+        channels=3 if encode else config.model.channels,
+        batch_size=batch_size,
+        seed=config.seed,
+        first_step=first_step,
+        rows=rows,
+    )
+
+    def batches() -> Iterator[dict]:
+        for step, local in enumerate(iterator, start=first_step):
+            local = {**local, **extra(step, rows)} if extra else local
+            batch = sharding.from_local_rows(mesh, batch_size, rows, local)
+            yield {**batch, "x1": encode(batch["x1"], step)} if encode else batch
+
+    with contextlib.closing(iterator):
+        yield batches()
+
+
+def make_online_encoder(config: ConfigDict, mesh: Mesh) -> Callable[[Array, int], Array]:
+    """Returns (images float32 [B, H, W, 3] in [-1, 1], step) -> scaled latents float32 [B, h, w, C].
+
+    Each is a draw from its distribution, whose noise follows from config.seed and the step, whatever the mesh.
+
+    Raises:
+      UserError: config.data.vae is no VAE, or its latents of these images are not the model's input.
+    """
+    vae, model = load(config.data.vae, "config.data.vae"), config.model
+    side = config.data.image_size // vae.model.factor
+    if (side, vae.model.latent_channels) != (model.input_size, model.channels):
+        raise UserError(
+            f"config.data.image_size = {config.data.image_size} makes latents of {side}x{side}x"
+            f"{vae.model.latent_channels} in config.data.vae, but config.model takes {model.input_size}x"
+            f"{model.input_size}x{model.channels}; set image_size to input_size * {vae.model.factor}."
+        )
+
+    @jax.jit
+    def draw(moments: Array, step: Array) -> Array:
+        stream = jax.random.fold_in(jax.random.key(config.seed), ENCODER_STREAM)
+        mean, std = moments[:, 0], moments[:, 1]
+        return vae.scale * (mean + std * jax.random.normal(jax.random.fold_in(stream, step), mean.shape))
+
+    encode = make_encoder(vae, mesh)
+    return lambda images, step: draw(encode(images), step)

@@ -1,0 +1,56 @@
+"""What a config may say of a model."""
+
+from ml_collections import ConfigDict
+
+from dar_jax.errors import check_choice, check_ranges, require
+
+SPACES = ("pixels", "latents")
+IMAGE_CHANNELS = (1, 3)  # grey and RGB
+
+
+def check(model: ConfigDict) -> None:
+    """Raises UserError for the first field of `config.model` that cannot work."""
+    check_choice("config.model.space", model.space, SPACES)
+    check_choice("config.model.dtype", model.dtype, ("float32", "bfloat16"))
+    check_choice("config.model.remat", model.remat, ("dense", "block"))
+    check_ranges(
+        "config.model",
+        model,
+        input_size="[1, inf)",
+        channels="[1, inf)",
+        num_classes="[1, inf)",
+        patch_size="[1, inf)",
+        hidden_size="[4, inf)",
+        depth="[1, inf)",
+        num_heads="[1, inf)",
+        mlp_ratio="(0, inf)",
+        label_dropout="[0, 1)",
+    )
+    require(
+        model.space == "latents" or model.channels in IMAGE_CHANNELS,
+        f"config.model.channels = {model.channels} does not suit images; take 1 (grey) or 3 (RGB) channels, or set "
+        "config.model.space = latents.",
+    )
+    require(
+        model.hidden_size % 4 == 0 and model.hidden_size % model.num_heads == 0,
+        f"config.model.hidden_size = {model.hidden_size} must be divisible by 4 and by num_heads = {model.num_heads}.",
+    )
+    require(
+        model.input_size % model.patch_size == 0,
+        f"config.model.input_size = {model.input_size} must be divisible by patch_size = {model.patch_size}.",
+    )
+    _check_routing(model.routing, 2 * model.depth)
+
+
+def _check_routing(routing: ConfigDict, sublayers: int) -> None:
+    check_choice("config.model.routing.kind", routing.kind, ("residual", "dar"))
+    check_choice("config.model.routing.query", routing.query, ("static", "static_t", "dynamic"))
+    check_choice("config.model.routing.summary", routing.summary, ("last", "sum"))
+    check_choice("config.model.routing.final", routing.final, ("dedicated", "shared", "summaries"))
+    check_choice("config.model.routing.implementation", routing.implementation, ("auto", "xla", "pallas"))
+    divisors = [1] + [s for s in range(2, sublayers + 1, 2) if sublayers % s == 0]
+    require(
+        routing.kind == "residual" or routing.chunk_size in divisors,
+        f"config.model.routing.chunk_size = {routing.chunk_size} must be 1 or an even divisor of 2 * depth = "
+        f"{sublayers}: one of {divisors}.",
+    )

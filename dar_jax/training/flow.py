@@ -1,0 +1,54 @@
+"""The ordinary algorithm: one network, one objective, one optimizer, and a moving average of the weights."""
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+from jax import Array
+from ml_collections import ConfigDict
+
+from dar_jax.objectives import Objective
+from dar_jax.training.algorithm import Algorithm
+from dar_jax.training.optimizer import make_optimizer
+from dar_jax.training.update import averaged, value_and_grad
+
+
+class TrainState(flax.struct.PyTreeNode):
+    """What a run carries from step to step.
+
+    Attributes:
+      step: optimizer steps taken, int32.
+      params: float32 master weights.
+      ema: their exponential moving average, the weights that samples come from.
+      opt_state: of optax.
+    """
+
+    step: Array
+    params: dict
+    ema: dict
+    opt_state: optax.OptState
+
+
+def build(config: ConfigDict, objective: Objective) -> Algorithm:
+    """Minimises `objective` with the optimizer of `config.optimizer`, in the microbatches of `config.train`.
+
+    The metrics are those of the objective with "loss" (mean over the batch), "grad_norm" (before clipping) and
+    "param_norm" (of the new weights, which overflows before they do). Randomness follows from config.seed and the step.
+    """
+    optimizer = make_optimizer(config.optimizer, config.train.num_steps)
+
+    def init(key: Array) -> TrainState:
+        params = objective.init(key)
+        ema = jax.tree.map(jnp.copy, params)  # a copy, because the step donates the state and no buffer twice
+        return TrainState(jnp.int32(0), params, ema, optimizer.init(params))
+
+    def step(state: TrainState, frozen: tuple, batch: dict) -> tuple[TrainState, dict]:
+        drawn = objective.draw(jax.random.fold_in(jax.random.key(config.seed), state.step), batch)
+        metrics, grads = value_and_grad(objective.loss, state.params, drawn, config.train.accumulate_steps)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        ema = averaged(state.ema, params, config.optimizer.ema_decay)
+        metrics |= {"grad_norm": optax.global_norm(grads), "param_norm": optax.global_norm(params)}
+        return TrainState(state.step + 1, params, ema, opt_state), metrics
+
+    return Algorithm(init, step, objective.sample)

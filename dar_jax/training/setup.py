@@ -1,0 +1,58 @@
+"""From a config to what runs: the algorithm, its state on the devices and its compiled step."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from dar_jax import objectives, sharding
+from dar_jax.training import flow
+from dar_jax.training.algorithm import Algorithm
+from dar_jax.training.update import skipping_failures
+
+
+def build_algorithm(config: ConfigDict) -> Algorithm:
+    """The algorithm that trains `config`."""
+    return flow.build(config, objectives.build(config))
+
+
+class Setup(NamedTuple):
+    """An algorithm on a mesh.
+
+    Attributes:
+      algorithm: what runs.
+      state, frozen: shapes, dtypes and shardings of its state and of its frozen networks.
+      step: its jitted step, which skips failures if `config.train.max_skipped` says so.
+      init: makes the state of step 0.
+      load_frozen: makes or reads the frozen networks.
+    """
+
+    algorithm: Algorithm
+    state: Any
+    frozen: Any
+    step: Callable
+    init: Callable[[], Any]
+    load_frozen: Callable[[], Any]
+
+
+def set_up(config: ConfigDict, algorithm: Algorithm, mesh: Mesh) -> Setup:
+    """Raises UserError if an array of the state does not divide over the mesh."""
+
+    def init():
+        return algorithm.init(jax.random.key(config.seed))
+
+    def init_frozen():
+        return algorithm.init_frozen(jax.random.key(config.seed))
+
+    state, frozen = sharding.abstract(mesh, init), sharding.abstract(mesh, init_frozen)
+    load = algorithm.load_frozen
+    return Setup(
+        algorithm,
+        state,
+        frozen,
+        jax.jit(skipping_failures(algorithm.step) if config.train.max_skipped else algorithm.step, donate_argnums=0),
+        lambda: sharding.make(state, init),
+        lambda: load(frozen) if load else sharding.make(frozen, init_frozen),
+    )
