@@ -46,7 +46,7 @@ def compare_canonical(
 
     def total_loss(params, batch, t, weights):
         def predict(x_t, t):
-            return model.apply({"params": params}, x_t, t, batch["label"])
+            return model.apply({"params": params}, x_t, t, {"label": batch["label"]}).prediction
 
         with frozen_routing(weights[..., None]):
             return (velocity_loss(predict, config, batch, t) * batch["weight"]).sum()

@@ -68,7 +68,7 @@ def make_measure(config: ConfigDict, model: SiT) -> Callable[[dict, dict, Array]
             found = {}
 
             def predict(x_t, t):
-                prediction, found["reads"] = forward(model, params, x_t, t, batch["label"], taps)
+                prediction, found["reads"] = forward(model, params, x_t, t, {"label": batch["label"]}, taps)
                 found["x_t"] = x_t
                 return prediction
 

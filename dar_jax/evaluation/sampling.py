@@ -40,7 +40,7 @@ def make_sampler(config: ConfigDict, model: SiT, mesh: Mesh) -> Callable[[dict, 
         x0 = jax.vmap(lambda key: jax.random.normal(key, shape))(noise_keys)
 
         def predict(x, t, y):
-            return model.apply({"params": params}, x, t, y)
+            return model.apply({"params": params}, x, t, {"label": y}).prediction
 
         predict_guided = guidance.guided(
             predict,

@@ -29,7 +29,7 @@ class TrainState(flax.struct.PyTreeNode):
 def init_params(model: SiT, seed: int):
     """Initial parameters with their logical axes (linen boxes); they depend on the seed only."""
     x = jnp.zeros((1, model.input_size, model.input_size, model.channels))
-    return model.init(jax.random.key(seed), x, jnp.zeros(1), jnp.zeros(1, jnp.int32))["params"]
+    return model.init(jax.random.key(seed), x, jnp.zeros(1), {"label": jnp.zeros(1, jnp.int32)})["params"]
 
 
 def abstract_params(config: ConfigDict, model: SiT, mesh: Mesh):

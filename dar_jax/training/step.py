@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import optax
 from ml_collections import ConfigDict
 
+from dar_jax import conditions
 from dar_jax.diffusion import objective
 from dar_jax.models import SiT
 from dar_jax.training.state import TrainState
@@ -21,10 +22,13 @@ def make_train_step(config: ConfigDict, model: SiT, optimizer: optax.GradientTra
     Randomness follows from config.seed and state.step alone.
     """
     num_micro = config.train.accumulate_steps
+    labels = conditions.build(config.model)
 
     def loss_fn(params, x1, x0, t, y, key):
+        condition = labels.drop(key, {"label": y})
+
         def predict(x_t, t):
-            return model.apply({"params": params}, x_t, t, y, train=True, rngs={"label_dropout": key})
+            return model.apply({"params": params}, x_t, t, condition).prediction
 
         return jnp.mean(objective.loss_per_example(predict, x1, x0, t, config.diffusion))
 

@@ -122,7 +122,7 @@ def test_losses_are_those_of_the_model_with_its_own_and_with_frozen_weights(diag
         model, batch = models.build(config.model), pairs_of(config)
 
         def loss(t, weights=None, model=model, params=params, batch=batch, config=config):
-            predict = lambda x, t: model.apply({"params": params}, x, t, batch["label"])  # noqa: E731
+            predict = lambda x, t: model.apply({"params": params}, x, t, {"label": batch["label"]}).prediction  # noqa: E731
             with contextlib.nullcontext() if weights is None else frozen_routing(weights[..., None]):
                 return probes.velocity_loss(predict, config, batch, jnp.full(NUM_IMAGES, t)).mean()
 
