@@ -51,7 +51,7 @@ def make_case(case: str) -> dict:
     start = time.monotonic()
     step = jax.jit(make_train_step(config, model, optimizer), donate_argnums=0).lower(state, batch).compile()
     seconds = time.monotonic() - start
-    evaluate = jax.jit(lambda p, x, y: model.apply({"params": p}, x, jnp.full(len(x), 0.5), y))
+    evaluate = jax.jit(lambda p, x, y: model.apply({"params": p}, x, jnp.full(len(x), 0.5), {"label": y}).prediction)
     return {
         "step": step,
         "evaluate": evaluate,

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from dar_jax.conditions import Condition
 from dar_jax.models import SiT
 from dar_jax.models.layers import Block, modulated_norm
 from dar_jax.models.stack import ResidualStack, RoutedStack, constrain
@@ -37,16 +38,18 @@ class Reads(NamedTuple):
     weights: Array | None
 
 
-def forward(model: SiT, params: dict, x_t: Array, t: Array, y: Array, taps: Array | None = None) -> tuple[Array, Reads]:
+def forward(
+    model: SiT, params: dict, x_t: Array, t: Array, condition: Condition, taps: Array | None = None
+) -> tuple[Array, Reads]:
     """Returns the model's prediction `[B, H, W, C]` and the reads behind it.
 
     Args:
-      model, params, x_t, t, y: as the model takes them.
+      model, params, x_t, t, condition: as the model takes them.
       taps: None, or zeros `[A, B, T, D]` added to what each reader reads, and to nothing else: the derivative of a
         loss with respect to them says how it hangs on each read.
     """
     with _opened(taps, None) as found:
-        prediction = model.apply({"params": params}, x_t, t, y)
+        prediction = model.apply({"params": params}, x_t, t, condition).prediction
     return prediction, found[0]
 
 

@@ -44,7 +44,7 @@ class Setting:
             "index": np.arange(7, 7 + BATCH, dtype=np.int32),
             "weight": np.array(WEIGHT, np.float32),
         }
-        inputs = self.batch["image"], np.zeros(BATCH, np.float32), self.batch["label"]
+        inputs = self.batch["image"], np.zeros(BATCH, np.float32), {"label": self.batch["label"]}
         shapes = nn.meta.unbox(jax.eval_shape(self.model.init, jax.random.key(0), *inputs)["params"])
         self.params = jax.tree.map(lambda p: jnp.asarray(rng.normal(size=p.shape) * 0.2, dtype), shapes)
         keys = [jax.random.fold_in(jax.random.key(self.config.seed), i) for i in self.batch["index"]]
@@ -166,9 +166,9 @@ def test_gate_gradients_equal_finite_differences():
 def test_prediction_is_the_models(case):
     with jax.enable_x64(True):
         setting = Setting(case, jnp.float64)
-        inputs = setting.params, setting.x_t, np.full(BATCH, TIME), setting.batch["label"]
+        inputs = setting.params, setting.x_t, np.full(BATCH, TIME), {"label": setting.batch["label"]}
         opened, _ = jax.jit(lambda params, *inputs: forward(setting.model, params, *inputs))(*inputs)
-        plain = jax.jit(lambda params, *inputs: setting.model.apply({"params": params}, *inputs))(*inputs)
+        plain = jax.jit(lambda params, *inputs: setting.model.apply({"params": params}, *inputs).prediction)(*inputs)
     close(opened, plain, 1e-6)  # a model returns float32
 
 
@@ -183,8 +183,8 @@ def test_frozen_routing_mixes_with_the_given_weights():
     with frozen_routing(weights[..., None]):
         frozen = setting.model.apply(
             {"params": setting.params}, setting.x_t[chosen], np.full(len(chosen), TIME, np.float32),
-            setting.batch["label"][chosen],
-        )  # fmt: skip
+            {"label": setting.batch["label"][chosen]},
+        ).prediction  # fmt: skip
 
     stack, model = torch_reads.torch_stack, setting.config.model
     rows = iter(zip(stack.source_sets(3, 2, "dedicated"), weights, strict=True))

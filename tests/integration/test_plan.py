@@ -215,7 +215,7 @@ def test_model_flops_of_xl_are_the_published_ones(variant):
     config = config_lib.route(config_lib.default(), variant)
     config.model.update(input_size=32, channels=4, num_classes=1000, **config_lib.SIZES["XL"])
     model = models.build(config.model)
-    image, t, y = jnp.zeros((1, 32, 32, 4)), jnp.zeros(1), jnp.zeros(1, jnp.int32)
+    image, t, y = jnp.zeros((1, 32, 32, 4)), jnp.zeros(1), {"label": jnp.zeros(1, jnp.int32)}
     params = jax.eval_shape(lambda: model.init(jax.random.key(0), image, t, y))
     flops = planning.count_flops(jax.make_jaxpr(model.apply)(params, image, t, y).jaxpr)
     routing = 57 * 2 * 256 * 1152**2 if variant == "dynamic" else 0  # the queries' projections

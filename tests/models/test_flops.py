@@ -21,7 +21,7 @@ def make(variant, **fields):
 def lower(model):
     """The forward pass of one image, traced and lowered for no device in particular."""
     net, abstract = models.build(model), jax.ShapeDtypeStruct
-    inputs = abstract((1, 32, 32, 4), jnp.float32), abstract((1,), jnp.float32), abstract((1,), jnp.int32)
+    inputs = abstract((1, 32, 32, 4), jnp.float32), abstract((1,), jnp.float32), {"label": abstract((1,), jnp.int32)}
     params = jax.eval_shape(net.init, jax.random.key(0), *inputs)
     return jax.jit(net.apply).trace(params, *inputs)
 

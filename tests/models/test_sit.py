@@ -21,7 +21,7 @@ def sit_config(size, variant="residual", **fields):
 def shapes(model_config):
     model = models.build(model_config)
     x = jnp.zeros((1, model.input_size, model.input_size, model.channels))
-    init = lambda: model.init(jax.random.key(0), x, jnp.zeros(1), jnp.zeros(1, jnp.int32))  # noqa: E731
+    init = lambda: model.init(jax.random.key(0), x, jnp.zeros(1), {"label": jnp.zeros(1, jnp.int32)})  # noqa: E731
     return nn.meta.unbox(jax.eval_shape(init)["params"])
 
 
@@ -70,7 +70,9 @@ def test_initialisation_follows_the_official_bounds():
     config = sit_config("XL", "static_t")
     config.depth, config.routing.chunk_size = 2, 4
     model = models.build(config)
-    params = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 32, 32, 4)), jnp.zeros(1), jnp.zeros(1, jnp.int32))
+    params = jax.jit(model.init)(
+        jax.random.key(0), jnp.zeros((1, 32, 32, 4)), jnp.zeros(1), {"label": jnp.zeros(1, jnp.int32)}
+    )
     params = nn.meta.unbox(params["params"])
     block = params["stack"]["steps"]["block_1"]
     for kernel, bound in (
@@ -96,7 +98,9 @@ def tiny(variant="residual", **fields):
 def random_params(model, seed=0):
     rng = np.random.default_rng(seed)
     x = jnp.zeros((1, model.input_size, model.input_size, model.channels))
-    abstract = jax.eval_shape(lambda: model.init(jax.random.key(0), x, jnp.zeros(1), jnp.zeros(1, jnp.int32)))
+    abstract = jax.eval_shape(
+        lambda: model.init(jax.random.key(0), x, jnp.zeros(1), {"label": jnp.zeros(1, jnp.int32)})
+    )
     return jax.tree.map(
         lambda p: jnp.asarray(0.3 * rng.normal(size=p.shape), p.dtype), nn.meta.unbox(abstract)["params"]
     )
@@ -105,15 +109,21 @@ def random_params(model, seed=0):
 def test_prediction_has_the_shape_of_x_and_learn_sigma_keeps_the_first_half():
     model = tiny(channels=2, learn_sigma=True)
     params = random_params(model)
-    x, t, y = jax.random.normal(jax.random.key(1), (3, 8, 8, 2)), jnp.array([0.0, 0.5, 1.0]), jnp.array([0, 9, 10])
-    out = jax.jit(model.apply)({"params": params}, x, t, y)
+    x, t, y = (
+        jax.random.normal(jax.random.key(1), (3, 8, 8, 2)),
+        jnp.array([0.0, 0.5, 1.0]),
+        {"label": jnp.array([0, 9, 10])},
+    )
+    out = jax.jit(model.apply)({"params": params}, x, t, y).prediction
     assert out.shape == x.shape and out.dtype == jnp.float32
 
     # The head's features are ordered (p, q, c): without the sigma columns the same prediction comes out.
     plain = dict(params, head=dict(params["head"]))
     keep = lambda a: a.reshape(*a.shape[:-1], 4, 4)[..., :2].reshape(*a.shape[:-1], 8)  # noqa: E731
     plain["head"]["dense"] = jax.tree.map(keep, params["head"]["dense"])
-    np.testing.assert_allclose(jax.jit(tiny(channels=2).apply)({"params": plain}, x, t, y), out, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(
+        jax.jit(tiny(channels=2).apply)({"params": plain}, x, t, y).prediction, out, rtol=1e-5, atol=1e-6
+    )
 
 
 def test_patches_round_trip_in_the_official_order():
@@ -124,18 +134,13 @@ def test_patches_round_trip_in_the_official_order():
     np.testing.assert_array_equal(layers.unpatchify(layers.patchify(jnp.asarray(square), 2), 2, 2), square)
 
 
-def test_labels_are_dropped_to_the_null_label_in_training_only():
-    model = tiny(label_dropout=0.5)
+def test_prediction_depends_on_the_label():
+    model = tiny()
     params = random_params(model)
-    n = 64
-    x, t, y = jnp.ones((n, 8, 8, 1)), jnp.full(n, 0.5), jnp.full(n, 3)
-    apply = lambda y, **kw: np.asarray(model.apply({"params": params}, x, t, y, **kw))[:, 0, 0, 0]  # noqa: E731
-    labelled, null = apply(y)[0], apply(jnp.full(n, model.num_classes))[0]
-    trained = apply(y, train=True, rngs={"label_dropout": jax.random.key(0)})
-    dropped = np.isclose(trained, null)
-    assert np.all(dropped | np.isclose(trained, labelled)) and not np.isclose(null, labelled)
-    assert 16 < dropped.sum() < 48
-    assert np.allclose(apply(y), labelled)
+    x, t, y = jnp.ones((3, 8, 8, 1)), jnp.full(3, 0.5), {"label": jnp.array([3, model.num_classes, 3])}
+    first, null, again = np.asarray(model.apply({"params": params}, x, t, y).prediction)
+    assert np.linalg.norm(first - null) > 0.01 * np.linalg.norm(first)
+    np.testing.assert_allclose(first, again, rtol=1e-6)
 
 
 def test_bfloat16_model_keeps_float32_parameters_and_output():
@@ -143,7 +148,7 @@ def test_bfloat16_model_keeps_float32_parameters_and_output():
     reference = tiny("dynamic")
     params = random_params(model)
     assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(params))
-    x, t, y = jax.random.normal(jax.random.key(1), (4, 8, 8, 1)), jnp.linspace(0, 1, 4), jnp.arange(4)
-    half, full = (jax.jit(m.apply)({"params": params}, x, t, y) for m in (model, reference))
+    x, t, y = jax.random.normal(jax.random.key(1), (4, 8, 8, 1)), jnp.linspace(0, 1, 4), {"label": jnp.arange(4)}
+    half, full = (jax.jit(m.apply)({"params": params}, x, t, y).prediction for m in (model, reference))
     assert half.dtype == jnp.float32
     assert 0 < jnp.linalg.norm(half - full) / jnp.linalg.norm(full) < 0.05

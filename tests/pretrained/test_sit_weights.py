@@ -65,7 +65,7 @@ def test_outputs_and_gradients_equal_pytorch(fields):
     (out * torch.tensor(probe)).sum().backward()
 
     def loss(params):
-        out = model.apply({"params": params}, jnp.moveaxis(x, 1, -1), t, y)
+        out = model.apply({"params": params}, jnp.moveaxis(x, 1, -1), t, {"label": y}).prediction
         return jnp.sum(out * jnp.moveaxis(probe, 1, -1)), out
 
     gradients, ours = jax.jit(jax.grad(loss, has_aux=True))(params)
@@ -103,7 +103,7 @@ def test_tree_is_that_of_the_model():
     fields = {**TINY, "channels": 1}
     model = jax_model(fields)
     abstract = jax.eval_shape(
-        lambda: model.init(jax.random.key(0), jnp.zeros((1, 6, 6, 1)), jnp.zeros(1), jnp.zeros(1, jnp.int32))
+        lambda: model.init(jax.random.key(0), jnp.zeros((1, 6, 6, 1)), jnp.zeros(1), {"label": jnp.zeros(1, jnp.int32)})
     )
     expected = jax.tree.map(lambda p: p.shape, nn.meta.unbox(abstract)["params"])
     assert jax.tree.map(lambda p: p.shape, sit.params_from_torch(torch_model(fields).state_dict())) == expected

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from dar_jax import conditions, models, sharding
 from dar_jax import config as config_lib
-from dar_jax import models, sharding
 from dar_jax.data.pipeline import train_iterator
 from dar_jax.diffusion import objective
 from dar_jax.errors import UserError
@@ -32,7 +32,7 @@ def tiny(variant, **routing):
 
 def abstract(model):
     x = jnp.zeros((1, model.input_size, model.input_size, model.channels))
-    init = lambda: model.init(jax.random.key(0), x, jnp.zeros(1), jnp.zeros(1, jnp.int32))  # noqa: E731
+    init = lambda: model.init(jax.random.key(0), x, jnp.zeros(1), {"label": jnp.zeros(1, jnp.int32)})  # noqa: E731
     return nn.meta.unbox(jax.eval_shape(init))["params"]
 
 
@@ -44,12 +44,12 @@ def residual_params():
 
 
 X = jax.random.normal(jax.random.key(1), (4, 8, 8, 1))
-T, Y = jnp.array([0.0, 0.3, 0.7, 1.0]), jnp.array([0, 3, 9, 10])
+T, Y = jnp.array([0.0, 0.3, 0.7, 1.0]), {"label": jnp.array([0, 3, 9, 10])}
 
 
 @functools.cache
 def residual_output():
-    return jax.jit(models.build(tiny("residual").model).apply)({"params": residual_params()}, X, T, Y)
+    return jax.jit(models.build(tiny("residual").model).apply)({"params": residual_params()}, X, T, Y).prediction
 
 
 def relative_error(config):
@@ -59,7 +59,7 @@ def relative_error(config):
     warm = warm_start(params, routed.layout, routed.query)
     assert jax.tree.map(jnp.shape, warm) == jax.tree.map(jnp.shape, abstract(routed))
     expected = residual_output()
-    difference = jax.jit(routed.apply)({"params": warm}, X, T, Y) - expected
+    difference = jax.jit(routed.apply)({"params": warm}, X, T, Y).prediction - expected
     error = float(jnp.linalg.norm(difference) / jnp.linalg.norm(expected))
     print(f"relative error {error:.1e}")
     return error
@@ -98,7 +98,7 @@ def test_routing_can_leave_the_warm_start(query):
     model = models.build(config.model)
     params = warm_start(residual_params(), model.layout, query)
     probe = jax.random.normal(jax.random.key(2), X.shape)
-    gradient = jax.jit(jax.grad(lambda p: jnp.sum(probe * model.apply({"params": p}, X, T, Y))))
+    gradient = jax.jit(jax.grad(lambda p: jnp.sum(probe * model.apply({"params": p}, X, T, Y).prediction)))
     start, moving = params, {"static": "weight", "static_t": "scale", "dynamic": "kernel"}[query]
     for step in range(2):
         gradients = gradient(params)
@@ -140,10 +140,11 @@ def first_loss(config, params):
     batch = next(train_iterator(config.data, **pipeline))
     draw_key, label_key = jax.random.split(jax.random.fold_in(jax.random.key(config.seed), 0))
     t, x0 = objective.draw(draw_key, batch["image"], config.diffusion)
-    apply = jax.jit(functools.partial(models.build(config.model).apply, train=True))
+    condition = conditions.build(config.model).drop(label_key, {"label": batch["label"]})
+    apply = jax.jit(models.build(config.model).apply)
 
     def predict(x_t, t):
-        return apply({"params": params}, x_t, t, batch["label"], rngs={"label_dropout": label_key})
+        return apply({"params": params}, x_t, t, condition).prediction
 
     return float(jnp.mean(objective.loss_per_example(predict, batch["image"], x0, t, config.diffusion)))
 

@@ -1,0 +1,31 @@
+"""From `config.model` to the module that it describes."""
+
+import dataclasses
+
+import jax.numpy as jnp
+from ml_collections import ConfigDict
+
+from dar_jax.models.sit import SiT
+from dar_jax.routing import Layout
+
+# A model is a linen module: `model(x_t, t, condition) -> Output`. Its fields are those of `config.model` that it needs,
+# but for the routing, which comes as `layout`, `query` and `implementation`.
+MODELS = {"sit": SiT}
+
+
+def build(model: ConfigDict) -> SiT:
+    """Returns the module that `config.model` describes (fields in dar_jax/config.py).
+
+    Fields that the module does not have are ignored. Without a `family`, one of `MODELS`, it is a SiT.
+    """
+    routing = model.routing
+    routed = routing.kind == "dar"
+    fields = {
+        **model,
+        "dtype": jnp.dtype(model.dtype),
+        "layout": Layout(model.depth, routing.chunk_size, routing.summary, routing.final) if routed else None,
+        "query": routing.query,
+        "implementation": routing.implementation,
+    }
+    family = MODELS[model.get("family", "sit")]
+    return family(**{field.name: fields[field.name] for field in dataclasses.fields(family) if field.name in fields})
