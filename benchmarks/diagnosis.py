@@ -15,10 +15,9 @@ from absl import app, flags
 from ml_collections import config_flags
 
 from dar_jax import models, sharding
+from dar_jax.data.feed import abstract_batch
 from dar_jax.diagnosis.curves import InlineDiagnosis
-from dar_jax.training.optimizer import make_optimizer
-from dar_jax.training.state import make_state
-from dar_jax.training.step import make_train_step
+from dar_jax.training.setup import build_algorithm, set_up
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "Experiment, and its variant: configs/digits.py:static_t")
 ROUNDS = flags.DEFINE_integer("rounds", 12, "Timed rounds, after one to warm up")
@@ -28,20 +27,16 @@ JSON = flags.DEFINE_string("json", None, "Where to write the result")
 def main(_):
     config = CONFIG.value
     model, mesh = models.build(config.model), sharding.make_mesh(config.mesh)
-    optimizer = make_optimizer(config.optimizer, config.train.num_steps)
     seconds = {"step": [], "diagnosis": []}
     with sharding.use(mesh):
-        init, _ = make_state(config, model, optimizer, mesh)
-        state, diagnosis = init(), InlineDiagnosis(config, model, mesh)
-        x = np.zeros((config.train.batch_size, model.input_size, model.input_size, model.channels), np.float32)
-        batch = jax.device_put(
-            {"image": x, "label": np.zeros(len(x), np.int32)},
-            sharding.batch_sharding(mesh),
+        run = set_up(config, build_algorithm(config), mesh)
+        state, diagnosis = run.init(), InlineDiagnosis(config, model, mesh)
+        batch = jax.tree.map(
+            lambda x: jax.device_put(np.zeros(x.shape, x.dtype), x.sharding), abstract_batch(config, mesh)
         )
-        step = jax.jit(make_train_step(config, model, optimizer), donate_argnums=0)
         for _ in range(ROUNDS.value + 1):
             start = time.monotonic()
-            state, _ = jax.block_until_ready(step(state, batch))
+            state, _ = jax.block_until_ready(run.step(state, (), batch))
             seconds["step"].append(time.monotonic() - start)
             start = time.monotonic()
             diagnosis.run(state.params)

@@ -22,12 +22,10 @@ from ml_collections import ConfigDict
 from PIL import Image
 
 from dar_jax import config as config_lib
-from dar_jax import models, sharding
-from dar_jax.data.latents import SCHEMA, checksum, record_dtype
+from dar_jax import files, sharding
+from dar_jax.data.latents import SCHEMA, record_dtype
 from dar_jax.data.pipeline import train_iterator
-from dar_jax.training.optimizer import make_optimizer
-from dar_jax.training.state import make_state
-from dar_jax.training.step import make_train_step
+from dar_jax.training.setup import build_algorithm, set_up
 
 COUNT = flags.DEFINE_integer("count", 1000, "Images of 256x256 pixels, with their latents")
 BATCH_SIZE = flags.DEFINE_integer("batch_size", 50, "Examples per batch; a round reads all images once")
@@ -65,7 +63,7 @@ def write_sets(root: pathlib.Path) -> None:
     for name, writer in writers.items():
         writer.close()
         shard = root / name / "train" / "shard"
-        entry = {"name": "shard", "records": COUNT.value, "bytes": shard.stat().st_size, "sha256": checksum(shard)}
+        entry = {"name": "shard", "records": COUNT.value, "bytes": shard.stat().st_size, "sha256": files.sha256(shard)}
         manifest = {
             "schema": SCHEMA,
             "num_classes": 1000,
@@ -96,7 +94,8 @@ def data_config(**fields) -> ConfigDict:
 
 
 def our_batches(batch_size: int, channels: int, **fields) -> Iterator:
-    return train_iterator(data_config(**fields), channels=channels, batch_size=batch_size, seed=0)
+    space = "latents" if channels == 4 else "pixels"
+    return train_iterator(data_config(**fields), space=space, channels=channels, batch_size=batch_size, seed=0)
 
 
 def measure_rates(root: pathlib.Path) -> list[dict]:
@@ -130,13 +129,12 @@ def measure_rates(root: pathlib.Path) -> list[dict]:
 def measure_waiting(root: pathlib.Path) -> float:
     """The share of wall time that a loop of train steps of a small SiT on latents spends waiting for its batches."""
     config = config_lib.route(config_lib.default(), "static_t")
-    config.model.update(input_size=32, channels=4, num_classes=1000, patch_size=4)
+    config.model.update(space="latents", input_size=32, channels=4, num_classes=1000, patch_size=4)
     config.train.batch_size = 32
-    model, mesh = models.build(config.model), sharding.make_mesh(config.mesh)
-    optimizer = make_optimizer(config.optimizer, 1000)
+    mesh = sharding.make_mesh(config.mesh)
     with sharding.use(mesh):
-        init, _ = make_state(config, model, optimizer, mesh)
-        state, step = init(), jax.jit(make_train_step(config, model, optimizer), donate_argnums=0)
+        run = set_up(config, build_algorithm(config), mesh)
+        state = run.init()
         batches = our_batches(config.train.batch_size, 4, source="latents", path=str(root / "latents"), image_size=32)
         waited, pending = 0.0, None
         for i in range(STEPS.value + 5):
@@ -146,7 +144,7 @@ def measure_waiting(root: pathlib.Path) -> float:
             before = time.monotonic()
             batch = next(batches)
             waited += time.monotonic() - before
-            state, metrics = step(state, jax.device_put(batch, sharding.batch_sharding(mesh)))
+            state, metrics = run.step(state, (), jax.device_put(batch, sharding.batch_sharding(mesh)))
             if pending:
                 jax.block_until_ready(pending)  # as the loop fetches the metrics of the step before
             pending = metrics

@@ -16,9 +16,7 @@ from absl import app, flags
 
 from dar_jax import config as config_lib
 from dar_jax import models, sharding
-from dar_jax.training.optimizer import make_optimizer
-from dar_jax.training.state import make_state
-from dar_jax.training.step import make_train_step
+from dar_jax.training.setup import build_algorithm, set_up
 
 SIZE = flags.DEFINE_enum("size", "S", [*config_lib.SIZES], "Published size, patch 2, latents 32x32x4")
 BATCH_SIZE = flags.DEFINE_integer("batch_size", 4, "Images per step")
@@ -39,19 +37,19 @@ JSON = flags.DEFINE_string("json", None, "Where to write the result")
 def make_case(case: str) -> dict:
     variant, _, chunk_size = case.partition(":")
     config = config_lib.route(config_lib.default(), variant)
-    config.model.update(input_size=32, channels=4, num_classes=1000, dtype=DTYPE.value, remat=REMAT.value)
+    config.model.update(
+        space="latents", input_size=32, channels=4, num_classes=1000, dtype=DTYPE.value, remat=REMAT.value
+    )
     config.model.update(config_lib.SIZES[SIZE.value])
     config.model.routing.chunk_size = int(chunk_size or 4)
-    model, mesh = models.build(config.model), sharding.make_mesh(config.mesh)
-    optimizer = make_optimizer(config.optimizer, 1000)
-    init, _ = make_state(config, model, optimizer, mesh)
-    state = init()
+    model, run = models.build(config.model), set_up(config, build_algorithm(config), sharding.make_mesh(config.mesh))
+    state = run.init()
     x = jax.random.normal(jax.random.key(0), (BATCH_SIZE.value, 32, 32, 4))
-    batch = {"image": x, "label": jnp.zeros(len(x), jnp.int32)}
+    batch = {"x1": x, "condition": {"label": jnp.zeros(len(x), jnp.int32)}}
     start = time.monotonic()
-    step = jax.jit(make_train_step(config, model, optimizer), donate_argnums=0).lower(state, batch).compile()
+    step = run.step.lower(state, (), batch).compile()
     seconds = time.monotonic() - start
-    evaluate = jax.jit(lambda p, x, y: model.apply({"params": p}, x, jnp.full(len(x), 0.5), {"label": y}).prediction)
+    evaluate = jax.jit(lambda p, x, y: model.apply({"params": p}, x, jnp.full(len(x), 0.5), y).prediction)
     return {
         "step": step,
         "evaluate": evaluate,
@@ -67,11 +65,11 @@ def make_case(case: str) -> dict:
 def run_once(case: dict) -> None:
     clock = getattr(time, CLOCK.value)
     start = clock()
-    case["state"], metrics = case["step"](case["state"], case["batch"])
+    case["state"], metrics = case["step"](case["state"], (), case["batch"])
     jax.block_until_ready((case["state"], metrics))
     case["step_seconds"].append(clock() - start)
     start = clock()
-    jax.block_until_ready(case["evaluate"](case["state"].params, case["batch"]["image"], case["batch"]["label"]))
+    jax.block_until_ready(case["evaluate"](case["state"].params, *case["batch"].values()))
     case["evaluation_seconds"].append(clock() - start)
 
 

@@ -43,6 +43,7 @@ def default() -> ConfigDict:
 
     config.model = model = ConfigDict()
     model.input_size = 8  # height = width of the tensor the model sees: pixels or latents
+    model.family = "sit"  # sit
     model.space = "pixels"  # what x1 is: pixels | latents (of data.vae)
     model.channels = 1
     model.num_classes = 10  # the null label of guidance is num_classes

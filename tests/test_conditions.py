@@ -45,7 +45,11 @@ def test_a_sample_and_its_null_are_neighbours():
 
 @pytest.mark.parametrize(
     ("names", "message"),
-    [(["1", "10"], "--labels: 10 is no class; the model has classes 0 to 9"), (["x"], "x is no class"), ([], "is empty")],
+    [
+        (["1", "10"], "--labels: 10 is no class; the model has classes 0 to 9"),
+        (["x"], "x is no class"),
+        ([], "is empty"),
+    ],
 )
 def test_words_that_are_no_classes(names, message):
     with pytest.raises(UserError, match=message):

@@ -16,7 +16,7 @@ MODELS = {"sit": SiT}
 def build(model: ConfigDict) -> SiT:
     """Returns the module that `config.model` describes (fields in dar_jax/config.py).
 
-    Fields that the module does not have are ignored. Without a `family`, one of `MODELS`, it is a SiT.
+    Fields that the module does not have are ignored.
     """
     routing = model.routing
     routed = routing.kind == "dar"
@@ -27,5 +27,5 @@ def build(model: ConfigDict) -> SiT:
         "query": routing.query,
         "implementation": routing.implementation,
     }
-    family = MODELS[model.get("family", "sit")]
+    family = MODELS[model.family]
     return family(**{field.name: fields[field.name] for field in dataclasses.fields(family) if field.name in fields})

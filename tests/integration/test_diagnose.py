@@ -18,13 +18,13 @@ import pytest
 from PIL import Image
 
 from dar_jax import models, sharding
+from dar_jax.checkpoint import load_config, write_weights
 from dar_jax.data.pipeline import load_images
 from dar_jax.diagnosis import canonical, pairs, probes
-from dar_jax.diagnosis.runs import diagnose
 from dar_jax.diagnosis.forward import frozen_routing
+from dar_jax.diagnosis.runs import diagnose
 from dar_jax.errors import UserError
 from dar_jax.evaluation.features import Features
-from dar_jax.checkpoint import load_config, write_weights
 from tests.training import tiny
 
 NUM_IMAGES, TIMES = 20, (0.0, 0.4, 1.0)

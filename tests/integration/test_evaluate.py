@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dar_jax import models, sharding
+from dar_jax import sharding
+from dar_jax.checkpoint import write_weights
 from dar_jax.errors import UserError
 from dar_jax.evaluation import scoring
 from dar_jax.evaluation.features import convnet_features
 from dar_jax.evaluation.scoring import evaluate_file, evaluate_run, table, write_reference
 from dar_jax.pretrained import inception
-from dar_jax.checkpoint import write_weights
 from tests.evaluation.test_metrics import network
 from tests.parity.torch_inception import random_inception
 from tests.training import tiny

@@ -9,10 +9,10 @@ import time
 import numpy as np
 import pytest
 
+from dar_jax.checkpoint import latest_step
 from dar_jax.data.feed import open_batches
 from dar_jax.errors import UserError
 from dar_jax.training import loop
-from dar_jax.checkpoint import latest_step
 from tests.integration.doors import Doors, kill
 from tests.training import tiny
 

@@ -9,18 +9,18 @@ import torch
 from PIL import Image
 
 from dar_jax import sharding
+from dar_jax.data.feed import make_online_encoder
 from dar_jax.errors import UserError
 from dar_jax.evaluation import scoring
 from dar_jax.evaluation.grid import save_grid
-from dar_jax.evaluation.scoring import evaluate_run
 from dar_jax.evaluation.sampling import make_sampler, sample_to_file, to_uint8
+from dar_jax.evaluation.scoring import evaluate_run
 from dar_jax.pretrained import vae as vae_lib
 from dar_jax.training.loop import train
-from dar_jax.data.feed import make_online_encoder
+from dar_jax.validate import validate
 from tests.data.prepared import tiny_vae, write_folder
 from tests.evaluation.test_metrics import network
 from tests.parity import torch_vae
-from dar_jax.validate import validate
 from tests.training import tiny
 
 

@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from dar_jax.checkpoint import load_config
 from dar_jax.errors import UserError
 from dar_jax.evaluation.sampling import sample_to_file
-from dar_jax.training import loop
-from dar_jax.checkpoint import load_config
 from dar_jax.logs import Logs
+from dar_jax.training import loop
 from tests.integration.doors import Doors
 from tests.training import tiny
 

@@ -5,10 +5,10 @@ import sys
 
 import pytest
 
+from dar_jax.checkpoint import claim_workdir
 from dar_jax.config import default
 from dar_jax.errors import UserError
 from dar_jax.evaluation.sampling import sample_to_file
-from dar_jax.checkpoint import claim_workdir
 from dar_jax.training.loop import train
 from dar_jax.validate import validate
 from tests.training import tiny

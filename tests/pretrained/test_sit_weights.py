@@ -14,11 +14,11 @@ import torch
 
 from dar_jax import config as config_lib
 from dar_jax import models
+from dar_jax.checkpoint import claim_workdir, load_config
 from dar_jax.errors import UserError
 from dar_jax.models.layers import position_table
 from dar_jax.pretrained import sit
 from dar_jax.pretrained.state_dict import read_state_dict
-from dar_jax.checkpoint import claim_workdir, load_config
 from tests.parity import torch_sit
 
 TINY = {

@@ -9,18 +9,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dar_jax import conditions, models, sharding
+from dar_jax import conditions, diffusion, models, objectives, sharding
 from dar_jax import config as config_lib
+from dar_jax.checkpoint import restore_ema
 from dar_jax.data.pipeline import train_iterator
-from dar_jax.diffusion import objective
 from dar_jax.errors import UserError
 from dar_jax.evaluation.sampling import make_sampler
 from dar_jax.routing import Layout
 from dar_jax.routing.warm_start import keeps_function, warm_start
-from dar_jax.checkpoint import restore_ema
 from dar_jax.training.init_from import check_init_from, restore_initial
 from dar_jax.training.loop import train
-from dar_jax.training.state import abstract_params
+from tests.training.tiny import abstract as tiny_abstract
 
 
 def tiny(variant, **routing):
@@ -129,24 +128,22 @@ def losses(workdir):
 
 
 def samples(params, config, mesh):
-    draw = make_sampler(config, models.build(config.model), mesh)
+    draw = make_sampler(config, objectives.build(config).sample, mesh)
     index = jax.device_put(jnp.arange(8, dtype=jnp.int32), sharding.batch_sharding(mesh))
-    return np.asarray(draw(params, index, index))
+    return np.asarray(draw(params, index, {"label": index}))
 
 
 def first_loss(config, params):
     """The loss of the first step on the first batch, written out."""
-    pipeline = {"channels": 1, "batch_size": config.train.batch_size, "seed": config.seed}
+    pipeline = {"space": "pixels", "channels": 1, "batch_size": config.train.batch_size, "seed": config.seed}
     batch = next(train_iterator(config.data, **pipeline))
     draw_key, label_key = jax.random.split(jax.random.fold_in(jax.random.key(config.seed), 0))
-    t, x0 = objective.draw(draw_key, batch["image"], config.diffusion)
-    condition = conditions.build(config.model).drop(label_key, {"label": batch["label"]})
-    apply = jax.jit(models.build(config.model).apply)
-
-    def predict(x_t, t):
-        return apply({"params": params}, x_t, t, condition).prediction
-
-    return float(jnp.mean(objective.loss_per_example(predict, batch["image"], x0, t, config.diffusion)))
+    x1 = batch["x1"]
+    t, x0 = diffusion.build(config.diffusion).draw(draw_key, x1)
+    condition = conditions.build(config.model).drop(label_key, batch["condition"])
+    x_t = t[:, None, None, None] * x1 + (1 - t[:, None, None, None]) * x0
+    velocity = jax.jit(models.build(config.model).apply)({"params": params}, x_t, t, condition).prediction
+    return float(jnp.mean((velocity - (x1 - x0)) ** 2))
 
 
 def test_main_starts_from_a_trained_checkpoint(tmp_path, capsys):
@@ -161,7 +158,7 @@ def test_main_starts_from_a_trained_checkpoint(tmp_path, capsys):
 
     mesh = sharding.make_mesh(dense.mesh)
     with sharding.use(mesh):
-        ema, _ = restore_ema(str(source), abstract_params(residual, models.build(residual.model), mesh))
+        ema, _ = restore_ema(str(source), tiny_abstract(residual, mesh))
         expected, curve = first_loss(residual, ema), losses(tmp_path / "dense_from")
         assert abs(curve[0] - expected) < 1e-4 * expected and np.all(np.isfinite(curve))
         assert expected < 0.95 * losses(source)[0]  # the same batch in a random start
@@ -169,15 +166,13 @@ def test_main_starts_from_a_trained_checkpoint(tmp_path, capsys):
         drawn = samples(ema, residual, mesh)
         error = np.abs(samples(warm_start(ema, Layout(2, 1), "static_t"), dense, mesh) - drawn).max()
         assert error < 1e-4
-        trained, step = restore_ema(
-            str(tmp_path / "dense_from"), abstract_params(dense, models.build(dense.model), mesh)
-        )
+        trained, step = restore_ema(str(tmp_path / "dense_from"), tiny_abstract(dense, mesh))
         assert step == 4
         assert np.any(np.asarray(trained["stack"]["steps"]["query_1"]["scale"]))  # routing has left the uniform start
 
         last = digits("static", 1, chunk_size=2)
         last.init_from = str(source)
-        restore_initial(last, abstract_params(last, models.build(last.model), mesh), mesh)
+        restore_initial(last, tiny_abstract(last, mesh), mesh)
         assert "warning: these are residual weights, and chunks of 2 summarised" in capsys.readouterr().out
 
     dense.init_from = str(tmp_path / "nowhere")  # a run that resumes asks for it no more

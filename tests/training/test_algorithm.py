@@ -4,6 +4,7 @@ It goes through the loop, the checkpoints, an exact resume, the samples inside t
 """
 
 import functools
+import itertools
 import json
 import os
 import signal
@@ -95,9 +96,7 @@ def build(config):
         keep = lambda new, old: jax.tree.map(lambda a, b: jnp.where(active, a, b), new, old)  # noqa: E731
         other = keep(optax.apply_updates(state.critic, updates), state.critic)
         critic_state = keep(critic_state, state.critic_optimizer)
-        new = PairState(
-            state.step + 1, params, averaged(state.ema, params, 0.9), other, student_state, critic_state
-        )
+        new = PairState(state.step + 1, params, averaged(state.ema, params, 0.9), other, student_state, critic_state)
         return new, {**metrics, "loss_critic": value, "param_norm": optax.global_norm(params)}
 
     def init_frozen(key):
@@ -178,7 +177,7 @@ def test_critic_moves_in_every_second_step(pair):
         critics.append(jax.device_get(state.critic))
     moved = [
         any(np.any(a != b) for a, b in zip(jax.tree.leaves(old), jax.tree.leaves(new), strict=True))
-        for old, new in zip(critics, critics[1:], strict=False)
+        for old, new in itertools.pairwise(critics)
     ]
     assert moved == [True, False, True, False]
 

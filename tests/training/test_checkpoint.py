@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from dar_jax.checkpoint import Checkpoints, claim_workdir, latest_step, load_config, restore_ema
 from dar_jax.config import default
 from dar_jax.errors import UserError
-from dar_jax.checkpoint import Checkpoints, claim_workdir, latest_step, load_config, restore_ema
 from dar_jax.training.flow import TrainState
 
 
