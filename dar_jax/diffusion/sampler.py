@@ -1,13 +1,12 @@
 """Sampling: integrate the probability-flow ODE or an SDE from noise (t = 0) to data (t = 1).
 
 SiT (arXiv 2401.08740): dx = v dt is the ODE, dx = (v + D score) dt + sqrt(2 D) dW the SDE; both have the
-marginals of the interpolant for every D(t) >= 0. All arithmetic is elementwise over the batch: sample i
-depends on x0[i], keys[i] and its label alone, whatever else is in the batch and however the batch is
-sharded.
+marginals of the path for every D(t) >= 0. All arithmetic is elementwise over the batch: sample i depends on
+x0[i], keys[i] and its condition alone, whatever else is in the batch and however the batch is sharded.
 
 What `num_steps` = N means, and the network evaluations it costs per sample:
 
-    euler      N equal intervals over `time_range`                                              N
+    euler      N equal intervals over `Prediction.time_range`                                   N
     heun       the same, trapezoidal                                                            2 N
     sde_euler  N - 1 noisy Euler-Maruyama intervals over [t0, 1 - last_step_size], last step    N
     sde_heun   N - 1 noisy Heun intervals over the same, last step                              2 N - 1
@@ -17,197 +16,231 @@ With last_step = "none" all N intervals are noisy and end at 1 - TIME_MARGIN; sd
 The official 250 evaluations are sde_euler with N = 250: 249 noisy steps over [0, .96], a last step of .04.
 """
 
+import math
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from dar_jax.diffusion.interpolant import (
-    TIME_MARGIN,
-    Interpolant,
-    expand,
-    get_interpolant,
-    time_range,
-    to_noise,
-    to_score,
-    to_velocity,
-)
+from dar_jax.diffusion.path import TIME_MARGIN, Path, expand
+from dar_jax.diffusion.process import Diffusion
 from dar_jax.errors import UserError, check_choice
 
 Array = jax.Array
 
-METHODS = ("euler", "heun", "dopri5", "sde_euler", "sde_heun")
-DIFFUSION_FORMS = ("constant", "sbdm", "sigma", "linear", "decreasing", "increasing_decreasing")
-LAST_STEPS = ("none", "mean", "tweedie", "euler")
-
 DOPRI5_MAX_ATTEMPTS = 1000  # accepted and rejected steps of a sample before it is given up
 
 
-def check(sampler: ConfigDict) -> None:
-    """Raises UserError for the first field of config.sampler that `sample` could not work with."""
-    check_choice("config.sampler.method", sampler.method, METHODS)
-    if sampler.num_steps < 1:
-        raise UserError(f"config.sampler.num_steps = {sampler.num_steps} must be at least 1.")
-    if sampler.method == "dopri5":
-        for field in ("atol", "rtol"):
-            if sampler[field] <= 0:
-                raise UserError(f"config.sampler.{field} = {sampler[field]} must be positive.")
-    if not sampler.method.startswith("sde"):
-        return
-    check_choice("config.sampler.diffusion_form", sampler.diffusion_form, DIFFUSION_FORMS)
-    check_choice("config.sampler.last_step", sampler.last_step, LAST_STEPS)
-    if sampler.diffusion_norm < 0:
-        raise UserError(f"config.sampler.diffusion_norm = {sampler.diffusion_norm} must not be negative.")
-    if sampler.last_step == "none":
-        return
-    if sampler.num_steps < 2:
-        raise UserError(
-            f"config.sampler.num_steps = {sampler.num_steps} must be at least 2: "
-            f'the last step ("{sampler.last_step}") is one of them.'
-        )
-    if not TIME_MARGIN <= sampler.last_step_size < 1 - TIME_MARGIN:
-        raise UserError(
-            f"config.sampler.last_step_size = {sampler.last_step_size} must be in "
-            f"[{TIME_MARGIN}, {1 - TIME_MARGIN}); "
-            'to leave the last step out, set last_step = "none".'
-        )
+def _euler(drift: Callable, x: Array, t: Array, t_next: Array, dt: float, kick: Array | None) -> Array:
+    return x + dt * drift(x, t)
 
 
-def _num_intervals(sampler: ConfigDict) -> int:
-    """Returns the intervals of the fixed-step solvers before the last step, if there is one."""
-    has_last = sampler.method.startswith("sde") and sampler.last_step != "none"
-    return sampler.num_steps - has_last
+def _heun(drift: Callable, x: Array, t: Array, t_next: Array, dt: float, kick: Array | None) -> Array:
+    slope = drift(x, t)
+    slope = 0.5 * (slope + drift(x + dt * slope, t_next))
+    return x + dt * slope
 
 
-def num_evaluations(sampler: ConfigDict) -> int | None:
-    """Returns the network calls per sample, None for dopri5; guidance doubles a call's batch, not the count.
+def _sde_euler(drift: Callable, x: Array, t: Array, t_next: Array, dt: float, kick: Array | None) -> Array:
+    return _euler(drift, x, t, t_next, dt, None) + kick
 
-    Raises UserError if the sampler cannot work.
+
+def _sde_heun(drift: Callable, x: Array, t: Array, t_next: Array, dt: float, kick: Array | None) -> Array:
+    # The noise comes first, as in the official solver: both slopes then see the same noise.
+    return _heun(drift, x + kick, t, t_next, dt, None)
+
+
+class Method(NamedTuple):
+    """A solver.
+
+    Attributes:
+      step: (drift, x, t [B], t_next [B], dt, kick) -> x at t_next. None: the solver chooses its own steps.
+      evaluations: network calls of a step; None: unknown.
+      is_sde: whether the SDE is integrated. Its noise in a step is `kick`, which is None for the ODE.
     """
-    check(sampler)
-    if sampler.method == "dopri5":
-        return None
-    intervals = _num_intervals(sampler)
-    per_interval = 2 if sampler.method in ("heun", "sde_heun") else 1
-    return per_interval * intervals + (sampler.num_steps - intervals)
+
+    step: Callable | None
+    evaluations: int | None
+    is_sde: bool = False
 
 
-def diffusion_coefficient(form: str, norm: float, interpolant: Interpolant, t: Array) -> Array:
-    """Returns D(t), of the shape of t, for a form of SiT's table of diffusions; `sbdm` needs alpha_t > 0.
+METHODS = {
+    "euler": Method(_euler, 1),
+    "heun": Method(_heun, 2),
+    "dopri5": Method(None, None),
+    "sde_euler": Method(_sde_euler, 1, is_sde=True),
+    "sde_heun": Method(_sde_heun, 2, is_sde=True),
+}
 
-    constant 1, sbdm sigma W / alpha (the reverse of the forward noising SDE), sigma, linear 1 - t and
-    increasing_decreasing sin^2(pi t) are multiplied by `norm`; decreasing is (norm cos(pi t) + 1)^2 / 4.
+
+class Form(NamedTuple):
+    """A form of D in SiT's table of diffusions.
+
+    Attributes:
+      rate: (path, norm, t) -> D(t), of the shape of t; norm is config.sampler.diffusion_norm.
+      divides_by_alpha: whether D(t) is infinite where alpha_t = 0.
     """
-    if form == "decreasing":
-        return 0.25 * (norm * jnp.cos(jnp.pi * t) + 1) ** 2
-    unscaled = {
-        "constant": jnp.ones_like,
-        "sbdm": lambda t: interpolant.sigma(t) * interpolant.determinant(t) / interpolant.alpha(t),
-        "sigma": interpolant.sigma,
-        "linear": lambda t: 1 - t,
-        "increasing_decreasing": lambda t: jnp.sin(jnp.pi * t) ** 2,
-    }
-    return norm * unscaled[form](t)
+
+    rate: Callable[[Path, float, Array], Array]
+    divides_by_alpha: bool = False
 
 
-def _sde_range(sampler: ConfigDict, diffusion: ConfigDict) -> tuple[float, float]:
-    """Returns the ends of the noisy steps. The score needs sigma_t > 0 at both, sbdm also alpha_t > 0."""
-    t0, _ = time_range(diffusion.interpolant, diffusion.prediction, sampling=True)
-    if sampler.diffusion_form == "sbdm" and diffusion.interpolant != "vp":
-        t0 = TIME_MARGIN
-    return t0, 1.0 - (TIME_MARGIN if sampler.last_step == "none" else sampler.last_step_size)
+# sbdm is the reverse of the forward noising SDE.
+DIFFUSION_FORMS = {
+    "constant": Form(lambda path, norm, t: norm * jnp.ones_like(t)),
+    "sbdm": Form(
+        lambda path, norm, t: norm * (path.sigma(t) * path.determinant(t) / path.alpha(t)), divides_by_alpha=True
+    ),
+    "sigma": Form(lambda path, norm, t: norm * path.sigma(t)),
+    "linear": Form(lambda path, norm, t: norm * (1 - t)),
+    "decreasing": Form(lambda path, norm, t: 0.25 * (norm * jnp.cos(jnp.pi * t) + 1) ** 2),
+    "increasing_decreasing": Form(lambda path, norm, t: norm * jnp.sin(jnp.pi * t) ** 2),
+}
+
+Rate = Callable[[Array], Array]
 
 
-def sample(
-    predict: Callable[[Array, Array], Array],
-    x0: Array,
-    keys: Array,
-    sampler: ConfigDict,
-    diffusion: ConfigDict,
-) -> Array:
-    """Integrates from the noise x0 to samples; a pure function, to be jitted with the batch sharded at will.
+def _sde_drift(diffusion: Diffusion, rate: Rate, output: Array, x: Array, t: Array) -> Array:
+    """v + D score."""
+    score = diffusion.prediction.score(output, x, t)
+    return diffusion.prediction.velocity(output, x, t) + expand(rate(t), x) * score
 
-    The result is at the end of the range. Where that is short of 1 (ODE: see `time_range`; SDE: last_step =
-    "none") it keeps noise of standard deviation sigma there: 1e-3 linear, 1.6e-3 GVP, 1e-2 VP.
 
-    Args:
-      predict: (x_t [B, H, W, C] float32, t [B] float32) -> output [B, H, W, C] as diffusion.prediction says.
-      x0: [B, H, W, C], N(0, 1).
-      keys: [B] typed PRNG keys; the SDE's noise of sample i in interval k comes from fold_in(keys[i], k).
-      sampler: config.sampler. diffusion: config.diffusion.
+def _mean(diffusion: Diffusion, rate: Rate, output: Array, x: Array, t: Array, size: float) -> Array:
+    return x + size * _sde_drift(diffusion, rate, output, x, t)
 
-    Returns:
-      [B, H, W, C] float32; NaN for a sample on which dopri5 gave up.
+
+def _tweedie(diffusion: Diffusion, rate: Rate, output: Array, x: Array, t: Array, size: float) -> Array:
+    """E[x1 | x_t] = (x_t + sigma^2 score) / alpha = (x_t - sigma E[x0 | x_t]) / alpha."""
+    noise = diffusion.prediction.noise(output, x, t)
+    t = expand(t, x)
+    return (x - diffusion.path.sigma(t) * noise) / diffusion.path.alpha(t)
+
+
+def _velocity(diffusion: Diffusion, rate: Rate, output: Array, x: Array, t: Array, size: float) -> Array:
+    return x + size * diffusion.prediction.velocity(output, x, t)
+
+
+# What is done without noise from t = 1 - last_step_size on; None: nothing, and the noisy steps go further.
+LAST_STEPS = {"none": None, "mean": _mean, "tweedie": _tweedie, "euler": _velocity}
+
+
+def _has_last_step(section: ConfigDict) -> bool:
+    return METHODS[section.method].is_sde and LAST_STEPS[section.last_step] is not None
+
+
+def check(section: ConfigDict) -> None:
+    """Raises UserError for the first field of config.sampler that cannot work, whatever the process."""
+    check_choice("config.sampler.method", section.method, METHODS)
+    check_choice("config.sampler.diffusion_form", section.diffusion_form, DIFFUSION_FORMS)
+    check_choice("config.sampler.last_step", section.last_step, LAST_STEPS)
+
+    def require(condition: bool, field: str, rule: str) -> None:
+        if not condition:
+            raise UserError(f"config.sampler.{field} = {section[field]} must be {rule}.")
+
+    require(section.num_steps >= 1, "num_steps", "at least 1")
+    for field in ("atol", "rtol"):
+        require(0 < section[field] < math.inf, field, "positive and finite")
+    require(0 <= section.diffusion_norm < math.inf, "diffusion_norm", "finite and not negative")
+    if _has_last_step(section):
+        last = f'the last step ("{section.last_step}")'
+        require(section.num_steps >= 2, "num_steps", f"at least 2: {last} is one of them")
+        require(
+            TIME_MARGIN <= section.last_step_size < 1 - TIME_MARGIN,
+            "last_step_size",
+            f'in [{TIME_MARGIN}, {1 - TIME_MARGIN}); to leave the last step out, set last_step = "none"',
+        )
+    require(math.isfinite(section.cfg_scale), "cfg_scale", "finite; 1 is no guidance")
+    require(section.cfg_channels >= 0, "cfg_channels", "0 (all) or a number of channels")
+    interval = tuple(section.cfg_interval)
+    require(
+        len(interval) == 2 and 0 <= interval[0] <= interval[1] <= 1,
+        "cfg_interval",
+        "(low, high), 0 <= low <= high <= 1",
+    )
+
+
+def num_evaluations(section: ConfigDict) -> int | None:
+    """Network calls per sample, None for dopri5; guidance doubles a call's batch, not the count.
+
+    Raises UserError if `check` does.
+    """
+    check(section)
+    method, last = METHODS[section.method], _has_last_step(section)
+    return None if method.step is None else method.evaluations * (section.num_steps - last) + last
+
+
+def build(section: ConfigDict, diffusion: Diffusion) -> Callable[[Callable, Array, Array], Array]:
+    """Returns sample(predict, x0, keys) -> x1 of config.sampler: the integral from the noise x0 to samples.
+
+    It is a pure function, to be jitted with the batch sharded at will.
+
+    predict: (x_t [B, H, W, C] float32, t [B] float32) -> output [B, H, W, C], what `diffusion.prediction` says.
+    x0: [B, H, W, C], N(0, 1).
+    keys: [B] typed PRNG keys; the SDE's noise of sample i in interval k comes from fold_in(keys[i], k).
+    x1: [B, H, W, C] float32 at the end of the range; NaN for a sample on which dopri5 gave up. Where the range ends
+      short of 1 (ODE: see `Prediction.time_range`; SDE: last_step = "none") it keeps noise of standard deviation sigma
+      there: 1e-3 linear, 1.6e-3 GVP, 1e-2 VP.
 
     Raises:
-      UserError: a value in `sampler` or `diffusion` cannot work (see `check`).
+      UserError: a value in the section cannot work (see `check`).
     """
-    check(sampler)
-    interpolant, prediction = get_interpolant(diffusion.interpolant), diffusion.prediction
-    is_sde = sampler.method.startswith("sde")
-    t0, t1 = time_range(diffusion.interpolant, prediction, sampling=True)
-    x0 = x0.astype(jnp.float32)
-
-    def output_at(x: Array, t: Array) -> Array:
-        return predict(x, t).astype(jnp.float32)
-
-    def velocity(x: Array, t: Array) -> Array:
-        return to_velocity(output_at(x, t), x, t, interpolant, prediction)
-
-    def variance_rate(t: Array) -> Array:
-        return diffusion_coefficient(sampler.diffusion_form, sampler.diffusion_norm, interpolant, t)
-
-    def sde_drift(x: Array, t: Array) -> Array:
-        output = output_at(x, t)
-        score = to_score(output, x, t, interpolant, prediction)
-        return to_velocity(output, x, t, interpolant, prediction) + expand(variance_rate(t), x) * score
-
-    if sampler.method == "dopri5":
-        return dopri5(velocity, x0, t0, t1, atol=sampler.atol, rtol=sampler.rtol)[0]
-
-    if is_sde:
-        t0, t1 = _sde_range(sampler, diffusion)
-    drift = sde_drift if is_sde else velocity
-    intervals = _num_intervals(sampler)
+    check(section)
+    method, form, last_step = METHODS[section.method], DIFFUSION_FORMS[section.diffusion_form], None
+    norm, size, atol, rtol = section.diffusion_norm, section.last_step_size, section.atol, section.rtol
+    t0, t1 = diffusion.prediction.time_range(sampling=True)
+    intervals = section.num_steps - _has_last_step(section)
+    if method.is_sde:
+        last_step = LAST_STEPS[section.last_step]
+        # The score needs sigma_t > 0 at both ends.
+        t1 = 1.0 - (size if last_step else TIME_MARGIN)
+        if form.divides_by_alpha and diffusion.path.starts_as_noise:
+            t0 = TIME_MARGIN
     times = np.linspace(t0, t1, intervals + 1)
     dt = (t1 - t0) / intervals
 
-    def at(t: Array) -> Array:
-        return jnp.broadcast_to(t, x0.shape[:1])
+    def rate(t: Array) -> Array:
+        return form.rate(diffusion.path, norm, t)
 
-    def kick(t: Array, k: Array) -> Array:
-        step_keys = jax.vmap(jax.random.fold_in, (0, None))(keys, k)
-        noise = jax.vmap(lambda key: jax.random.normal(key, x0.shape[1:], jnp.float32))(step_keys)
-        return jnp.sqrt(2 * dt * variance_rate(t)) * noise
+    def sample(predict: Callable[[Array, Array], Array], x0: Array, keys: Array) -> Array:
+        x0 = x0.astype(jnp.float32)
 
-    def step(x: Array, inputs: tuple[Array, Array, Array]) -> tuple[Array, None]:
-        t, t_next, k = inputs
-        if sampler.method == "sde_heun":
-            # The noise comes first, as in the official solver: both slopes then see the same noise.
-            x = x + kick(t, k)
-        slope = drift(x, at(t))
-        if sampler.method in ("heun", "sde_heun"):
-            slope = 0.5 * (slope + drift(x + dt * slope, at(t_next)))
-        x_next = x + dt * slope
-        if sampler.method == "sde_euler":
-            x_next = x_next + kick(t, k)
-        return x_next, None
+        def output_at(x: Array, t: Array) -> Array:
+            return predict(x, t).astype(jnp.float32)
 
-    grid = (jnp.asarray(times[:-1], jnp.float32), jnp.asarray(times[1:], jnp.float32), jnp.arange(intervals))
-    x, _ = jax.lax.scan(step, x0, grid)
-    if not is_sde or sampler.last_step == "none":
-        return x
+        def drift(x: Array, t: Array) -> Array:
+            output = output_at(x, t)
+            if method.is_sde:
+                return _sde_drift(diffusion, rate, output, x, t)
+            return diffusion.prediction.velocity(output, x, t)
 
-    t_last = at(jnp.float32(t1))
-    if sampler.last_step == "tweedie":
-        # E[x1 | x_t] = (x_t + sigma^2 score) / alpha = (x_t - sigma E[x0 | x_t]) / alpha.
-        noise = to_noise(output_at(x, t_last), x, t_last, interpolant, prediction)
-        t_last = expand(t_last, x)
-        return (x - interpolant.sigma(t_last) * noise) / interpolant.alpha(t_last)
-    slope = sde_drift(x, t_last) if sampler.last_step == "mean" else velocity(x, t_last)
-    return x + sampler.last_step_size * slope
+        if method.step is None:
+            return dopri5(drift, x0, t0, t1, atol=atol, rtol=rtol)[0]
+
+        def at(t: Array) -> Array:
+            return jnp.broadcast_to(t, x0.shape[:1])
+
+        def kick(t: Array, k: Array) -> Array:
+            step_keys = jax.vmap(jax.random.fold_in, (0, None))(keys, k)
+            noise = jax.vmap(lambda key: jax.random.normal(key, x0.shape[1:], jnp.float32))(step_keys)
+            return jnp.sqrt(2 * dt * rate(t)) * noise
+
+        def step(x: Array, inputs: tuple[Array, Array, Array]) -> tuple[Array, None]:
+            t, t_next, k = inputs
+            return method.step(drift, x, at(t), at(t_next), dt, kick(t, k) if method.is_sde else None), None
+
+        grid = (jnp.asarray(times[:-1], jnp.float32), jnp.asarray(times[1:], jnp.float32), jnp.arange(intervals))
+        x, _ = jax.lax.scan(step, x0, grid)
+        if last_step is None:
+            return x
+        t_last = at(jnp.float32(t1))
+        return last_step(diffusion, rate, output_at(x, t_last), x, t_last, size)
+
+    return sample
 
 
 # Dormand & Prince (1980), 5(4) pair. Row i gives stage i + 1 from the slopes before it; the last row is the

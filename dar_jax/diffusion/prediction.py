@@ -1,0 +1,89 @@
+"""What a network predicts, and how the other quantities follow from it.
+
+Each class solves the two linear equations of `path` for what the network does not give. Written with their determinant
+W, the only divisors are W, alpha (zero at t = 0) and sigma (zero at t = 1), never alpha', which vanishes for GVP at
+t = 1. `time_range` keeps t where the divisors that a prediction needs are positive.
+
+A new prediction is a subclass of `Prediction` and an entry of `PREDICTIONS`.
+"""
+
+import dataclasses
+from typing import ClassVar
+
+import jax
+
+from dar_jax.diffusion.path import TIME_MARGIN, Path, expand
+
+Array = jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class Prediction:
+    """One kind of network output on one path.
+
+    All methods take an output of the network and x_t, [B, ...] float32, and t [B] float32 in the range of time.
+
+    Attributes:
+      path: the path.
+      margin: distance from the ends of [0, 1] at which the velocity and the loss are finite.
+      compares_noise: whether the loss is the weighted error of the noise. It is the error of the velocity otherwise.
+    """
+
+    path: Path
+    margin: ClassVar[float] = TIME_MARGIN
+    compares_noise: ClassVar[bool] = True
+
+    def noise(self, output: Array, x_t: Array, t: Array) -> Array:
+        """The noise x0 that an output stands for."""
+        raise NotImplementedError
+
+    def velocity(self, output: Array, x_t: Array, t: Array) -> Array:
+        """The velocity that an output stands for, (alpha' x_t - W x0) / alpha. It needs alpha_t > 0."""
+        noise = self.noise(output, x_t, t)
+        t = expand(t, x_t)
+        return (self.path.d_alpha(t) * x_t - self.path.determinant(t) * noise) / self.path.alpha(t)
+
+    def score(self, output: Array, x_t: Array, t: Array) -> Array:
+        """The score, the gradient of log p_t(x_t), that an output stands for: -x0 / sigma. It needs sigma_t > 0."""
+        return -self.noise(output, x_t, t) / self.path.sigma(expand(t, x_t))
+
+    def time_range(self, *, sampling: bool) -> tuple[float, float]:
+        """The ends (t0, t1) between which t is drawn in training or integrated by an ODE in sampling."""
+        t0 = self.margin if self.path.starts_as_noise else 0.0
+        if self.path.ends_steeply:
+            return t0, 1.0 - (TIME_MARGIN if sampling else 1e-5)
+        return t0, 1.0 - self.margin
+
+
+class Velocity(Prediction):
+    """alpha' x1 + sigma' x0."""
+
+    margin = 0.0
+    compares_noise = False
+
+    def noise(self, output, x_t, t):
+        t = expand(t, x_t)
+        return (self.path.d_alpha(t) * x_t - self.path.alpha(t) * output) / self.path.determinant(t)
+
+    def velocity(self, output, x_t, t):
+        return output
+
+
+class Score(Prediction):
+    """The gradient of log p_t(x_t)."""
+
+    def noise(self, output, x_t, t):
+        return -self.path.sigma(expand(t, x_t)) * output
+
+    def score(self, output, x_t, t):
+        return output
+
+
+class Noise(Prediction):
+    """x0."""
+
+    def noise(self, output, x_t, t):
+        return output
+
+
+PREDICTIONS = {"velocity": Velocity, "score": Score, "noise": Noise}
