@@ -23,8 +23,6 @@ set -euo pipefail
 checkout=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 # shellcheck source=launch/common.sh
 source "$checkout/launch/common.sh"
-# shellcheck source=launch/xla_flags.sh
-source "$checkout/launch/xla_flags.sh"
 
 commands=""
 flags="nodes gpus_per_node per venv logs sbatch"
@@ -61,8 +59,9 @@ submit() {
 }
 
 start() {
-  local words stopped
-  words=(env "XLA_FLAGS=${gpu_flags[*]} ${XLA_FLAGS:-}")
+  local words stopped xla_flags
+  xla_flags=$(grep '^--' "$checkout/dar_jax/planning/gpu_xla_flags.txt" | paste -sd ' ')
+  words=(env "XLA_FLAGS=$xla_flags ${XLA_FLAGS:-}")
   # Under SLURM, JAX gives a process the one GPU whose number is its SLURM_LOCALID. So each must see all GPUs of its
   # host (no binding); and the one process of a host must be told that all are its own.
   [[ $per == gpu ]] || words+=("JAX_LOCAL_DEVICE_IDS=$(seq -s, 0 $((gpus_per_node - 1)))")

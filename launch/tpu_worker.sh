@@ -14,8 +14,6 @@ cd "$HOME"
 shared=/mnt/shared
 state=$HOME/dar_jax_run
 venv=$HOME/dar_jax_venv
-# shellcheck source=launch/xla_flags.sh
-source dar_jax/launch/xla_flags.sh
 
 mount_bucket() {
   if ! command -v gcsfuse >/dev/null; then
@@ -61,7 +59,7 @@ alive() {
 }
 
 start() {
-  local pid
+  local pid flags
   mkdir -p "$state"
   if alive; then
     pid=$(<"$state/pid")
@@ -70,7 +68,8 @@ start() {
   fi
   rm -f "$state/exit_code" "$state/stop_asked"
   [[ ! -e $state/log ]] || mv "$state/log" "$state/log.previous"
-  export LIBTPU_INIT_ARGS="${tpu_flags[*]} ${LIBTPU_INIT_ARGS:-}"
+  flags=$(grep '^--' dar_jax/dar_jax/planning/tpu_xla_flags.txt | paste -sd ' ')
+  export LIBTPU_INIT_ARGS="$flags ${LIBTPU_INIT_ARGS:-}"
   setsid nohup bash dar_jax/launch/tpu_worker.sh supervise "$@" >"$state/log" 2>&1 </dev/null &
   echo $! >"$state/pid"
 }
