@@ -41,7 +41,7 @@ def programs():
     """Every other command of ours, as the file that runs and its arguments."""
     for words in commands():
         if words[:2] == ["python", "-m"] and words[2].startswith("dar_jax.") and words[2] != "dar_jax.main":
-            yield pathlib.Path(importlib.util.find_spec(words[2]).origin), words[3:]
+            yield ROOT / f"{words[2].replace('.', '/')}.py", words[3:]
         elif words[0] == "python" and words[1].endswith(".py"):
             yield ROOT / words[1], words[2:]
 
