@@ -11,6 +11,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["dar_jax", "dar_jax.*"]),
+    package_data={"dar_jax.planning": ["*_xla_flags.txt"]},
     install_requires=[
         "absl-py",
         "array_record",

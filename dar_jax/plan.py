@@ -7,7 +7,6 @@ compiler's estimate of its time. A TPU topology needs libtpu (pip install -e ".[
 import dataclasses
 import os
 import pathlib
-import re
 
 from absl import flags
 from ml_collections import config_flags
@@ -22,7 +21,7 @@ TOPOLOGY = flags.DEFINE_list(
 JSON = flags.DEFINE_string("json", None, "Also write the plan, or the list of plans, to this file")
 FIT = flags.DEFINE_bool("fit", False, "Take as many microbatches as the step needs to fit, as of several topologies")
 PLOT = flags.DEFINE_string("plot", None, "Of several topologies: draw speed and memory to this .png")
-LAUNCH_FLAGS = pathlib.Path(__file__).parents[1] / "launch" / "xla_flags.sh"
+TPU_FLAGS = pathlib.Path(__file__).with_name("planning") / "tpu_xla_flags.txt"
 
 
 def main(_):
@@ -59,9 +58,8 @@ def _set_environment(topologies: list[str]) -> None:
     if sizes:
         flag = f"--xla_force_host_platform_device_count={max(sizes)}"
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flag}".strip()
-    if LAUNCH_FLAGS.exists():  # the compiler is told what it will be told by launch/
-        found = re.findall(r"^  (--xla_\S+)$", LAUNCH_FLAGS.read_text().partition("gpu_flags=(")[0], re.MULTILINE)
-        os.environ["LIBTPU_INIT_ARGS"] = " ".join([*found, os.environ.get("LIBTPU_INIT_ARGS", "")]).strip()
+    tpu_flags = [line for line in TPU_FLAGS.read_text().splitlines() if line.startswith("--")]  # as launch/ sets them
+    os.environ["LIBTPU_INIT_ARGS"] = " ".join([*tpu_flags, os.environ.get("LIBTPU_INIT_ARGS", "")]).strip()
     os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"  # no TPU is opened, so plans may run side by side
     os.environ["TPU_SKIP_MDS_QUERY"] = "1"
     os.environ["TPU_WORKER_HOSTNAMES"] = "localhost"

@@ -1,24 +1,24 @@
 # shellcheck shell=bash
-# shellcheck disable=SC2034,SC2154  # what is set here is read by the scripts that source this file, and the reverse
-# What the launch scripts share. Sourced, never run.
+# shellcheck disable=SC2034,SC2154  # the sourcing scripts read variables set here, and set variables read here
+# Functions that the launch scripts share. The scripts source this file; nobody runs it.
 
 ((BASH_VERSINFO[0] >= 5)) || {
   echo "error: bash $BASH_VERSION is too old for this script; install bash 5 (macOS: brew install bash)" >&2
   exit 2
 }
 
-# fail TEXT: one line that names the value and the fix.
+# fail TEXT: prints one line, which names the value and the fix, and exits with 2.
 fail() {
   echo "error: $*" >&2
   exit 2
 }
 
-# usage: the comment at the top of the script is its --help.
+# usage: prints the comment at the top of the script, which is its --help.
 usage() {
   sed -n '2,/^$/s/^# \{0,1\}//p' "$0"
 }
 
-# quote WORDS: prints them such that bash, here or at the far end, reads the same words again.
+# quote WORDS: prints the words quoted, so that bash on this or another host reads the same words.
 quote() {
   local word text=()
   for word; do
@@ -27,13 +27,13 @@ quote() {
   echo "${text[*]}"
 }
 
-# run WORDS: runs the command; with --dry_run prints it.
+# run WORDS: runs the command, or with --dry_run prints it.
 run() {
   if [[ $dry_run ]]; then quote "$@"; else "$@"; fi
 }
 
-# parse_flags ARGUMENTS: sets the variables named in $flags (--name=value) and $switches (--name), puts the words
-# after -- in main_flags, and one of $commands in command.
+# parse_flags ARGUMENTS: sets the variables named in $flags (--name=value) and in $switches (--name). Puts the words
+# after -- into main_flags, and the word that is one of $commands into command.
 parse_flags() {
   local key
   main_flags=() command=
@@ -72,7 +72,7 @@ parse_flags() {
   done
 }
 
-# need NAMES: each of these flags was given.
+# need NAMES: fails unless each of these flags was given.
 need() {
   local key
   for key; do
@@ -80,7 +80,7 @@ need() {
   done
 }
 
-# check_main_flags: what a run on many hosts needs among the flags of dar_jax.main. Sets workdir.
+# check_main_flags: fails unless main_flags hold what a run on many hosts needs. Sets workdir.
 check_main_flags() {
   local word config=
   workdir=

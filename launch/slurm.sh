@@ -1,37 +1,35 @@
 #!/usr/bin/env bash
-# Trains on the GPUs of a SLURM cluster. Outside an allocation it submits a job (sbatch) that calls it again; inside one
-# (salloc, or that job) it starts the processes (srun).
+# Trains on the GPUs of a SLURM cluster. Outside an allocation this script submits a job (sbatch), which calls the
+# script again. Inside an allocation (salloc, or that job) it starts the processes (srun).
 #
 #   launch/slurm.sh [flags] -- [flags of dar_jax.main]
 #
-# --nodes=N          hosts (default 1); each is taken whole, as JAX numbers the GPUs of a host from 0
-# --gpus_per_node=N  GPUs of a host (default 8)
-# --per=gpu|host     one process per GPU (default), or one per host, which drives all its GPUs
-# --venv=DIR         virtual environment with dar_jax (default .venv of this checkout); made by
+# --nodes=N          number of hosts (default 1); the job takes each host whole, as JAX numbers its GPUs from 0
+# --gpus_per_node=N  number of GPUs of a host (default 8)
+# --per=gpu|host     one process per GPU (default), or one per host, which drives all GPUs of the host
+# --venv=DIR         virtual environment with dar_jax (default .venv of this checkout). Make it with
 #                    python -m venv .venv && .venv/bin/pip install -e ".[gpu]"
-# --logs=DIR         where the job writes its log, dar_jax-JOB.log (default runs/logs of this checkout)
+# --logs=DIR         directory of the log of the job, dar_jax-JOB.log (default runs/logs of this checkout)
 # --sbatch=OPTIONS   further options of sbatch, separated by spaces: --sbatch="--partition=gpu --time=24:00:00"
 # --dry_run          prints the command that would submit or start, and runs nothing
-# --requeue          set inside the job: back into the queue when a signal stopped the run
+# --requeue          puts the job back into the queue when a signal has stopped the run; the script itself sets this
 #
-# The checkout, the environment and --workdir must be on storage that all hosts share; the run starts in the checkout.
-# Two minutes before the time limit and at a preemption SLURM sends SIGTERM: the run saves, ends, and the job goes back
-# into the queue, from where the same command goes on. After the failure of a host SLURM requeues by itself. An error on
-# one process ends all of them, and the job; scancel ends it for good.
+# The checkout, the environment and --workdir must be on storage that all hosts share. The run starts in the checkout.
+# SLURM sends SIGTERM two minutes before the time limit and at a preemption. The run then saves and ends. The job goes
+# back into the queue, and the same command continues it. After the failure of a host, SLURM requeues by itself. An
+# error in one process ends all processes and the job. scancel ends the job for good.
 
 set -euo pipefail
 checkout=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 # shellcheck source=launch/common.sh
 source "$checkout/launch/common.sh"
-# shellcheck source=launch/xla_flags.sh
-source "$checkout/launch/xla_flags.sh"
 
 commands=""
 flags="nodes gpus_per_node per venv logs sbatch"
 switches="dry_run requeue"
 nodes=1 gpus_per_node=8 per=gpu venv=$checkout/.venv logs=$checkout/runs/logs sbatch='' dry_run='' requeue=''
 parse_flags "$@"
-[[ $venv == /* ]] || venv=$PWD/$venv # the job starts in the checkout
+[[ $venv == /* ]] || venv=$PWD/$venv # absolute, because the job starts in the checkout
 [[ $logs == /* ]] || logs=$PWD/$logs
 
 [[ $nodes =~ ^[1-9][0-9]*$ ]] || fail "--nodes=$nodes is not a number of hosts; write --nodes=2"
@@ -56,24 +54,25 @@ submit() {
     printf "%s <<'END'\n#!/usr/bin/env bash\nexec %s\nEND\n" "$(quote "${words[@]}")" "$again"
     return
   fi
-  mkdir -p "$logs" # SLURM loses the log of a job whose directory is missing
+  mkdir -p "$logs" # SLURM loses the log if its directory is missing
   printf '#!/usr/bin/env bash\nexec %s\n' "$again" | "${words[@]}"
 }
 
 start() {
-  local words stopped
-  words=(env "XLA_FLAGS=${gpu_flags[*]} ${XLA_FLAGS:-}")
-  # Under SLURM, JAX gives a process the one GPU whose number is its SLURM_LOCALID. So each must see all GPUs of its
-  # host (no binding); and the one process of a host must be told that all are its own.
+  local words stopped xla_flags
+  xla_flags=$(grep '^--' "$checkout/dar_jax/planning/gpu_xla_flags.txt" | paste -sd ' ')
+  words=(env "XLA_FLAGS=$xla_flags ${XLA_FLAGS:-}")
+  # Under SLURM, JAX gives a process the GPU whose number is its SLURM_LOCALID. So every process must see all GPUs of
+  # its host, without binding. A process that is alone on its host must be told that all GPUs are its own.
   [[ $per == gpu ]] || words+=("JAX_LOCAL_DEVICE_IDS=$(seq -s, 0 $((gpus_per_node - 1)))")
   words+=(srun "${shape[@]}" --gpu-bind=none --cpu-bind=none --kill-on-bad-exit=1
     "$venv/bin/python" -m dar_jax.main --distributed=on "${main_flags[@]}")
-  cd "$checkout" # for the relative path in --config
+  cd "$checkout" # --config may be a relative path
   if [[ $dry_run || -z $requeue ]]; then
     run "${words[@]}"
     return
   fi
-  # A run that was stopped by a signal leaves with 0, like one that is done; its last line tells them apart.
+  # A stopped run exits with 0, and so does a finished run. The last line of the log tells them apart.
   stopped=$("${words[@]}" | tee >(cat >&2) | { grep -c "^stopped by a signal" || true; })
   if ((stopped)); then
     scontrol requeue "$SLURM_JOB_ID"

@@ -1,38 +1,40 @@
 #!/usr/bin/env bash
-# Trains on the hosts of a Cloud TPU slice: makes the TPU, copies this checkout, installs it, starts
-# python -m dar_jax.main on every host, follows the log, and goes on after a preemption.
+# Trains on the hosts of a Cloud TPU slice. Makes the TPU, copies this checkout, installs it, starts
+# python -m dar_jax.main on every host and follows the log. Continues after a preemption.
 #
 #   launch/tpu_pod.sh [flags] run -- [flags of dar_jax.main]
 #   launch/tpu_pod.sh [flags] status | log | stop | delete
 #
-# run      Creates the TPU if it is missing, else uses it as it is. Then copies the files git tracks, with uncommitted
-#          changes, installs, starts, and follows the log. The run goes on if this command ends; the same command
-#          follows it again. A preempted TPU is deleted and asked for again, and the run goes on from its workdir.
-# status   The state of the TPU, and on every host: running, finished, stopped, interrupted or failed.
-# log      Follows the log of worker 0 (dar_jax_run/log in its home directory).
-# stop     SIGTERM on all hosts: the run saves and ends. "run" goes on from there.
-# delete   Deletes the TPU (with --queued the request too), which ends what it costs.
+# run      Creates the TPU if it is missing, and otherwise uses it as it is. Then copies the files that git tracks,
+#          with uncommitted changes, installs them, starts the run and follows the log. The run continues when this
+#          command ends, and the same command follows the log again. If the TPU is preempted, this command deletes
+#          it, asks for it again, and continues the run from its workdir.
+# status   Prints the state of the TPU, and for every host: running, finished, stopped, interrupted or failed.
+# log      Follows the log of worker 0, which is dar_jax_run/log in its home directory.
+# stop     Sends SIGTERM to all hosts. The run saves and ends. The command "run" continues it later.
+# delete   Deletes the TPU, and with --queued the request too. The TPU then costs nothing more.
 #
-# --name=NAME        of the TPU (and of the queued resource)
+# --name=NAME        name of the TPU, and of the queued resource
 # --zone=ZONE        for example us-west4-a
-# --project=PROJECT  default: that of gcloud
-# --type=TYPE        accelerator type: v4-128, v5litepod-256, v5p-64, v6e-64 ...; for "run"
-# --version=VERSION  software of the hosts; default: the one Google names for the type
-# --queued           by a queued resource: waits until there is capacity, also after a preemption. Give it to all
-#                    commands.
-# --spot             cheaper, and may be preempted; best with --queued
+# --project=PROJECT  default: the project of gcloud
+# --type=TYPE        accelerator type, needed by "run": v4-128, v5litepod-256, v5p-64, v6e-64 ...
+# --version=VERSION  software of the hosts; default: the version that Google names for the type
+# --queued           asks by a queued resource, which waits for capacity, also after a preemption. Give this flag to
+#                    all commands.
+# --spot             asks for a cheaper TPU that may be preempted; best with --queued
 # --bucket=BUCKET    mounts this bucket on all hosts at /mnt/shared (gcsfuse)
-# --nfs=HOST:/SHARE  or this NFS share, for example of Filestore in the same network
+# --nfs=HOST:/SHARE  mounts this NFS share there instead, for example of Filestore in the same network
 # --dry_run          prints the commands for a TPU that does not exist yet, and runs nothing
 #
-# One of --bucket and --nfs is needed, and --workdir (best also --config.data.path) must be below /mnt/shared: all
-# hosts write checkpoints there, and it is all that outlives a preemption. A gs:// path is no directory to dar_jax.
-# Checkpoints become valid by renaming a directory, so the bucket must have a hierarchical namespace:
+# The command "run" needs one of --bucket and --nfs. --workdir must be below /mnt/shared, and --config.data.path is best
+# placed there too. All hosts write checkpoints there, and nothing else outlives a preemption. dar_jax reads mounted
+# directories only, and no gs:// paths. A checkpoint becomes valid when its directory is renamed, so the bucket must
+# have a hierarchical namespace:
 #
 #   gcloud storage buckets create gs://BUCKET --location=REGION --uniform-bucket-level-access \
 #       --enable-hierarchical-namespace
 #
-# and the TPU's service account needs the role Storage Object User on it.
+# The service account of the TPU needs the role Storage Object User on the bucket.
 
 set -euo pipefail
 checkout=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
@@ -55,13 +57,13 @@ tpus() {
   run gcloud compute tpus "$@" "${where[@]}"
 }
 
-# on WORKER COMMAND: runs a line of bash on one host, or on "all".
+# on WORKER COMMAND: runs a line of bash on one host, or on all hosts if WORKER is "all".
 on() {
-  # Without the probes, a connection to a host that has vanished would be waited on for hours.
+  # Without these probes, ssh would wait for hours on a host that has vanished.
   tpus tpu-vm ssh "$name" --worker="$1" --ssh-flag="-o ServerAliveInterval=30" --command="$2"
 }
 
-# worker WORKER WORDS: calls launch/tpu_worker.sh there, with the compiler flags of the environment here.
+# worker WORKER WORDS: calls launch/tpu_worker.sh on that host, with the LIBTPU_INIT_ARGS of this host.
 worker() {
   local env=${LIBTPU_INIT_ARGS:+LIBTPU_INIT_ARGS=${LIBTPU_INIT_ARGS@Q} }
   on "$1" "${env}bash dar_jax/launch/tpu_worker.sh $(quote "${@:2}")"
@@ -113,7 +115,7 @@ delete() {
   fi
 }
 
-# ensure: returns when the TPU is there and ready.
+# ensure: returns when the TPU exists and is ready.
 ensure() {
   local now before=''
   if [[ $dry_run ]]; then
@@ -141,12 +143,13 @@ ensure() {
   done
 }
 
-# outcome: prints what tpu_worker.sh says of the run on worker 0; none, if there was none; unreachable.
+# outcome: prints what tpu_worker.sh says of the run on worker 0. Prints "none" if there was no run, and "unreachable"
+# if the host does not answer.
 outcome() {
   on 0 'if [ -e dar_jax_run ]; then bash dar_jax/launch/tpu_worker.sh outcome; else echo none; fi' || echo unreachable
 }
 
-# install: this checkout, on all hosts.
+# install: copies this checkout to all hosts and installs it.
 install() {
   local commit=HEAD
   if [[ -z $dry_run ]]; then
@@ -159,7 +162,7 @@ install() {
     worker all install "${bucket:+--bucket=$bucket}${nfs:+--nfs=$nfs}"
 }
 
-# train: starts the run and follows it to its end, over preemptions.
+# train: starts the run and follows it to its end, through preemptions.
 train() {
   local result followed=''
   while :; do
@@ -170,14 +173,14 @@ train() {
       sleep "$pause"
       continue
     fi
-    if [[ $followed ]]; then # else it is the result of an earlier run
+    if [[ $followed ]]; then # otherwise this is the outcome of an earlier run
       case $result in
         finished | stopped)
           echo "the run has $result; \"delete\" ends what the TPU costs"
           return
           ;;
         failed*)
-          sleep "$pause" # a host that is being preempted takes the others with it before the state says so
+          sleep "$pause" # a preempted host ends the others before gcloud reports the preemption
           if ready; then fail "the run has $result; its last words are above"; fi
           continue
           ;;
@@ -190,7 +193,7 @@ train() {
       continue
     fi
     [[ $dry_run ]] || echo "following the log; Ctrl-C leaves the run going"
-    worker 0 follow || true # a broken connection; what became of the run is asked next
+    worker 0 follow || true # the connection may break; the next round asks for the outcome
     followed=1
     [[ -z $dry_run ]] || return 0
   done

@@ -1,21 +1,20 @@
 #!/usr/bin/env bash
-# What tpu_pod.sh calls on every host of a TPU slice, in the home directory: dar_jax/ is the checkout, dar_jax_venv/ its
-# virtual environment, dar_jax_run/ the log and the state of the run.
+# tpu_pod.sh calls this script on every host of a TPU slice. In the home directory of the host, dar_jax/ is the
+# checkout, dar_jax_venv/ is its virtual environment, and dar_jax_run/ has the log and the state of the run.
 #
-#   tpu_worker.sh install [--bucket=BUCKET] [--nfs=HOST:/SHARE]   mounts /mnt/shared, installs dar_jax
-#   tpu_worker.sh start FLAGS   python -m dar_jax.main FLAGS in the background; kills what is left of a broken run
+#   tpu_worker.sh install [--bucket=BUCKET] [--nfs=HOST:/SHARE]   mounts /mnt/shared and installs dar_jax
+#   tpu_worker.sh start FLAGS   starts python -m dar_jax.main FLAGS in the background, after it has killed what is left
+#                               of a broken run
 #   tpu_worker.sh follow        prints the log until the run ends
-#   tpu_worker.sh outcome       running, finished, stopped (asked for), interrupted (by a signal or a reboot),
+#   tpu_worker.sh outcome       prints running, finished, stopped (on request), interrupted (by a signal or a reboot),
 #                               failed with exit code N, or none
-#   tpu_worker.sh stop          SIGTERM, then waits: the run saves and ends
+#   tpu_worker.sh stop          sends SIGTERM and waits until the run has saved and ended
 
 set -euo pipefail
 cd "$HOME"
 shared=/mnt/shared
 state=$HOME/dar_jax_run
 venv=$HOME/dar_jax_venv
-# shellcheck source=launch/xla_flags.sh
-source dar_jax/launch/xla_flags.sh
 
 mount_bucket() {
   if ! command -v gcsfuse >/dev/null; then
@@ -26,8 +25,9 @@ mount_bucket() {
     sudo apt-get -qq install -y gcsfuse
   fi
   sudo chown "$(id -un)" "$shared"
-  # A host must see the checkpoint that another one has just renamed, so nothing about files is remembered; by default
-  # it is, that they exist for a minute or on large machines for ever, that they do not for some seconds.
+  # A host must see a checkpoint that another host has just renamed, so gcsfuse must cache nothing about files. By
+  # default it remembers for a minute that a file exists, on large machines for ever, and for some seconds that a file
+  # does not exist.
   gcsfuse --implicit-dirs --metadata-cache-ttl-secs=0 --metadata-cache-negative-ttl-secs=0 "$1" "$shared"
 }
 
@@ -48,41 +48,42 @@ install() {
       esac
     done
   fi
-  # The images bring Python 3.10; dar_jax needs 3.11, which uv fetches.
+  # The images of the hosts bring Python 3.10. dar_jax needs 3.11, which uv fetches.
   export PATH="$HOME/.local/bin:$PATH"
   command -v uv >/dev/null || curl -LsSf https://astral.sh/uv/install.sh | sh
   [[ -e $venv ]] || uv venv --quiet --seed --python=3.11 "$venv"
   (cd dar_jax && "$venv/bin/python" -m pip install --quiet -e ".[tpu]")
 }
 
-# alive: the supervisor of the latest run is there, and not another process with its number after a reboot.
+# alive: succeeds if the supervisor of the latest run is running. After a reboot another process may have its number.
 alive() {
   [[ -e $state/pid ]] && grep -qs tpu_worker.sh "/proc/$(<"$state/pid")/cmdline"
 }
 
 start() {
-  local pid
+  local pid flags
   mkdir -p "$state"
   if alive; then
     pid=$(<"$state/pid")
-    kill -KILL -- "-$pid" # setsid made it a group
+    kill -KILL -- "-$pid" # setsid has made the run a process group
     while alive; do sleep 1; done
   fi
   rm -f "$state/exit_code" "$state/stop_asked"
   [[ ! -e $state/log ]] || mv "$state/log" "$state/log.previous"
-  export LIBTPU_INIT_ARGS="${tpu_flags[*]} ${LIBTPU_INIT_ARGS:-}"
+  flags=$(grep '^--' dar_jax/dar_jax/planning/tpu_xla_flags.txt | paste -sd ' ')
+  export LIBTPU_INIT_ARGS="$flags ${LIBTPU_INIT_ARGS:-}"
   setsid nohup bash dar_jax/launch/tpu_worker.sh supervise "$@" >"$state/log" 2>&1 </dev/null &
   echo $! >"$state/pid"
 }
 
-# supervise FLAGS: the run itself; passes SIGTERM on and keeps the exit code.
+# supervise FLAGS: runs dar_jax.main, passes SIGTERM on to it, and keeps its exit code.
 supervise() {
   local child code again=1
   cd dar_jax
   "$venv/bin/python" -m dar_jax.main --distributed=on "$@" &
   child=$!
   trap 'again=1; kill -TERM "$child" || true' TERM
-  while [[ $again ]]; do # a signal ends "wait" before the child has ended
+  while [[ $again ]]; do # a signal ends "wait" before the child ends
     again='' code=0
     wait "$child" || code=$?
   done

@@ -28,6 +28,9 @@ class World:
         tail.write_text(f'#!/bin/sh\nexec {shutil.which("tail")} --sleep-interval=0.05 "$@"\n')  # than one second
         tail.chmod(0o755)
         shutil.copytree(ROOT / "launch", self.checkout / "launch")
+        (self.checkout / "dar_jax" / "planning").mkdir(parents=True)
+        for path in (ROOT / "dar_jax" / "planning").glob("*_xla_flags.txt"):
+            shutil.copy(path, self.checkout / "dar_jax" / "planning")
         (self.checkout / ".venv" / "bin").mkdir(parents=True)
         (self.checkout / ".venv" / "bin" / "python").symlink_to(folder / "bin" / "python")
         (self.checkout / ".gitignore").write_text(".venv\nruns\n")

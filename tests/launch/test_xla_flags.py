@@ -1,4 +1,4 @@
-"""The flags of launch/xla_flags.sh exist in the installed compilers, which end the program at an unknown one."""
+"""The flags in dar_jax/planning/*_xla_flags.txt exist in the installed compilers, which end at an unknown flag."""
 
 import importlib.util
 import os
@@ -12,9 +12,9 @@ import pytest
 ROOT = pathlib.Path(__file__).parents[2]
 
 
-def flags(array):
-    script = f'source launch/xla_flags.sh; printf "%s\\n" "${{{array}[@]}}"'
-    return subprocess.run(["bash", "-c", script], cwd=ROOT, text=True, capture_output=True, check=True).stdout.split()
+def flags(platform):
+    lines = (ROOT / "dar_jax" / "planning" / f"{platform}_xla_flags.txt").read_text().splitlines()
+    return [line for line in lines if line and not line.startswith("#")]
 
 
 def run(code, *args, **env):
@@ -25,16 +25,22 @@ def run(code, *args, **env):
 def test_gpu_flags_are_known_to_jax():
     """The CPU's jaxlib reads the flags of all platforms."""
     code = "import jax; jax.numpy.zeros(1)"
-    result = run(code, XLA_FLAGS=" ".join(flags("gpu_flags")))
+    result = run(code, XLA_FLAGS=" ".join(flags("gpu")))
     assert result.returncode == 0, result.stderr
     assert run(code, XLA_FLAGS="--xla_gpu_no_such_flag=true").returncode != 0
+
+
+def test_planner_sets_the_tpu_flags_before_those_of_the_environment():
+    code = "import os; from dar_jax import plan; plan._set_environment([]); print(os.environ['LIBTPU_INIT_ARGS'])"
+    assert run(code, LIBTPU_INIT_ARGS="--mine=1").stdout.split() == [*flags("tpu"), "--mine=1"]
 
 
 # The gradient of a scan over layers whose weights are split over four chips, as with config.mesh.fsdp: prints how many
 # parts of gathers the compiler has fused with matmuls.
 OVERLAP = textwrap.dedent("""
     import os, sys
-    os.environ.update(TPU_SKIP_MDS_QUERY="1", TPU_WORKER_HOSTNAMES="localhost", TPU_WORKER_ID="0")
+    os.environ.update(ALLOW_MULTIPLE_LIBTPU_LOAD="1", TPU_SKIP_MDS_QUERY="1")
+    os.environ.update(TPU_WORKER_HOSTNAMES="localhost", TPU_WORKER_ID="0")
     os.environ["TPU_ACCELERATOR_TYPE"] = "v5litepod-4"
     import jax
     from jax import numpy as jnp
@@ -69,7 +75,7 @@ OTHERS = [pytest.param(name, marks=pytest.mark.slow) for name in ("v4:2x2x1", "v
 @needs_libtpu
 @pytest.mark.parametrize("topology", ["v5e:2x2", *OTHERS])
 def test_tpu_flags_are_known_to_libtpu_and_gathers_overlap(topology):
-    result = run(OVERLAP, topology, LIBTPU_INIT_ARGS=" ".join(flags("tpu_flags")))
+    result = run(OVERLAP, topology, LIBTPU_INIT_ARGS=" ".join(flags("tpu")))
     assert result.returncode == 0, result.stderr
     assert int(result.stdout) > 0 or not topology.startswith("v5e")
 
