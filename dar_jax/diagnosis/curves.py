@@ -16,7 +16,7 @@ class InlineDiagnosis:
 
     def __init__(self, config: ConfigDict, model: SiT, mesh: Mesh):
         count = config.diagnosis.num_images
-        t0, t1 = diffusion.build(config.diffusion).time_range(sampling=True)
+        t0, t1 = diffusion.build(config.diffusion).prediction.time_range(sampling=True)
         # Midpoints: at the very end of the range gradients are ten times as large, and would be all there is to see.
         times = t0 + (t1 - t0) * (np.arange(count) + 0.5) / count
         chosen = pairs.Pairs(config.data.train_split, count, count, times)

@@ -93,7 +93,7 @@ def _check_sampling(config: ConfigDict) -> None:
 
 def _choose(config, workdir, num_images, timesteps, batch_size) -> Pairs:
     split = config.data.eval_split
-    t0, t1 = diffusion.build(config.diffusion).time_range(sampling=True)
+    t0, t1 = diffusion.build(config.diffusion).prediction.time_range(sampling=True)
     times = np.linspace(t0, t1, NUM_TIMES) if timesteps is None else np.asarray(timesteps, np.float64)
     if len(np.unique(times)) < 2 or not ((t0 <= times) & (times <= t1)).all():
         raise UserError(
