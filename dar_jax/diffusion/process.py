@@ -73,8 +73,8 @@ class Diffusion:
     def loss(self, predict: Callable[[Array, Array], Array], x1: Array, x0: Array, t: Array) -> Array:
         """Squared error of one network call at x_t, averaged over each example: what training minimises.
 
-        It is w |x0 of the output - x0|^2 of a noise or score, with w as config.diffusion.weighting says, and
-        `velocity_loss` of a velocity.
+        It is w |x0 of the output - x0|^2 of a noise or score, with w as config.diffusion.weighting says. Of a velocity
+        or data it is `velocity_loss`, without a weight.
 
         Args:
           predict: the network.
@@ -94,13 +94,14 @@ class Diffusion:
         return self.weight(self.path, t) * _mean_square(error)
 
     def velocity_loss(self, predict: Callable[[Array, Array], Array], x1: Array, x0: Array, t: Array) -> Array:
-        """|velocity of the output - (alpha' x1 + sigma' x0)|^2, averaged over each example, whatever is predicted.
+        """|velocity of the output - velocity of the pair|^2, averaged over each example, whatever is predicted.
 
+        The velocity of the pair is alpha' x1 + sigma' x0; of data see `prediction.Data`.
         Arguments, result and errors are those of `loss`. t is within the sampling range.
         """
         x_t, output = self._call(predict, x1, x0, t)
-        velocity = self.path.velocity(x1.astype(jnp.float32), x0.astype(jnp.float32), t)
-        return _mean_square(self.prediction.velocity(output, x_t, t) - velocity)
+        target = self.prediction.target(x1.astype(jnp.float32), x0.astype(jnp.float32), x_t, t)
+        return _mean_square(self.prediction.velocity(output, x_t, t) - target)
 
     def _call(self, predict: Callable[[Array, Array], Array], x1: Array, x0: Array, t: Array) -> tuple[Array, Array]:
         """x_t and the network's output there, both float32."""
