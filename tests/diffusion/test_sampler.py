@@ -109,7 +109,9 @@ def test_ode_is_the_exact_transport(interpolant, prediction):
     x0, keys = noise_and_keys(4)
     exact = shrunk_transport if prediction == "x" else transport
     expected = exact(interpolant, x0, *ends(interpolant, prediction))
-    for method, tolerance in (("heun", 1e-3), ("dopri5", 1e-4))[prediction in ("score", "noise") :]:
+    # Of a noise or score Heun's steps are too long at t = .001; of data dopri5 steps over the bend at sigma = .05.
+    tolerances = {"velocity": {"heun": 1e-3, "dopri5": 1e-4}, "x": {"heun": 2e-4, "dopri5": 1e-3}}
+    for method, tolerance in tolerances.get(prediction, {"dopri5": 1e-4}).items():
         fields = {"interpolant": interpolant, "prediction": prediction, "method": method, "num_steps": 200}
         x = sample(predictor(interpolant, prediction), x0, keys, **fields, rtol=1e-6, atol=1e-7)
         np.testing.assert_allclose(x, expected, atol=tolerance)
