@@ -360,6 +360,7 @@ def test_bfloat16_network():
         ({"method": "heun", "num_steps": 0}, "num_steps = 0"),
         ({"method": "dopri5", "rtol": 0.0}, "rtol = 0.0"),
         ({"method": "heun", "rtol": float("nan")}, "rtol = nan must be positive and finite"),
+        ({"atol": float("inf")}, "atol = inf must be positive and finite"),
         ({"diffusion_norm": float("inf")}, "diffusion_norm = inf must be finite"),
         ({"method": "sde_heun", "last_step_size": float("nan")}, "last_step_size = nan"),
         ({"cfg_scale": float("inf")}, "cfg_scale = inf must be finite"),
