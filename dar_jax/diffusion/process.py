@@ -73,8 +73,8 @@ class Diffusion:
     def loss(self, predict: Callable[[Array, Array], Array], x1: Array, x0: Array, t: Array) -> Array:
         """Squared error of one network call at x_t, averaged over each example: what training minimises.
 
-        It is w |x0 of the output - x0|^2 of a noise or score, with w as config.diffusion.weighting says, and
-        `velocity_loss` of a velocity.
+        It is w |x0 of the output - x0|^2 of a noise or score, with w as config.diffusion.weighting says. Of a velocity
+        or data it is `velocity_loss`, without a weight.
 
         Args:
           predict: the network.
@@ -89,26 +89,26 @@ class Diffusion:
         """
         if not self.prediction.compares_noise:
             return self.velocity_loss(predict, x1, x0, t)
-        x_t, output = self._call(predict, x1, x0, t)
-        error = self.prediction.noise(output, x_t, t) - x0
+        x_t = self.path.interpolate(x1, x0, t)
+        error = self.prediction.noise(_call(predict, x_t, t), x_t, t) - x0
         return self.weight(self.path, t) * _mean_square(error)
 
     def velocity_loss(self, predict: Callable[[Array, Array], Array], x1: Array, x0: Array, t: Array) -> Array:
-        """|velocity of the output - (alpha' x1 + sigma' x0)|^2, averaged over each example, whatever is predicted.
+        """|velocity of the output - velocity of the pair|^2, averaged over each example, whatever is predicted.
 
+        The velocity of the pair is `Prediction.target`: alpha' x1 + sigma' x0, or less near t = 1 of `prediction.Data`.
         Arguments, result and errors are those of `loss`. t is within the sampling range.
         """
-        x_t, output = self._call(predict, x1, x0, t)
-        velocity = self.path.velocity(x1.astype(jnp.float32), x0.astype(jnp.float32), t)
-        return _mean_square(self.prediction.velocity(output, x_t, t) - velocity)
+        x_t = self.path.interpolate(x1, x0, t)
+        velocity = self.prediction.velocity(_call(predict, x_t, t), x_t, t)
+        return _mean_square(velocity - self.prediction.target(x1, x0, x_t, t))
 
-    def _call(self, predict: Callable[[Array, Array], Array], x1: Array, x0: Array, t: Array) -> tuple[Array, Array]:
-        """x_t and the network's output there, both float32."""
-        x_t = self.path.interpolate(x1.astype(jnp.float32), x0.astype(jnp.float32), t)
-        output = predict(x_t, t)
-        if output.shape != x1.shape:
-            raise ValueError(f"the network returned {output.shape} for data of shape {x1.shape}; they must be equal.")
-        return x_t, output.astype(jnp.float32)
+
+def _call(predict: Callable[[Array, Array], Array], x_t: Array, t: Array) -> Array:
+    output = predict(x_t, t)
+    if output.shape != x_t.shape:
+        raise ValueError(f"the network returned {output.shape} for data of shape {x_t.shape}; they must be equal.")
+    return output.astype(jnp.float32)
 
 
 def _mean_square(error: Array) -> Array:

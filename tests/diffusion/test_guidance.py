@@ -4,10 +4,19 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
+from dar_jax.conditions import Labels
 from dar_jax.diffusion.guidance import guided
-from dar_jax.errors import UserError
 
 NUM_CLASSES = 7
+
+
+def guide(y, predict=None, **options):
+    condition = {"label": jnp.asarray(y)}
+    return guided(predict or of_labels, condition, Labels(NUM_CLASSES).null(condition), **options)
+
+
+def of_labels(x, t, condition):
+    return predict(x, t, condition["label"])
 
 
 def predict(x, t, y):
@@ -30,13 +39,13 @@ def by_hand(x, t, y, scale):
 def test_all_channels():
     x, t, y = inputs()
     _, expected = by_hand(x, t, y, 2.5)
-    np.testing.assert_allclose(guided(predict, y, NUM_CLASSES, scale=2.5)(x, t), expected, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(guide(y, scale=2.5)(x, t), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_official_three_channels():
     x, t, y = inputs()
     cond, expected = by_hand(x, t, y, 1.5)
-    output = guided(predict, y, NUM_CLASSES, scale=1.5, channels=3)(x, t)
+    output = guide(y, scale=1.5, channels=3)(x, t)
     np.testing.assert_allclose(output[..., :3], expected[..., :3], rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(output[..., 3], cond[..., 3], rtol=1e-6)
 
@@ -44,7 +53,7 @@ def test_official_three_channels():
 def test_interval_acts_on_each_sample_by_its_own_time():
     x, t, y = inputs()
     cond, full = by_hand(x, t, y, 3.0)
-    output = guided(predict, y, NUM_CLASSES, scale=3.0, interval=(0.3, 0.8))(x, t)
+    output = guide(y, scale=3.0, interval=(0.3, 0.8))(x, t)
     np.testing.assert_allclose(output[1], full[1], rtol=1e-5, atol=1e-5)
     np.testing.assert_array_equal(output[::2], predict(*map(jnp.asarray, (x, t, y)))[::2])
     np.testing.assert_allclose(output[::2], cond[::2], rtol=1e-5, atol=1e-5)
@@ -52,7 +61,7 @@ def test_interval_acts_on_each_sample_by_its_own_time():
 
 def test_scale_may_be_traced_and_one_is_the_conditional_output():
     x, t, y = inputs()
-    run = jax.jit(lambda scale: guided(predict, y, NUM_CLASSES, scale=scale)(x, t))
+    run = jax.jit(lambda scale: guide(y, scale=scale)(x, t))
     np.testing.assert_allclose(run(2.0), by_hand(x, t, y, 2.0)[1], rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(run(1.0), predict(x, t, y), rtol=1e-6)
     np.testing.assert_allclose(run(0.0), predict(x, t, np.full(3, NUM_CLASSES)), rtol=1e-5, atol=1e-5)
@@ -63,12 +72,12 @@ def test_one_call_whose_batch_doubles_only_with_guidance(scale, rows):
     x, t, y = inputs()
     batches = []
 
-    def counting(x, t, y):
-        assert x.shape[0] == t.shape[0] == y.shape[0]
+    def counting(x, t, condition):
+        assert x.shape[0] == t.shape[0] == condition["label"].shape[0]
         batches.append(x.shape[0])
-        return predict(x, t, y)
+        return of_labels(x, t, condition)
 
-    guided(counting, y, NUM_CLASSES, scale=scale)(x, t)
+    guide(y, counting, scale=scale)(x, t)
     assert batches == [rows]
 
 
@@ -77,7 +86,7 @@ def test_sharded_batch_needs_no_communication():
     sharding = NamedSharding(mesh, PartitionSpec("data"))
     x = jax.random.normal(jax.random.key(0), (16, 2, 2, 4))
     t, y = jnp.linspace(0, 1, 16), jnp.arange(16) % NUM_CLASSES
-    run = jax.jit(lambda x, t, y: guided(predict, y, NUM_CLASSES, scale=1.5, channels=3)(x, t))
+    run = jax.jit(lambda x, t, y: guide(y, scale=1.5, channels=3)(x, t))
     expected = run(x, t, y)
     with jax.set_mesh(mesh):
         args = jax.device_put((x, t, y), sharding)
@@ -89,11 +98,16 @@ def test_sharded_batch_needs_no_communication():
         assert collective not in compiled.as_text()
 
 
-def test_bad_values_are_user_errors():
-    x, t, y = inputs()
-    with pytest.raises(UserError, match="cfg_interval"):
-        guided(predict, y, NUM_CLASSES, scale=2.0, interval=(0.8, 0.2))
-    with pytest.raises(UserError, match="cfg_channels = -1"):
-        guided(predict, y, NUM_CLASSES, scale=2.0, channels=-1)
-    with pytest.raises(UserError, match="cfg_channels = 5 must be at most 4"):
-        guided(predict, y, NUM_CLASSES, scale=2.0, channels=5)(x, t)
+def test_condition_may_be_any_tree():
+    x, t, _ = inputs()
+    text = {"text": jnp.arange(12.0).reshape(3, 2, 2), "mask": jnp.array([[True, False], [True, True], [False, True]])}
+    null = {"text": jnp.full((3, 2, 2), -1.0), "mask": jnp.ones((3, 2), bool)}
+
+    def read(x, t, condition):
+        summary = jnp.sum(condition["text"] * condition["mask"][..., None], axis=(1, 2))
+        return x * summary.reshape(-1, 1, 1, 1)
+
+    # Sums over the tokens kept: 0 + 1, 4 + 5 + 6 + 7, 10 + 11; of the null -4.
+    cond, uncond = np.array([1.0, 22.0, 21.0]), -4.0
+    expected = x * (uncond + 2.5 * (cond - uncond)).reshape(-1, 1, 1, 1)
+    np.testing.assert_allclose(guided(read, text, null, scale=2.5)(x, t), expected, rtol=1e-5)

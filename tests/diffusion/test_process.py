@@ -4,16 +4,15 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from dar_jax import diffusion
 from dar_jax.config import default
-from dar_jax.diffusion.interpolant import time_range
-from dar_jax.diffusion.objective import draw, loss_per_example
 from dar_jax.errors import UserError
 
 
-def config(**fields):
-    diffusion = default().diffusion
-    diffusion.update(fields)
-    return diffusion
+def build(**fields):
+    section = default().diffusion
+    section.update(fields)
+    return diffusion.build(section)
 
 
 def official_loss(output_fn, x1, x0, t, interpolant, prediction, weighting):
@@ -34,6 +33,14 @@ def official_loss(output_fn, x1, x0, t, interpolant, prediction, weighting):
         da, ds = a * ratio, -(a**2) * ratio / s
     x_t = a * x1 + s * x0
     m = output_fn(x_t, t)
+    if prediction == "x":
+        divisor = np.maximum(s, 0.05)
+        if interpolant == "linear":
+            v, v_hat = (x1 - x_t) / divisor, (m - x_t) / divisor
+        else:
+            shrink = np.minimum(1, s / 0.05)
+            v, v_hat = (shrink * (da * x + ds * (x_t - a * x) / s) for x in (x1, m))
+        return np.mean((v - v_hat) ** 2, axis=(1, 2, 3))
     if prediction == "velocity":
         return np.mean((m - (da * x1 + ds * x0)) ** 2, axis=(1, 2, 3))
     drift = ratio * s**2 - s * ds
@@ -43,7 +50,7 @@ def official_loss(output_fn, x1, x0, t, interpolant, prediction, weighting):
 
 
 @pytest.mark.parametrize("interpolant", ["linear", "gvp", "vp"])
-@pytest.mark.parametrize("prediction", ["velocity", "score", "noise"])
+@pytest.mark.parametrize("prediction", ["velocity", "score", "noise", "x"])
 @pytest.mark.parametrize("weighting", ["none", "velocity", "likelihood"])
 def test_loss_equals_the_official_formulae(interpolant, prediction, weighting):
     rng = np.random.default_rng(1)
@@ -54,8 +61,8 @@ def test_loss_equals_the_official_formulae(interpolant, prediction, weighting):
         assert t.shape == (5,)
         return jnp.sin(2 * x_t) + t.reshape(-1, 1, 1, 1)
 
-    diffusion = config(interpolant=interpolant, prediction=prediction, weighting=weighting)
-    loss = loss_per_example(predict, *map(jnp.asarray, (x1, x0, t)), diffusion)
+    process = build(interpolant=interpolant, prediction=prediction, weighting=weighting)
+    loss = process.loss(predict, *map(jnp.asarray, (x1, x0, t)))
     expected = official_loss(
         lambda x, t: np.sin(2 * x) + t,
         *(v.astype(np.float64) for v in (x1, x0, t)),
@@ -68,27 +75,50 @@ def test_loss_equals_the_official_formulae(interpolant, prediction, weighting):
 
 
 @pytest.mark.parametrize("interpolant", ["linear", "gvp", "vp"])
-@pytest.mark.parametrize("prediction", ["velocity", "score", "noise"])
+@pytest.mark.parametrize("prediction", ["velocity", "score", "noise", "x"])
 @pytest.mark.parametrize("weighting", ["none", "velocity", "likelihood"])
 def test_loss_and_gradient_are_finite_at_the_ends_of_time(interpolant, prediction, weighting):
-    t = jnp.asarray(time_range(interpolant, prediction, sampling=False), jnp.float32)
+    process = build(interpolant=interpolant, prediction=prediction, weighting=weighting)
+    t = jnp.asarray(process.prediction.time_range(sampling=False), jnp.float32)
     x1, x0 = jnp.ones((2, 2, 2, 1)), -jnp.ones((2, 2, 2, 1))
-    diffusion = config(interpolant=interpolant, prediction=prediction, weighting=weighting)
 
     def loss(scale):
-        return loss_per_example(lambda x, t: scale * x, x1, x0, t, diffusion).sum()
+        return process.loss(lambda x, t: scale * x, x1, x0, t).sum()
 
     assert np.isfinite(jax.value_and_grad(loss)(0.5)).all()
 
 
+@pytest.mark.parametrize("interpolant", ["linear", "gvp", "vp"])
+def test_velocity_loss_is_the_same_for_equivalent_outputs(interpolant):
+    rng = np.random.default_rng(2)
+    x1, x0 = jnp.asarray(rng.normal(size=(2, 4, 3, 3, 1)), jnp.float32)
+    t = jnp.array([0.1, 0.4, 0.7, 0.9])
+    # A network whose data is 0.3 x_t + t, and its velocity, noise and score.
+    path = build(interpolant=interpolant).path
+    a, s, da, ds = (np.asarray(f(t)).reshape(-1, 1, 1, 1) for f in (path.alpha, path.sigma, path.d_alpha, path.d_sigma))
+
+    def outputs(x_t, t):
+        data = 0.3 * x_t + t.reshape(-1, 1, 1, 1)
+        noise = (x_t - a * data) / s
+        return {"x": data, "noise": noise, "score": -noise / s, "velocity": da * data + ds * noise}
+
+    x_t = a * x1 + s * x0
+    error = outputs(x_t, t)["velocity"] - (da * x1 + ds * x0)
+    expected = np.mean(np.square(error), axis=(1, 2, 3))
+    for prediction in ("velocity", "score", "noise", "x"):
+        process = build(interpolant=interpolant, prediction=prediction, weighting="likelihood")
+        found = process.velocity_loss(lambda x, t, name=prediction: outputs(x, t)[name], x1, x0, t)
+        np.testing.assert_allclose(found, expected, rtol=1e-4)
+
+
 def test_bfloat16_output_gives_a_float32_loss():
     x = jnp.ones((2, 2, 2, 1))
-    loss = loss_per_example(lambda x, t: x.astype(jnp.bfloat16), x, x, jnp.full(2, 0.5), config())
+    loss = build().loss(lambda x, t: x.astype(jnp.bfloat16), x, x, jnp.full(2, 0.5))
     assert loss.dtype == jnp.float32
 
 
 def test_uniform_time_fills_the_training_range():
-    t, x0 = draw(jax.random.key(0), jnp.zeros((20000, 1, 1, 1)), config(prediction="noise"))
+    t, x0 = build(prediction="noise").draw(jax.random.key(0), jnp.zeros((20000, 1, 1, 1)))
     assert t.dtype == x0.dtype == jnp.float32
     assert t.min() >= 1e-3 and t.max() <= 1 - 1e-3
     assert stats.kstest(np.asarray(t), stats.uniform(1e-3, 1 - 2e-3).cdf).pvalue > 1e-3
@@ -98,20 +128,34 @@ def test_uniform_time_fills_the_training_range():
 
 @pytest.mark.parametrize("interpolant, end", [("linear", 1.0), ("vp", 1 - 1e-5)])
 def test_logit_normal_time(interpolant, end):
-    diffusion = config(time="logit_normal", time_mean=-0.8, time_std=0.6, interpolant=interpolant)
-    t, _ = draw(jax.random.key(1), jnp.zeros((20000, 1, 1, 1)), diffusion)
+    process = build(time="logit_normal", time_mean=-0.8, time_std=0.6, interpolant=interpolant)
+    t, _ = process.draw(jax.random.key(1), jnp.zeros((20000, 1, 1, 1)))
     unit = np.asarray(t, np.float64) / end
     logit = np.log(unit / (1 - unit))
     assert stats.kstest(logit, stats.norm(-0.8, 0.6).cdf).pvalue > 1e-3
 
 
-def test_bad_values_are_user_errors():
+@pytest.mark.parametrize(
+    "fields, message",
+    [
+        ({"interpolant": "liner"}, 'config.diffusion.interpolant = "liner".*"linear"'),
+        ({"prediction": "nois"}, '"nois".*"noise"'),
+        ({"weighting": "likelyhood"}, '"likelyhood".*"likelihood"'),
+        ({"time": "logit_norm"}, '"logit_norm".*"logit_normal"'),
+        ({"time_std": 0.0}, "time_std = 0.0 must be positive"),
+        ({"time_std": float("inf")}, "time_std = inf"),
+        ({"time_std": float("nan")}, "time_std = nan"),
+        ({"time_mean": float("nan")}, "time_mean = nan must be finite"),
+    ],
+)
+def test_bad_values_are_user_errors_of_one_line(fields, message):
+    with pytest.raises(UserError, match=message) as error:
+        build(**fields)
+    assert "\n" not in str(error.value)
+
+
+def test_an_output_of_another_shape_is_an_error():
     x = jnp.zeros((2, 2, 2, 1))
-    with pytest.raises(UserError, match=r"logit_norm.*logit_normal"):
-        draw(jax.random.key(0), x, config(time="logit_norm"))
-    with pytest.raises(UserError, match="time_std = 0"):
-        draw(jax.random.key(0), x, config(time="logit_normal", time_std=0.0))
-    with pytest.raises(UserError, match="likelyhood"):
-        loss_per_example(lambda x, t: x, x, x, jnp.full(2, 0.5), config(prediction="noise", weighting="likelyhood"))
-    with pytest.raises(ValueError, match="shape"):
-        loss_per_example(lambda x, t: x[..., :0], x, x, jnp.full(2, 0.5), config())
+    for prediction in ("velocity", "noise"):
+        with pytest.raises(ValueError, match="shape"):
+            build(prediction=prediction).loss(lambda x, t: x[..., :0], x, x, jnp.full(2, 0.5))
