@@ -1,16 +1,17 @@
-"""Our train step and one sampling evaluation against a PyTorch SiT of the same size, interleaved on the same CPU.
+"""Compares our train step and one sampling evaluation with a PyTorch SiT of the same size, on the same CPU.
 
     python benchmarks/against_torch.py --size=S --batch_size=4 --threads=2
 
-The PyTorch side is the independent SiT of tests/parity (it needs the extra `test`), as quick as PyTorch has it: fused
-attention (`F.scaled_dot_product_attention`), `F.layer_norm`, tanh-GELU in one kernel, tokens made contiguous after the
-patch embedding, AdamW with `fused=True`, the EMA by `torch._foreach_lerp_`, sampling under `inference_mode`. A train
-step is the same on both sides: draw noise, times and dropped labels, the velocity loss, its gradients, AdamW, EMA.
-Both compute in float32 with `--threads` threads.
+The two sides take turns. The PyTorch side is the independent SiT of tests/parity, which needs the extra `test`. It is
+as quick as PyTorch makes it: fused attention (`F.scaled_dot_product_attention`), `F.layer_norm`, tanh-GELU in one
+kernel, tokens made contiguous after the patch embedding, AdamW with `fused=True`, the EMA by `torch._foreach_lerp_`,
+and sampling under `inference_mode`. A train step is the same on both sides: it draws noise, times and dropped labels,
+and computes the velocity loss, its gradients, AdamW and the EMA. Both sides compute in float32 with `--threads`
+threads.
 
-Prints medians over the rounds and their ratios to PyTorch; --json writes the same. Quiet the machine first: PyTorch's
-threads wait for each other and suffer most from other jobs. Where that cannot be had, --threads=1 --clock=process_time
-compares the work of one core.
+Prints medians over the rounds and their ratios to PyTorch, and --json writes the same. Quiet the machine first, because
+the threads of PyTorch wait for each other and suffer most from other jobs. On a machine that cannot be quieted,
+--threads=1 --clock=process_time compares the work of one core.
 """
 
 import json
@@ -30,12 +31,12 @@ import step_time
 from dar_jax import config as config_lib
 from tests.parity import torch_sit
 
-THREADS = flags.DEFINE_integer("threads", 2, "Of each side; ours are pinned to as many cores")
+THREADS = flags.DEFINE_integer("threads", 2, "Threads of each side; our side is pinned to as many cores")
 flags.FLAGS.set_default("cases", ["residual", "static_t:4"])
 
 
 class TorchCase:
-    """The PyTorch model with its optimizer state and EMA; mirrors the dict of `step_time.make_case`."""
+    """The PyTorch model with its optimizer state and EMA, in a dict like that of `step_time.make_case`."""
 
     def __init__(self, size: str, batch_size: int):
         fields = {"input_size": 32, "channels": 4, "num_classes": 1000, "patch_size": 2, "learn_sigma": False}
@@ -79,7 +80,7 @@ def main(_):
     cases = {name: step_time.make_case(name) for name in step_time.CASES.value}
     for _ in range(step_time.ROUNDS.value + 1):
         for run in [reference.run_once, *(lambda case=case: step_time.run_once(case) for case in cases.values())]:
-            time.sleep(0.1)  # until the threads of the one before have stopped spinning
+            time.sleep(0.1)  # until the threads of the previous case have stopped spinning
             run()
 
     rows = []

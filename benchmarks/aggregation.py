@@ -1,11 +1,13 @@
-"""One aggregation over N sources, forward and backward: ours against the plain form, interleaved in one run.
+"""Times one aggregation over N sources, forward and backward: ours and the plain form, which take turns.
 
     python benchmarks/aggregation.py --query=dynamic --json=aggregation.json
 
 The plain form is what one writes first: RMSNorm of all sources, dot products, softmax, weighted sum, and autodiff. Ours
-is `routing.read` as it runs on this machine's devices, with 1 / rms at hand, which a stack stores with every source.
-Prints medians, their ratio, and the bytes that the fused kernels move by design (every source once forward; twice, and
-its cotangent, backward), which is no measurement.
+is `routing.read` as it runs on the devices of this machine. It is given 1 / rms, which a stack stores with every
+source.
+
+Prints medians and their ratio. Also prints the bytes that the fused kernels move by design, which is no measurement.
+They read every source once in the forward pass, and read it twice and write its cotangent in the backward pass.
 """
 
 import functools
@@ -20,11 +22,11 @@ from jax import Array
 
 from dar_jax.routing import Execution, inverse_rms, read
 
-NUM_SOURCES = flags.DEFINE_list("num_sources", ["1", "2", "4", "8", "15", "29", "57"], "N")
+NUM_SOURCES = flags.DEFINE_list("num_sources", ["1", "2", "4", "8", "15", "29", "57"], "Numbers of sources, N")
 QUERY = flags.DEFINE_enum("query", "static_t", ["static_t", "dynamic"], "One query per sample, or one per token")
 SHAPE = flags.DEFINE_list("shape", ["4", "256", "384"], "Samples, tokens and features")
-DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Of the sources")
-IMPLEMENTATION = flags.DEFINE_enum("implementation", "auto", ["auto", "xla", "pallas"], "config.model.routing's")
+DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Type of the sources")
+IMPLEMENTATION = flags.DEFINE_enum("implementation", "auto", ["auto", "xla", "pallas"], "As in config.model.routing")
 ROUNDS = flags.DEFINE_integer("rounds", 15, "Timed rounds, after one to warm up")
 JSON = flags.DEFINE_string("json", None, "Where to write the result")
 
@@ -63,7 +65,7 @@ def main(_):
         seconds = {key: [] for key in calls}
         for _ in range(ROUNDS.value + 1):
             for key, call in calls.items():
-                jax.block_until_ready(call())  # meanwhile the memory of the call before goes back to the system
+                jax.block_until_ready(call())  # the memory of the previous call goes back to the system here
                 start = time.monotonic()
                 jax.block_until_ready(call())
                 seconds[key].append(time.monotonic() - start)

@@ -1,8 +1,9 @@
-"""What diagnosis inside a run costs: one measurement of config.diagnosis against one train step, interleaved.
+"""Times one measurement of config.diagnosis and one train step, which take turns.
 
     python benchmarks/diagnosis.py --config=configs/digits.py --config.model.depth=12
 
-Prints medians and from which config.diagnosis.every_steps on it takes less than 1 % of the time; --json writes them.
+Prints medians, and the smallest config.diagnosis.every_steps with which diagnosis takes less than 1 % of the time.
+--json writes the same.
 """
 
 import json

@@ -1,10 +1,10 @@
-"""Inception features per second: this repository against PyTorch, same random weights, same images, same CPU.
+"""Measures Inception features per second, here and in PyTorch, with the same random weights, images and CPU.
 
     python benchmarks/inception.py --batch_size=16 --rounds=7 --json=inception.json
 
-Rounds take turns; the ratio is that of the medians. PyTorch runs in both memory layouts, contiguous and channels last,
-each timed from images that are already resized and on the device. Run it from the root of a clone, with the extra
-`test`.
+The rounds take turns, and the ratio is that of the medians. PyTorch runs in both memory layouts, contiguous and
+channels last. Each case is timed from images that are already resized and on the device. Run this from the root of a
+clone, with the extra `test`.
 """
 
 import json
@@ -14,7 +14,7 @@ import sys
 import time
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))  # for the PyTorch network, which is a test's
+sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))  # for the PyTorch network in tests/parity
 
 import jax
 import jax.numpy as jnp

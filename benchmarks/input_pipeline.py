@@ -1,11 +1,13 @@
-"""What reading costs: prepared latents against a PNG and an .npy per image (the layout of REPA), and what a step waits.
+"""Measures what reading costs, for prepared latents and for a PNG and an .npy per image (the layout of REPA).
 
     python benchmarks/input_pipeline.py --count=1000 --rounds=5
 
-Rates are per second of one core: processor time summed over threads, medians of interleaved rounds. The images are
-random but smooth, so that a PNG of 256x256 pixels has about the size of a photograph's. REPA draws its latents on the
-device; here the host does, and is charged for it. The share of waiting is wall time spent in next(iterator) in a loop
-of real train steps, dispatched as dar_jax.training.loop does.
+Rates are per second of one core. They are medians over rounds that take turns, of processor time summed over threads.
+The images are random but smooth, so that a PNG of 256x256 pixels has about the size of a photograph's PNG. REPA draws
+its latents on the device. Here the host draws them, and the draw counts as reading.
+
+Also measures the share of time that training waits for data: the wall time spent in next(iterator) in a loop of real
+train steps, which are dispatched as dar_jax.training.loop does.
 """
 
 import json
@@ -38,7 +40,7 @@ PIXELS = ["image", "|u1", [256, 256, 3]]
 
 
 def write_sets(root: pathlib.Path) -> None:
-    """The same examples as REPA's files, as prepared latents, as prepared latents with pixels, and as pixels only."""
+    """Writes the same examples as REPA's files, prepared latents, prepared latents with pixels, and pixels only."""
     rng = np.random.default_rng(0)
     sets = {"latents": [MOMENTS], "both": [MOMENTS, PIXELS], "pixels": [PIXELS]}
     dtypes = {name: record_dtype([["label", "<i4", []], *fields]) for name, fields in sets.items()}
@@ -75,7 +77,7 @@ def write_sets(root: pathlib.Path) -> None:
 
 
 def repa_batches(root: pathlib.Path) -> Iterator[tuple[np.ndarray, ...]]:
-    """A loader in the manner of PyTorch: a data set that opens two files for an example, and a collation."""
+    """A loader like one in PyTorch: its data set opens two files for an example, and a function collates them."""
     rng = np.random.default_rng(0)
     while True:
         for batch in np.split(rng.permutation(COUNT.value), COUNT.value // BATCH_SIZE.value):
@@ -119,7 +121,7 @@ def measure_rates(root: pathlib.Path) -> list[dict]:
             start, batches = time.process_time(), open_case()
             for _ in range(COUNT.value // BATCH_SIZE.value):
                 next(batches)
-            batches.close()  # before the clock is read, so that what was read ahead is not left to the next case
+            batches.close()  # before the clock stops, so that the next case does not pay for what was read ahead
             rates[name].append(COUNT.value / (time.process_time() - start))
     medians = {name: float(np.median(values[1:])) for name, values in rates.items()}
     base = medians["PNG + npy (REPA)"]
@@ -146,7 +148,7 @@ def measure_waiting(root: pathlib.Path) -> float:
             waited += time.monotonic() - before
             state, metrics = run.step(state, (), jax.device_put(batch, sharding.batch_sharding(mesh)))
             if pending:
-                jax.block_until_ready(pending)  # as the loop fetches the metrics of the step before
+                jax.block_until_ready(pending)  # the loop too waits for the metrics of the previous step
             pending = metrics
         jax.block_until_ready(state)
         return waited / (time.monotonic() - start)

@@ -1,9 +1,9 @@
-"""Plans SiT-XL/2 at batch 1024, residual and routed, over TPU slices: docs/plan.md, docs/plan.json and docs/plan.png.
+"""Plans SiT-XL/2 at batch 1024, residual and routed, over TPU slices. Writes docs/plan.md, .json and .png.
 
     python benchmarks/plan_table.py
 
-Needs the extra "plan" and no TPU. A compile takes minutes; one whose plan is in docs/plan.json already is left out, so
-that the command can be stopped, and --fresh begins anew.
+Needs the extra "plan" and no TPU. Every plan is a compile that takes minutes. The command can be stopped and repeated:
+it leaves out the plans that are in docs/plan.json already. --fresh makes all plans again.
 """
 
 import datetime
@@ -16,7 +16,7 @@ import tempfile
 
 from absl import app, flags
 
-FRESH = flags.DEFINE_bool("fresh", False, "Forget the plans that are there")
+FRESH = flags.DEFINE_bool("fresh", False, "Make all plans again")
 ROOT = pathlib.Path(__file__).parents[1]
 TOPOLOGIES = "v5e:4x4", "v5e:8x8", "v5e:16x16", "v4:4x4x4", "v5p:2x4x4"
 VARIANTS = "residual", "static_t"
@@ -52,13 +52,13 @@ def main(_):
         "# SiT-XL/2 at batch 1024, planned",
         "",
         f"Written by `python benchmarks/plan_table.py` on {datetime.date.today()} at commit {commit}.",
-        "Memory, in GiB per chip, is what the TPU compiler assigns. Times are its estimates, not timings: `ms` leaves",
-        "out what crosses chips, `traffic` is the least that this takes. `micro` is the number of microbatches with",
-        "which the step fits; the mesh is data x fsdp x tensor.",
+        "Memory is in GiB per chip, as the TPU compiler assigns it. Times are estimates of the compiler, not timings.",
+        "`ms` leaves out the traffic between chips, and `traffic` is the least time that this traffic takes. `micro`",
+        "is the number of microbatches with which the step fits. The mesh is data x fsdp x tensor.",
     ]
     for name, found in groups.items():
         text += ["", f"## {name}", "", "```text", planning.table(found), "```"]
-    text += ["", "v5e slices:", "", "![Estimated images per second and memory per chip over chips](plan.png)", ""]
+    text += ["", "The v5e slices:", "", "![Estimated images per second and memory per chip over chips](plan.png)", ""]
     store.with_suffix(".md").write_text("\n".join(text))
     print(f"wrote {store.with_suffix('.md')}")
 

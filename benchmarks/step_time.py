@@ -1,9 +1,9 @@
-"""What routing costs: the train step and one sampling evaluation, residual against routed, interleaved in one run.
+"""Measures what routing costs: a train step and one sampling evaluation, for the residual and for routed models.
 
     python benchmarks/step_time.py --size=S --batch_size=4 --cases=residual,static_t:4,dynamic:4,static_t:1
 
-Prints medians, their ratios to the first case and the compiled step's temporary memory; --json writes the same.
-Quiet the machine first: anything else that runs shows up as routing.
+The cases take turns. Prints medians, their ratios to the first case, and the temporary memory of the compiled step.
+--json writes the same. Quiet the machine first, because the time of other jobs would look like the cost of routing.
 """
 
 import json
@@ -23,13 +23,13 @@ BATCH_SIZE = flags.DEFINE_integer("batch_size", 4, "Images per step")
 CASES = flags.DEFINE_list(
     "cases",
     ["residual", "static:4", "static_t:4", "dynamic:4", "static_t:1", "static_t:8"],
-    "variant or variant:chunk_size; ratios are to the first",
+    "Each is variant or variant:chunk_size; ratios are to the first",
 )
-DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Of the computation")
-REMAT = flags.DEFINE_enum("remat", "dense", ["dense", "block"], "config.model.remat")
+DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Type of the computation")
+REMAT = flags.DEFINE_enum("remat", "dense", ["dense", "block"], "As in config.model")
 ROUNDS = flags.DEFINE_integer("rounds", 7, "Timed rounds over all cases, after one to warm up")
 CLOCK = flags.DEFINE_enum(
-    "clock", "monotonic", ["monotonic", "process_time"], "Wall time, or processor time summed over threads: less noise"
+    "clock", "monotonic", ["monotonic", "process_time"], "Wall time, or less noisy processor time summed over threads"
 )
 JSON = flags.DEFINE_string("json", None, "Where to write the result")
 

@@ -1,10 +1,11 @@
-"""SiT with Diffusion-Adaptive Routing on scikit-learn's digits (1,797 grey images of 8x8, inside its wheel).
+"""SiT with Diffusion-Adaptive Routing on scikit-learn's digits: 1,797 grey images of 8x8, which its wheel contains.
 
     python -m dar_jax.main --config=configs/digits.py --workdir=runs/digits
     python -m dar_jax.main --config=configs/digits.py:residual --workdir=runs/digits_residual
 
-Variants: residual | static | static_t (default) | dynamic. Eight minutes of processor time on two CPU cores, the
-residual six; fd_convnet falls from about 40 at step 250 to about 2, and the grid shows digits a person can read.
+The variants are residual, static, static_t (the default) and dynamic. On two CPU cores a run takes eight minutes of
+processor time, and the residual six. fd_convnet falls from about 40 at step 250 to about 2, and a person can read the
+digits in the grid.
 """
 
 from dar_jax import config as config_lib

@@ -1,11 +1,11 @@
-"""SiT with Diffusion-Adaptive Routing on Fashion-MNIST (70,000 grey images of 28x28, Debian's dataset-fashion-mnist).
+"""SiT with Diffusion-Adaptive Routing on Fashion-MNIST: 70,000 grey images of 28x28.
 
     apt-get install dataset-fashion-mnist
     python -m dar_jax.main --config=configs/fashion_mnist.py --workdir=runs/fashion
 
-Elsewhere, point --config.data.path at the directory of the four idx files. Variants: residual | static |
-static_t (default) | dynamic. A patch is 7x7 pixels, an image 16 tokens. Not yet run to the end: its cost and result
-are unmeasured.
+The package is Debian's. On other systems, point --config.data.path at the directory of the four idx files. The variants
+are residual, static, static_t (the default) and dynamic. A patch is 7x7 pixels, and an image is 16 tokens. Nobody has
+run this config to the end yet, so its cost and its result are not measured.
 """
 
 from dar_jax import config as config_lib

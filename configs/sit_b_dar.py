@@ -1,12 +1,15 @@
-"""SiT-B/2 with Diffusion-Adaptive Routing at ImageNet 256x256 (latents 32x32x4), SiT's recipe: batch 256, 400K steps.
+"""SiT-B/2 with Diffusion-Adaptive Routing on ImageNet 256x256 (latents of 32x32x4), with SiT's recipe.
 
     python -m dar_jax.main --config=configs/sit_b_dar.py:static_t@v5e --workdir=runs/sit_b_dar
 
-Variants: residual | static | static_t (default) | dynamic, and after an @ the hardware, which sets config.mesh: v4 |
-v5e | v5p | v6e (TPU slices) | gpu8 (hosts of 8 GPUs). All with chunks of 4 sublayers. The published residual
-SiT-B/2 reaches FID 33.0 (400K steps, no guidance). Not measured here: no TPU or GPU run of this config has been made.
+The recipe has batch 256 and 400K steps. The variants are residual, static, static_t (the default) and dynamic, all with
+chunks of 4 sublayers. After an @ comes the hardware, which sets config.mesh: v4, v5e, v5p or v6e (TPU slices), or gpu8
+(hosts of 8 GPUs).
 
-The data are latents that dar_jax.prepare wrote to latents/train, and vae is the VAE that made them, which decodes the
+The published residual SiT-B/2 reaches FID 33.0 (400K steps, no guidance). Nothing is measured here: no TPU and no GPU
+has run this config.
+
+The data are latents that dar_jax.prepare wrote to latents/train. vae is the VAE that made them, and it decodes the
 sample grid. --config.data.source=synthetic --config.eval.every_steps=0 times the step without either.
 """
 

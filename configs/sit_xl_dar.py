@@ -1,13 +1,15 @@
-"""SiT-XL/2 with Diffusion-Adaptive Routing, the paper's recipe at ImageNet 256x256 (latents 32x32x4, batch 1024).
+"""SiT-XL/2 with Diffusion-Adaptive Routing on ImageNet 256x256 (latents of 32x32x4), with the paper's recipe.
 
     python -m dar_jax.main --config=configs/sit_xl_dar.py:static_t@v5e --workdir=runs/sit_xl_dar
 
-Variants: residual | static | static_t (default) | dynamic, and after an @ the hardware, which sets config.mesh: v4 |
-v5e | v5p | v6e (TPU slices) | gpu8 (hosts of 8 GPUs). All with chunks of 4 sublayers ("c4"). The paper reports
-FID 7.56 (static_t, ODE, 600K steps, no guidance) against 9.67 for the residual SiT at 1.75M steps, at 0.59 s a step
-on its H20 GPUs. Not measured here: no TPU or GPU run of this config has been made.
+The recipe has batch 1024. The variants are residual, static, static_t (the default) and dynamic, all with chunks of 4
+sublayers ("c4"). After an @ comes the hardware, which sets config.mesh: v4, v5e, v5p or v6e (TPU slices), or gpu8
+(hosts of 8 GPUs).
 
-The data are latents that dar_jax.prepare wrote to latents/train, and vae is the VAE that made them, which decodes the
+The paper reports FID 7.56 for static_t (ODE, 600K steps, no guidance), at 0.59 s a step on its H20 GPUs. It reports
+9.67 for the residual SiT at 1.75M steps. Nothing is measured here: no TPU and no GPU has run this config.
+
+The data are latents that dar_jax.prepare wrote to latents/train. vae is the VAE that made them, and it decodes the
 sample grid. --config.data.source=synthetic --config.eval.every_steps=0 times the step without either.
 """
 

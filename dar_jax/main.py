@@ -1,6 +1,7 @@
 """Trains a model: python -m dar_jax.main --config=configs/digits.py --workdir=runs/digits
 
-Any field of the config can be overridden: --config.train.num_steps=100. A workdir that holds checkpoints resumes.
+Any field of the config can be overridden: --config.train.num_steps=100. A workdir that holds checkpoints continues
+from the latest one.
 """
 
 import signal
@@ -13,15 +14,15 @@ from dar_jax import cli, runtime
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "Experiment, and its variant: configs/digits.py:static_t")
 PROFILE = flags.DEFINE_integer(
-    "profile", 0, "Write a trace of so many steps, after ten, to workdir/profile", lower_bound=0
+    "profile", 0, "Write a trace of this many steps to workdir/profile, after the first ten", lower_bound=0
 )
 WORKDIR = flags.DEFINE_string("workdir", None, "Directory of checkpoints, samples and metrics; created if missing")
 
 
 def main(_):
     cli.require_flags(config=CONFIG.value, workdir=WORKDIR.value)
-    signal.signal(signal.SIGTERM, _stop)  # until the loop listens; the imports take seconds
-    if runtime.start() == 1:  # of several processes jax.distributed listens, and tells all
+    signal.signal(signal.SIGTERM, _stop)  # the imports take seconds, and only then does the loop listen
+    if runtime.start() == 1:  # with several processes, jax.distributed listens and tells all of them
         signal.signal(signal.SIGTERM, _stop)
     from dar_jax.training.loop import train
     from dar_jax.validate import validate
