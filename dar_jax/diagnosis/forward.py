@@ -18,7 +18,7 @@ from dar_jax.conditions import Condition
 from dar_jax.models import SiT
 from dar_jax.models.layers import Block, modulated_norm
 from dar_jax.models.stack import ResidualStack, RoutedStack, constrain
-from dar_jax.routing import Layout, Query, inverse_rms
+from dar_jax.routing import Layout, inverse_rms
 
 
 class Reads(NamedTuple):
@@ -112,7 +112,7 @@ def _routed(
 ) -> Reads:  # fmt: skip
     layout, params = stack.layout, stack.variables["params"]
     per_step, num_steps = layout.sublayers_per_step, layout.num_steps
-    query = Query(stack.query, stack.block["dtype"], parent=None)
+    query = stack.query(stack.block["dtype"], parent=None)
 
     @partial(jax.checkpoint, prevent_cse=False)
     def step(rows, inputs):

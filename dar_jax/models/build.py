@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from dar_jax.models.sit import SiT
-from dar_jax.routing import Layout
+from dar_jax.routing import QUERIES, Layout
 
 # A model is a linen module: `model(x_t, t, condition) -> Output`. Its fields are those of `config.model` that it needs,
 # but for the routing, which comes as `layout`, `query` and `implementation`.
@@ -24,7 +24,7 @@ def build(model: ConfigDict) -> SiT:
         **model,
         "dtype": jnp.dtype(model.dtype),
         "layout": Layout(model.depth, routing.chunk_size, routing.summary, routing.final) if routed else None,
-        "query": routing.query,
+        "query": QUERIES[routing.query],
         "implementation": routing.implementation,
     }
     family = MODELS[model.get("family", "sit")]

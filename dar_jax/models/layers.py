@@ -88,7 +88,7 @@ class Dense(nn.Module):
 class TimestepEmbedder(nn.Module):
     """t in [0, 1] `[B]` -> `[B, D]`: 256 features [cos, sin] with max period 10000, then a two-layer SiLU MLP.
 
-    `zero_last` zero-initialises the last layer: DAR's static_t query adds the embedding and starts at static.
+    `zero_last` zero-initialises the last layer, so that a query of DAR which adds the embedding starts without it.
     """
 
     size: int

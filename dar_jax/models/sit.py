@@ -9,7 +9,7 @@ from jax import Array
 from dar_jax.conditions import Condition
 from dar_jax.models import layers
 from dar_jax.models.stack import ResidualStack, RoutedStack, constrain
-from dar_jax.routing import Layout
+from dar_jax.routing import Layout, Query
 
 
 class Output(NamedTuple):
@@ -43,14 +43,14 @@ class SiT(nn.Module):
     dtype: jnp.dtype
     remat: str
     layout: Layout | None  # None: residual
-    query: str
+    query: type[Query]
     implementation: str
 
     @nn.compact
     def __call__(self, x_t: Array, t: Array, condition: Condition) -> Output:
         size, dtype = self.hidden_size, self.dtype
-        static_t = self.layout is not None and self.query == "static_t"
-        e_t = layers.TimestepEmbedder(size, static_t, dtype, name="timestep")(t)
+        starts_at_zero = self.layout is not None and self.query.adds_time
+        e_t = layers.TimestepEmbedder(size, starts_at_zero, dtype, name="timestep")(t)
         label = layers.LabelEmbedder(self.num_classes, size, dtype, name="label")(condition["label"])
         modulation = e_t + label  # [B, D], of which every adaLN makes its shifts, scales and gates
 

@@ -84,13 +84,13 @@ class RoutedStep(nn.Module):
 
     block: dict
     layout: Layout
-    query: str
+    query: type[Query]
     implementation: str
 
     def setup(self):
         self.blocks = [Block(**self.block, name=f"block_{i}") for i in range(self.layout.sublayers_per_step // 2)]
         self.queries = [
-            Query(self.query, self.block["dtype"], name=f"query_{i}") for i in range(self.layout.sublayers_per_step)
+            self.query(self.block["dtype"], name=f"query_{j}") for j in range(self.layout.sublayers_per_step)
         ]
 
     def outputs(
@@ -98,7 +98,7 @@ class RoutedStep(nn.Module):
     ) -> tuple[tuple[Array, ...], list[Reads]]:
         """The sublayer outputs of this step, P times `[B, T, D]`, and its reads.
 
-        The first `count` rows of the history are filled; `newest` is the last of them, which dynamic queries project.
+        The first `count` rows of the history are filled; `newest` is the last of them, for queries that read it.
         With `taps`, one per read, the history gets no cotangent (see `routing.read`).
         """
         how = execution(self.implementation, self.layout.mean_count)
@@ -110,10 +110,9 @@ class RoutedStep(nn.Module):
             reads.append(Reads(u, log_sums))
             return list(zip(u, aggregates, log_sums, strict=True))
 
-        early = self.query != "dynamic"
+        early = not self.query.reads_newest
         if early:  # every query of the step is known: one pass over the history serves them all
-            shape = len(e_t), 1, newest.shape[-1]
-            aggregated = read_history(*(jnp.broadcast_to(query(e_t, newest), shape) for query in self.queries))
+            aggregated = read_history(*(query(e_t, newest) for query in self.queries))
         recent, norms = (), ()
         for i, block in enumerate(self.blocks):
             for j, (branch, shift, scale, gate) in enumerate(block.branches(condition), start=2 * i):
@@ -129,7 +128,7 @@ class RoutedStep(nn.Module):
 
     def taps(self, v_0: Array) -> list[tuple[tuple[Array, ...], Array]]:
         """Zeros in the shape of what every read of a step returns."""
-        num_reads = self.layout.sublayers_per_step if self.query == "dynamic" else 1
+        num_reads = self.layout.sublayers_per_step if self.query.reads_newest else 1
         q = self.layout.sublayers_per_step // num_reads
         tap = q * (jnp.zeros_like(v_0),), jnp.zeros((q, *v_0.shape[:-1]), statistics_dtype(v_0))
         return num_reads * [tap]
@@ -161,7 +160,7 @@ class RoutedStack(nn.Module):
 
     block: dict
     layout: Layout
-    query: str
+    query: type[Query]
     implementation: str
     remat: str
 
@@ -179,10 +178,9 @@ class RoutedStack(nn.Module):
         newest = recent[-1] if recent else history.sources[-1]
         if layout.final == "shared":
             params = jax.tree.map(lambda p: p[-1], nn.meta.unbox(steps.variables["params"][last]))
-            u = Query(self.query, self.block["dtype"], parent=None).apply({"params": params}, e_t, newest)
+            u = self.query(self.block["dtype"], parent=None).apply({"params": params}, e_t, newest)
         else:
-            u = Query(self.query, self.block["dtype"], name="final_query")(e_t, newest)
-        u = jnp.broadcast_to(u, (len(v_0), u.shape[-2] if u.ndim == 3 else 1, u.shape[-1]))
+            u = self.query(self.block["dtype"], name="final_query")(e_t, newest)
         how = execution(self.implementation, layout.num_final_rows)
         count = jnp.int32(layout.num_final_rows)
         (aggregate,), (log_sum,) = read(how, (u,), history.sources, history.inv_rms, count)
@@ -246,7 +244,7 @@ class RoutedStack(nn.Module):
             u, log_sum = _join(reads)
             g, l = _join(d_taps)
             d_sources = add_cotangent(how, d_sources, u, history.sources, history.inv_rms, count, log_sum, g, l)
-            if self.query == "dynamic":
+            if self.query.reads_newest:
                 d_sources = d_sources.at[count - 1].add(d_newest)
             return (d_sources, d_condition + d_c, d_e_t + d_e), d_params
 

@@ -10,11 +10,10 @@ import pytest
 import torch
 
 from dar_jax.models.stack import ResidualStack, RoutedStack
-from dar_jax.routing import Layout
+from dar_jax.routing import QUERIES, Layout
 from tests.parity import torch_stack
 
 BATCH, TOKENS, SIZE, HEADS = 2, 3, 8, 2
-QUERIES = ("static", "static_t", "dynamic")
 
 
 def make(stack, dtype):
@@ -30,7 +29,7 @@ def make(stack, dtype):
 
 def routed(layout, query, dtype=jnp.float32, remat="block"):
     block = {"hidden_size": SIZE, "num_heads": HEADS, "mlp_ratio": 2.0, "dtype": dtype}
-    return RoutedStack(block, layout, query, "auto", remat)
+    return RoutedStack(block, layout, QUERIES[query], "auto", remat)
 
 
 def value_and_gradients(stack, params, inputs, probe):
@@ -162,7 +161,7 @@ def test_sublayer_reads_only_its_sources(chunk_size, summary):
 
 def temp_bytes(depth, chunk_size, remat, query="static_t"):
     block = {"hidden_size": 64, "num_heads": 2, "mlp_ratio": 4.0, "dtype": jnp.float32}
-    stack = RoutedStack(block, Layout(depth, chunk_size), query, "auto", remat)
+    stack = RoutedStack(block, Layout(depth, chunk_size), QUERIES[query], "auto", remat)
     shapes = (8, 64, 64), (8, 64), (8, 64), (8, 1, 64), (8, 1, 64)
     inputs = [jax.ShapeDtypeStruct(s, jnp.float32) for s in shapes]
     params = nn.meta.unbox(jax.eval_shape(stack.init, jax.random.key(0), *inputs)["params"])

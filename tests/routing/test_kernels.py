@@ -23,7 +23,7 @@ from hypothesis import strategies
 from ml_collections import ConfigDict
 
 from dar_jax.models.stack import RoutedStack
-from dar_jax.routing import Execution, Layout, inverse_rms, read, sublayer_input
+from dar_jax.routing import QUERIES, Execution, Layout, inverse_rms, read, sublayer_input
 from dar_jax.routing.kernels import gpu, tpu, xla
 from dar_jax.sharding import AXES, RULES, make_mesh
 
@@ -218,7 +218,7 @@ def test_stack_with_kernels_equals_the_plain_one(query, shape):
     mesh = make_mesh(ConfigDict(dict(zip(AXES, shape, strict=True))), jax.devices()[: math.prod(shape)])
 
     def gradients(implementation):
-        stack = RoutedStack(block, Layout(4, 4), query, implementation, "block")
+        stack = RoutedStack(block, Layout(4, 4), QUERIES[query], implementation, "block")
         abstract = nn.meta.unbox(jax.eval_shape(stack.init, jax.random.key(1), *inputs)["params"])
         rng = np.random.default_rng(1)
         params = jax.tree.map(lambda p: jnp.asarray(rng.normal(size=p.shape) * 0.4, jnp.float32), abstract)
