@@ -10,7 +10,6 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
 from dar_jax.diagnosis import pairs
-from dar_jax.diagnosis.forward import frozen_routing
 from dar_jax.diagnosis.probes import velocity_loss
 from dar_jax.evaluation.features import extract_all
 from dar_jax.evaluation.inline import load_features
@@ -45,11 +44,12 @@ def compare_canonical(
     canonical = weights.mean(axis=0)
 
     def total_loss(params, batch, t, weights):
-        def predict(x_t, t):
-            return model.apply({"params": params}, x_t, t, {"label": batch["label"]}).prediction
+        frozen = model.clone(plain=True, frozen_weights=weights[..., None])
 
-        with frozen_routing(weights[..., None]):
-            return (velocity_loss(predict, config, batch, t) * batch["weight"]).sum()
+        def predict(x_t, t):
+            return frozen.apply({"params": params}, x_t, t, {"label": batch["label"]}).prediction
+
+        return (velocity_loss(predict, config, batch, t) * batch["weight"]).sum()
 
     total_loss = jax.jit(total_loss, out_shardings=NamedSharding(mesh, PartitionSpec()))
     say("canonical routing: losses")
@@ -67,13 +67,13 @@ def compare_canonical(
         warn_if_few(reference, config.eval.num_samples, say)
         labels = class_labels(config, config.eval.num_samples)
 
-        def scores() -> dict[str, float]:
+        def scores(model: SiT) -> dict[str, float]:
             collector, draw = Collector(), make_sampler(config, model, mesh)
             for images in sample_images(draw, params, labels, config.eval.batch_size, mesh):
                 collector.add(extract_all(features, images, mesh))
             return score(features, reference, collector.result())
 
-        result |= {"num_samples": len(labels), "scores_routed": scores()}
-        with frozen_routing(canonical[..., None].astype(np.float32)):
-            result["scores"] = scores()
+        result |= {"num_samples": len(labels), "scores_routed": scores(model)}
+        frozen = model.clone(plain=True, frozen_weights=canonical[..., None].astype(np.float32))
+        result["scores"] = scores(frozen)
     return result

@@ -13,10 +13,11 @@ from dar_jax.routing import QUERIES, Layout
 MODELS = {"sit": SiT}
 
 
-def build(model: ConfigDict) -> SiT:
+def build(model: ConfigDict, *, plain: bool = False) -> SiT:
     """Returns the module that `config.model` describes (fields in dar_jax/config.py).
 
-    Fields that the module does not have are ignored. Without a `family`, one of `MODELS`, it is a SiT.
+    Fields that the module does not have are ignored. Without a `family`, one of `MODELS`, it is a SiT. A `plain` model
+    has the same parameters and computes the same with plain autodiff (plain_stack.py).
     """
     routing = model.routing
     routed = routing.kind == "dar"
@@ -26,6 +27,7 @@ def build(model: ConfigDict) -> SiT:
         "layout": Layout(model.depth, routing.chunk_size, routing.summary, routing.final) if routed else None,
         "query": QUERIES[routing.query],
         "implementation": routing.implementation,
+        "plain": plain,
     }
     family = MODELS[model.get("family", "sit")]
     return family(**{field.name: fields[field.name] for field in dataclasses.fields(family) if field.name in fields})

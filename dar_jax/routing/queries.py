@@ -18,13 +18,10 @@ class Query(nn.Module):
     share it, otherwise `[B, T, D]`. An entry of `QUERIES` gives it a name in configs.
 
     Attributes:
-      dtype: of matmuls.
       reads_newest: whether q depends on the newest source. Queries that do not are known when a step starts.
       adds_time: whether q contains e(t). The embedder of a fresh model then starts at e(t) = 0, and a warm-started
         aggregator starts at g = 0.
     """
-
-    dtype: jnp.dtype = jnp.float32
 
     reads_newest = False
     adds_time = False
@@ -77,8 +74,8 @@ class Dynamic(Query):
         size = newest.shape[-1]
         kernel = self.param("kernel", nn.with_logical_partitioning(zeros, ("embed", "query")), (size, size))
         # The scale goes into the matrix, which is smaller than what it makes of all tokens.
-        query = newest.astype(self.dtype) @ (kernel * self.scale(size)).astype(self.dtype)
-        return query.astype(jnp.promote_types(self.dtype, jnp.float32))
+        query = newest @ (kernel * self.scale(size)).astype(newest.dtype)
+        return query.astype(jnp.promote_types(newest.dtype, jnp.float32))
 
 
 QUERIES = {"static": Static, "static_t": StaticT, "dynamic": Dynamic}

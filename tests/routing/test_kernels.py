@@ -22,6 +22,8 @@ import torch
 from hypothesis import strategies
 from ml_collections import ConfigDict
 
+from dar_jax.models.layers import Block
+from dar_jax.models.numerics import Arithmetic
 from dar_jax.models.stack import RoutedStack
 from dar_jax.routing import QUERIES, Execution, Layout, inverse_rms, read, sublayer_input
 from dar_jax.routing.kernels import gpu, tpu, xla
@@ -211,7 +213,7 @@ def test_values_and_gradients_over_300_shapes(flavour, dtype, case):
 ])  # fmt: skip
 def test_stack_with_kernels_equals_the_plain_one(query, shape):
     """Gradients of a whole stack, on one device and split over a mesh: a kernel sees its samples and tokens only."""
-    block = {"hidden_size": 8, "num_heads": 2, "mlp_ratio": 2.0, "dtype": jnp.float32}
+    block = functools.partial(Block, 8, 2, 2.0, Arithmetic(jnp.float32))
     rng = np.random.default_rng(0)
     shapes = (8, 4, 8), (8, 8), (8, 8), (8, 1, 8), (8, 1, 8)
     inputs = [jnp.asarray(rng.normal(size=s), jnp.float32) for s in shapes]
