@@ -69,8 +69,8 @@ def default() -> ConfigDict:
 
     config.diffusion = diffusion = ConfigDict()
     diffusion.interpolant = "linear"  # linear | gvp | vp
-    diffusion.prediction = "velocity"  # velocity | score | noise
-    diffusion.weighting = "none"  # none | velocity | likelihood; ignored for velocity prediction
+    diffusion.prediction = "velocity"  # velocity | score | noise | x (the data)
+    diffusion.weighting = "none"  # none | velocity | likelihood; ignored for velocity and x
     diffusion.time = "uniform"  # uniform | logit_normal
     diffusion.time_mean = 0.0  # logit_normal: mean of logit(t)
     diffusion.time_std = 1.0  # logit_normal: standard deviation of logit(t)

@@ -11,7 +11,6 @@ from ml_collections import ConfigDict
 
 from dar_jax import conditions, objectives
 from dar_jax.diagnosis import pairs
-from dar_jax.diagnosis.forward import frozen_routing
 from dar_jax.diagnosis.probes import velocity_loss
 from dar_jax.evaluation.features import extract_all
 from dar_jax.evaluation.in_training import load_features
@@ -46,11 +45,12 @@ def compare_canonical(
     canonical = weights.mean(axis=0)
 
     def total_loss(params, batch, t, weights):
-        def predict(x_t, t):
-            return model.apply({"params": params}, x_t, t, batch["condition"]).prediction
+        frozen = model.clone(plain=True, frozen_weights=weights[..., None])
 
-        with frozen_routing(weights[..., None]):
-            return (velocity_loss(predict, config, batch, t) * batch["weight"]).sum()
+        def predict(x_t, t):
+            return frozen.apply({"params": params}, x_t, t, batch["condition"]).prediction
+
+        return (velocity_loss(predict, config, batch, t) * batch["weight"]).sum()
 
     total_loss = jax.jit(total_loss, out_shardings=NamedSharding(mesh, PartitionSpec()))
     say("canonical routing: losses")
@@ -69,13 +69,13 @@ def compare_canonical(
         settings = config.eval
         condition = conditions.build(config.model).to_sample(settings.num_samples, settings.labels, config.seed)
 
-        def scores() -> dict[str, float]:
-            collector, draw = Collector(), make_sampler(config, objectives.build(config).sample, mesh)
+        def scores(model: SiT) -> dict[str, float]:
+            collector, draw = Collector(), make_sampler(config, objectives.build(config, model).sample, mesh)
             for images in sample_images(draw, params, condition, settings.batch_size, mesh):
                 collector.add(extract_all(features, images, mesh))
             return score(features, reference, collector.result())
 
-        result |= {"num_samples": settings.num_samples, "scores_routed": scores()}
-        with frozen_routing(canonical[..., None].astype(np.float32)):
-            result["scores"] = scores()
+        result |= {"num_samples": settings.num_samples, "scores_routed": scores(model)}
+        frozen = model.clone(plain=True, frozen_weights=canonical[..., None].astype(np.float32))
+        result["scores"] = scores(frozen)
     return result

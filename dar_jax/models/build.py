@@ -6,17 +6,18 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from dar_jax.models.sit import SiT
-from dar_jax.routing import Layout
+from dar_jax.routing import QUERIES, Layout
 
 # A model is a linen module: `model(x_t, t, condition) -> Output`. Its fields are those of `config.model` that it needs,
 # but for the routing, which comes as `layout`, `query` and `implementation`.
 MODELS = {"sit": SiT}
 
 
-def build(model: ConfigDict) -> SiT:
+def build(model: ConfigDict, *, plain: bool = False) -> SiT:
     """Returns the module that `config.model` describes (fields in dar_jax/config.py).
 
-    Fields that the module does not have are ignored.
+    Fields that the module does not have are ignored. A `plain` model has the same parameters and computes the same with
+    plain autodiff (plain_stack.py).
     """
     routing = model.routing
     routed = routing.kind == "dar"
@@ -24,8 +25,9 @@ def build(model: ConfigDict) -> SiT:
         **model,
         "dtype": jnp.dtype(model.dtype),
         "layout": Layout(model.depth, routing.chunk_size, routing.summary, routing.final) if routed else None,
-        "query": routing.query,
+        "query": QUERIES[routing.query],
         "implementation": routing.implementation,
+        "plain": plain,
     }
     family = MODELS[model.family]
     return family(**{field.name: fields[field.name] for field in dataclasses.fields(family) if field.name in fields})

@@ -2,7 +2,7 @@
 
 from ml_collections import ConfigDict
 
-from dar_jax.routing import Layout
+from dar_jax.routing import QUERIES, Layout
 
 # bfloat16 FLOP/s of one jax device (of TPU v4 and v5p, two cores), without sparsity, as published; by the start of
 # its `device_kind`.
@@ -29,8 +29,8 @@ def peak_flops(device_kind: str) -> float | None:
 def forward_flops(model: ConfigDict) -> float:
     """FLOPs of the forward pass of `config.model` for one image: its matmuls, two for a multiply-add.
 
-    An aggregator adds the scores and the weighted sum of its sources, and a dynamic one its projection. A train step
-    counts as three forward passes, whatever it recomputes.
+    An aggregator adds its query, the scores and the weighted sum of its sources. A train step counts as three
+    forward passes, whatever it recomputes.
     """
     d, depth = model.hidden_size, model.depth
     tokens = (model.input_size // model.patch_size) ** 2
@@ -41,8 +41,6 @@ def forward_flops(model: ConfigDict) -> float:
     if model.routing.kind == "dar":
         layout = Layout(depth, model.routing.chunk_size, model.routing.summary, model.routing.final)
         counts = layout.source_counts()
-        per_token += 2 * d * sum(counts)
-        if model.routing.query == "dynamic":
-            per_token += len(counts) * d * d
+        per_token += 2 * d * sum(counts) + len(counts) * QUERIES[model.routing.query].multiply_adds(d)
     per_image = 256 * d + d * d + depth * 6 * d * d + 2 * d * d
     return 2.0 * (tokens * per_token + per_image)

@@ -10,10 +10,28 @@ import numpy as np
 from jax import Array
 
 from dar_jax.models import numerics
+from dar_jax.models.numerics import Arithmetic
 
 logical = nn.with_logical_partitioning
 keep_dense_outputs = partial(nn.remat, policy=numerics.keep_dense_outputs, prevent_cse=False)
 xavier, normal, zeros = nn.initializers.xavier_uniform(), nn.initializers.normal(0.02), nn.initializers.zeros
+
+
+def constrain(x: Array) -> Array:
+    """Shards tokens `[B, T, D]` (or a stack of them) over the mesh by the logical rules."""
+    return nn.with_logical_constraint(x, (None,) * (x.ndim - 3) + ("batch", "tokens", "hidden"))
+
+
+def scan_steps(step: type[nn.Module], length: int, in_axes) -> type[nn.Module]:
+    """`step` under `nn.scan`, with parameters `[length, ...]`, and so all that a step shows or is shown."""
+    return nn.scan(
+        step,
+        variable_axes={"params": 0, "intermediates": 0, "taps": 0},
+        split_rngs={"params": True},
+        in_axes=in_axes,
+        length=length,
+        metadata_params={nn.PARTITION_NAME: "layers"},
+    )
 
 
 def layer_norm(x: Array) -> Array:
@@ -71,7 +89,7 @@ class Dense(nn.Module):
 
     features: tuple[int, ...]
     axes: tuple[str, ...]
-    dtype: jnp.dtype
+    arithmetic: Arithmetic
     kernel_init: nn.initializers.Initializer = xavier
 
     @nn.compact
@@ -81,28 +99,28 @@ class Dense(nn.Module):
 
         kernel = self.param("kernel", logical(init, self.axes), (x.shape[-1], *self.features))
         bias = self.param("bias", logical(zeros, self.axes[1:]), self.features)
-        x, kernel, bias = nn.dtypes.promote_dtype(x, kernel, bias, dtype=self.dtype)
-        return numerics.matmul(x, kernel) + bias
+        x, kernel, bias = nn.dtypes.promote_dtype(x, kernel, bias, dtype=self.arithmetic.dtype)
+        return self.arithmetic.matmul(x, kernel) + bias
 
 
 class TimestepEmbedder(nn.Module):
     """t in [0, 1] `[B]` -> `[B, D]`: 256 features [cos, sin] with max period 10000, then a two-layer SiLU MLP.
 
-    `zero_last` zero-initialises the last layer: DAR's static_t query adds the embedding and starts at static.
+    `zero_last` zero-initialises the last layer, so that a query of DAR which adds the embedding starts without it.
     """
 
     size: int
     zero_last: bool
-    dtype: jnp.dtype
+    arithmetic: Arithmetic
 
     @nn.compact
     def __call__(self, t: Array) -> Array:
         frequencies = jnp.exp(-jnp.log(10000.0) * jnp.arange(128, dtype=jnp.float32) / 128)
-        angles = t.astype(jnp.float32)[:, None] * frequencies
+        angles = t.astype(jnp.promote_types(t.dtype, jnp.float32))[:, None] * frequencies
         x = jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
-        x = Dense((self.size,), ("features", "embed"), self.dtype, normal, name="dense_0")(x)
+        x = Dense((self.size,), ("features", "embed"), self.arithmetic, normal, name="dense_0")(x)
         last_init = zeros if self.zero_last else normal
-        return Dense((self.size,), ("embed", "condition"), self.dtype, last_init, name="dense_1")(nn.silu(x))
+        return Dense((self.size,), ("embed", "condition"), self.arithmetic, last_init, name="dense_1")(nn.silu(x))
 
 
 class LabelEmbedder(nn.Module):
@@ -122,32 +140,32 @@ class Attention(nn.Module):
     """Multi-head self-attention over `[B, T, D]`; q, k and v come from one matrix of fan-out 3D."""
 
     num_heads: int
-    dtype: jnp.dtype
+    arithmetic: Arithmetic
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
         b, tokens, size = x.shape
         # The kernel keeps q, k and v on an axis of their own, so that heads can be split over devices.
-        qkv = Dense((3, size), ("embed", "qkv", "heads"), self.dtype, name="qkv")(x)
+        qkv = Dense((3, size), ("embed", "qkv", "heads"), self.arithmetic, name="qkv")(x)
         qkv = qkv.reshape(b, tokens, 3, self.num_heads, size // self.num_heads)
         q, k, v = (jnp.squeeze(x, 2) for x in jnp.split(qkv, 3, axis=2))
         scores = jnp.einsum("bqhd,bkhd->bhqk", q, k, preferred_element_type=jnp.promote_types(x.dtype, jnp.float32))
         weights = jax.nn.softmax(scores * (size // self.num_heads) ** -0.5).astype(x.dtype)
         out = jnp.einsum("bhqk,bkhd->bqhd", weights, v)
-        return Dense((size,), ("heads", "embed"), self.dtype, name="out")(out.reshape(b, tokens, size))
+        return Dense((size,), ("heads", "embed"), self.arithmetic, name="out")(out.reshape(b, tokens, size))
 
 
 class Mlp(nn.Module):
     """Linear D -> ratio * D, tanh-GELU, Linear back."""
 
     ratio: float
-    dtype: jnp.dtype
+    arithmetic: Arithmetic
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        hidden = Dense((int(x.shape[-1] * self.ratio),), ("embed", "mlp"), self.dtype, name="dense_0")(x)
+        hidden = Dense((int(x.shape[-1] * self.ratio),), ("embed", "mlp"), self.arithmetic, name="dense_0")(x)
         hidden = nn.gelu(hidden, approximate=True)
-        return Dense((x.shape[-1],), ("mlp", "embed"), self.dtype, name="dense_1")(hidden)
+        return Dense((x.shape[-1],), ("mlp", "embed"), self.arithmetic, name="dense_1")(hidden)
 
 
 class Block(nn.Module):
@@ -156,16 +174,12 @@ class Block(nn.Module):
     hidden_size: int
     num_heads: int
     mlp_ratio: float
-    dtype: jnp.dtype
+    arithmetic: Arithmetic
 
     def setup(self):
-        self.adaln = Dense((6 * self.hidden_size,), ("embed", "modulation"), self.dtype, zeros)
-        self.attention = Attention(self.num_heads, self.dtype)
-        self.mlp = Mlp(self.mlp_ratio, self.dtype)
-
-    def modulation(self, condition: Array) -> list[Array]:
-        """Shift, scale and gate of the attention and then of the MLP: six `[B, 1, D]` from `[B, D]`."""
-        return jnp.split(modulate_by(self.adaln, condition), 6, axis=-1)
+        self.adaln = Dense((6 * self.hidden_size,), ("embed", "modulation"), self.arithmetic, zeros)
+        self.attention = Attention(self.num_heads, self.arithmetic)
+        self.mlp = Mlp(self.mlp_ratio, self.arithmetic)
 
     @keep_dense_outputs
     def attention_branch(self, x: Array, gate: Array) -> Array:
@@ -189,11 +203,11 @@ class Head(nn.Module):
 
     hidden_size: int
     features: int
-    dtype: jnp.dtype
+    arithmetic: Arithmetic
 
     def setup(self):
-        self.adaln = Dense((2 * self.hidden_size,), ("embed", "modulation"), self.dtype, zeros)
-        self.dense = Dense((self.features,), ("embed", "patch"), self.dtype, zeros)
+        self.adaln = Dense((2 * self.hidden_size,), ("embed", "modulation"), self.arithmetic, zeros)
+        self.dense = Dense((self.features,), ("embed", "patch"), self.arithmetic, zeros)
 
     def modulation(self, condition: Array) -> list[Array]:
         """Shift and scale, `[B, 1, D]`, from `[B, D]`."""

@@ -1,6 +1,8 @@
 """What plain autodiff of a transformer block does slowly on a CPU: the weight gradients, and what is kept for them."""
 
 import math
+from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +19,8 @@ def matmul(x: Array, kernel: Array) -> Array:
 
     The gradient of the kernel is computed in the order that suits the platform: x^T g of two matrices on CPU, whose
     matmul reads them as they lie; elsewhere (g^T x)^T over all leading axes, the order of autodiff, for which XLA on
-    CPU writes transposed copies and runs 1.6 times as long. TPUs schedule the latter better. Reverse mode only.
+    CPU writes transposed copies and runs 1.6 times as long. TPUs schedule the latter better. Reverse mode only;
+    `plain_matmul` has derivatives of all modes and orders.
     """
     return jnp.tensordot(x, kernel, 1)
 
@@ -42,3 +45,20 @@ def _matmul_backward(residuals, g):
 
 
 matmul.defvjp(lambda x, kernel: (jnp.tensordot(x, kernel, 1), (x, kernel)), _matmul_backward)
+
+
+def plain_matmul(x: Array, kernel: Array) -> Array:
+    """The same product as `matmul`, differentiated by JAX."""
+    return jnp.tensordot(x, kernel, 1)
+
+
+class Arithmetic(NamedTuple):
+    """How the layers of a model multiply.
+
+    Attributes:
+      dtype: of activations and of the kernels that they are multiplied with.
+      matmul: `matmul` or `plain_matmul`.
+    """
+
+    dtype: jnp.dtype
+    matmul: Callable[[Array, Array], Array] = matmul

@@ -1,5 +1,6 @@
 """SiT, the diffusion transformer, with a residual or a routed stack."""
 
+from functools import partial
 from typing import NamedTuple
 
 import flax.linen as nn
@@ -7,9 +8,10 @@ import jax.numpy as jnp
 from jax import Array
 
 from dar_jax.conditions import Condition
-from dar_jax.models import layers
-from dar_jax.models.stack import ResidualStack, RoutedStack, constrain
-from dar_jax.routing import Layout
+from dar_jax.models import layers, numerics
+from dar_jax.models.plain_stack import PlainRoutedStack, ResidualStack
+from dar_jax.models.stack import RoutedStack
+from dar_jax.routing import Layout, Query
 
 
 class Output(NamedTuple):
@@ -28,7 +30,10 @@ class SiT(nn.Module):
     """Maps x_t `[B, H, W, C]`, t `[B]` in [0, 1] and {"label": int32 `[B]`} to an `Output`.
 
     Labels are 0 to num_classes; the last is the null label (dar_jax/conditions.py). The fields are those of
-    `config.model` (dar_jax/config.py).
+    `config.model` (dar_jax/config.py), with the routing as `layout` (None: residual), `query` and `implementation`.
+
+    A `plain` model computes the same from the same parameters. It has derivatives of all modes and orders and shows its
+    states (plain_stack.py), but trains more slowly and in more memory. `frozen_weights` are of `PlainRoutedStack`.
     """
 
     input_size: int
@@ -42,30 +47,35 @@ class SiT(nn.Module):
     learn_sigma: bool
     dtype: jnp.dtype
     remat: str
-    layout: Layout | None  # None: residual
-    query: str
+    layout: Layout | None
+    query: type[Query]
     implementation: str
+    plain: bool = False
+    frozen_weights: Array | None = None  # of a plain routed stack
 
     @nn.compact
     def __call__(self, x_t: Array, t: Array, condition: Condition) -> Output:
         size, dtype = self.hidden_size, self.dtype
-        static_t = self.layout is not None and self.query == "static_t"
-        e_t = layers.TimestepEmbedder(size, static_t, dtype, name="timestep")(t)
+        arithmetic = numerics.Arithmetic(dtype, numerics.plain_matmul if self.plain else numerics.matmul)
+        starts_at_zero = self.layout is not None and self.query.adds_time
+        e_t = layers.TimestepEmbedder(size, starts_at_zero, arithmetic, name="timestep")(t)
         label = layers.LabelEmbedder(self.num_classes, size, dtype, name="label")(condition["label"])
         modulation = e_t + label  # [B, D], of which every adaLN makes its shifts, scales and gates
 
         tokens = layers.patchify(x_t.astype(dtype), self.patch_size)
-        tokens = layers.Dense((size,), ("patch", "embed"), dtype, name="patch")(tokens)
+        tokens = layers.Dense((size,), ("patch", "embed"), arithmetic, name="patch")(tokens)
         grid = self.input_size // self.patch_size
-        v_0 = constrain(tokens + layers.position_table(grid, size).astype(dtype))  # [B, T, D]
+        v_0 = layers.constrain(tokens + layers.position_table(grid, size).astype(dtype))  # [B, T, D]
 
-        block = {"hidden_size": size, "num_heads": self.num_heads, "mlp_ratio": self.mlp_ratio, "dtype": dtype}
+        block = partial(layers.Block, size, self.num_heads, self.mlp_ratio, arithmetic)
         if self.layout is None:
             stack = ResidualStack(block, self.depth, self.remat, name="stack")
+        elif self.plain:
+            stack = PlainRoutedStack(block, self.layout, self.query, self.frozen_weights, name="stack")
         else:
             stack = RoutedStack(block, self.layout, self.query, self.implementation, self.remat, name="stack")
         out_channels = self.channels * (2 if self.learn_sigma else 1)
-        head = layers.Head(size, self.patch_size**2 * out_channels, dtype, name="head")
+        head = layers.Head(size, self.patch_size**2 * out_channels, arithmetic, name="head")
         out = head(stack(v_0, modulation, e_t, *head.modulation(modulation)))
         prediction = layers.unpatchify(out, self.patch_size, grid)[..., : self.channels]
-        return Output(prediction.astype(jnp.float32))
+        return Output(prediction.astype(jnp.promote_types(dtype, jnp.float32)))

@@ -1,5 +1,6 @@
 """Flow and score matching: the network predicts what leads from noise to data at a random time (config.diffusion)."""
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax import Array
@@ -10,12 +11,13 @@ from dar_jax.diffusion import guidance, sampler
 from dar_jax.objectives.objective import Objective
 
 
-def build(config: ConfigDict) -> Objective:
-    """The objective of `config.diffusion` for the model of `config.model`, sampled as `config.sampler` says.
+def build(config: ConfigDict, model: nn.Module | None = None) -> Objective:
+    """The objective of `config.diffusion` for `model`, sampled as `config.sampler` says.
 
-    The batch is {"x1": [B, H, W, C], "condition": ...}; `draw` adds "t" and "x0".
+    Without a `model` it is the one of `config.model`. The batch is {"x1": [B, H, W, C], "condition": ...}; `draw` adds
+    "t" and "x0".
     """
-    model, kind = models.build(config.model), conditions.build(config.model)
+    model, kind = model or models.build(config.model), conditions.build(config.model)
     process = diffusion.build(config.diffusion)
     solve = sampler.build(config.sampler, process)
     guide = {

@@ -2,11 +2,12 @@
 
 from dar_jax.routing.aggregate import Execution, add_cotangent, inverse_rms, read, sublayer_input
 from dar_jax.routing.kernels.xla import statistics_dtype
-from dar_jax.routing.queries import Query
+from dar_jax.routing.queries import QUERIES, Query
 from dar_jax.routing.sources import Layout
 from dar_jax.routing.warm_start import keeps_function, warm_start
 
 __all__ = [
+    "QUERIES",
     "Execution",
     "Layout",
     "Query",

@@ -1,39 +1,81 @@
-"""The query of an aggregator (paper Eq. 6) with the scale of its RMSNorm folded in."""
+"""The queries of aggregators (paper Eq. 6), each with the scale of its RMSNorm folded in."""
 
 import flax.linen as nn
 import jax.numpy as jnp
 from jax import Array
 
+zeros, ones = nn.initializers.zeros, nn.initializers.ones
+
 
 class Query(nn.Module):
-    """Parameters of one aggregator: the query and the RMSNorm scale `g`.
+    """Parameters of one aggregator: those of the query q, and the scale g of the RMSNorm of its keys.
 
     q . RMSNorm(v) / sqrt(D) = (q * g / sqrt(D)) . v / rms(v), so the key norm costs one scalar per token, stored
-    with the source. Queries start at zero: routing starts uniform.
+    with the source. In a fresh model q is zero, so that routing starts uniform.
+
+    A query is a subclass, which is called with e(t), the model's own timestep embedding `[B, D]`, and the newest source
+    of the aggregator's set, `[B, T, D]`. It returns q * g / sqrt(D) in float32, `[B, 1, D]` if all tokens of a sample
+    share it, otherwise `[B, T, D]`. An entry of `QUERIES` gives it a name in configs.
 
     Attributes:
-      kind: "static" (q = w), "static_t" (q = w + e(t)) or "dynamic" (q = W v_newest).
-      dtype: of the dynamic projection's matmul.
+      reads_newest: whether q depends on the newest source. Queries that do not are known when a step starts.
+      adds_time: whether q contains e(t). The embedder of a fresh model then starts at e(t) = 0, and a warm-started
+        aggregator starts at g = 0.
     """
 
-    kind: str
-    dtype: jnp.dtype = jnp.float32
+    reads_newest = False
+    adds_time = False
+
+    @staticmethod
+    def multiply_adds(size: int) -> int:
+        """Multiply-adds per token that make q from its arguments, with D = `size`."""
+        return 0
+
+    def scale(self, size: int) -> Array:
+        """g / sqrt(D), `[D]`."""
+        return self.param("scale", nn.with_logical_partitioning(ones, ("norm",)), (size,)) * size**-0.5
+
+    def weight(self, size: int) -> Array:
+        """A learned vector w, `[D]`."""
+        return self.param("weight", nn.with_logical_partitioning(zeros, ("norm",)), (size,))
+
+
+class Static(Query):
+    """q = w."""
 
     @nn.compact
     def __call__(self, time_embedding: Array, newest: Array) -> Array:
-        """Returns q * g / sqrt(D) in float32: `[D]` static, `[B, 1, D]` static_t, `[B, T, D]` dynamic.
+        samples, size = time_embedding.shape
+        return jnp.broadcast_to(self.weight(size) * self.scale(size), (samples, 1, size))
 
-        Args:
-          time_embedding: e(t), the model's own timestep embedding, `[B, D]`.
-          newest: the newest source of the aggregator's set, `[B, T, D]`; only the dynamic query reads it.
-        """
+
+class StaticT(Query):
+    """q = w + e(t)."""
+
+    adds_time = True
+
+    @nn.compact
+    def __call__(self, time_embedding: Array, newest: Array) -> Array:
+        size = time_embedding.shape[-1]
+        return (self.weight(size) + time_embedding[:, None]) * self.scale(size)
+
+
+class Dynamic(Query):
+    """q = W v, where v is the newest source."""
+
+    reads_newest = True
+
+    @staticmethod
+    def multiply_adds(size: int) -> int:
+        return size**2
+
+    @nn.compact
+    def __call__(self, time_embedding: Array, newest: Array) -> Array:
         size = newest.shape[-1]
-        zeros, ones = nn.initializers.zeros, nn.initializers.ones
-        scale = self.param("scale", nn.with_logical_partitioning(ones, ("norm",)), (size,)) * size**-0.5
-        if self.kind == "dynamic":
-            kernel = self.param("kernel", nn.with_logical_partitioning(zeros, ("embed", "query")), (size, size))
-            # The scale goes into the matrix, which is smaller than what it makes of all tokens.
-            query = newest.astype(self.dtype) @ (kernel * scale).astype(self.dtype)
-            return query.astype(jnp.promote_types(self.dtype, jnp.float32))
-        query = self.param("weight", nn.with_logical_partitioning(zeros, ("norm",)), (size,))
-        return (query + time_embedding[:, None] if self.kind == "static_t" else query) * scale
+        kernel = self.param("kernel", nn.with_logical_partitioning(zeros, ("embed", "query")), (size, size))
+        # The scale goes into the matrix, which is smaller than what it makes of all tokens.
+        query = newest @ (kernel * self.scale(size)).astype(newest.dtype)
+        return query.astype(jnp.promote_types(newest.dtype, jnp.float32))
+
+
+QUERIES = {"static": Static, "static_t": StaticT, "dynamic": Dynamic}

@@ -12,7 +12,7 @@ import torch
 from dar_jax import config as config_lib
 from dar_jax import models
 from dar_jax.diagnosis import probes
-from dar_jax.diagnosis.forward import forward, frozen_routing
+from dar_jax.diagnosis.forward import forward
 from tests.parity import torch_reads
 
 CASES = {
@@ -180,11 +180,9 @@ def test_frozen_routing_mixes_with_the_given_weights():
     weights = mask * rng.uniform(size=mask.shape)
     weights = (weights / weights.sum(axis=1, keepdims=True)).astype(np.float32)
     chosen = np.flatnonzero(WEIGHT)
-    with frozen_routing(weights[..., None]):
-        frozen = setting.model.apply(
-            {"params": setting.params}, setting.x_t[chosen], np.full(len(chosen), TIME, np.float32),
-            {"label": setting.batch["label"][chosen]},
-        ).prediction  # fmt: skip
+    inputs = setting.x_t[chosen], np.full(len(chosen), TIME, np.float32), {"label": setting.batch["label"][chosen]}
+    model = setting.model.clone(plain=True, frozen_weights=weights[..., None])
+    frozen = model.apply({"params": setting.params}, *inputs).prediction
 
     stack, model = torch_reads.torch_stack, setting.config.model
     rows = iter(zip(stack.source_sets(3, 2, "dedicated"), weights, strict=True))

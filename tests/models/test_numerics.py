@@ -38,7 +38,7 @@ def test_matmul(leading, outputs, dtype, platform, monkeypatch):
 def test_a_block_keeps_its_dense_outputs_only():
     """Of the tokens of both branches: the input, q, k and v in one, the hidden MLP layer, and each branch's output."""
     b, t, d = 2, 5, 8
-    block = layers.Block(d, 2, 4.0, jnp.float32)
+    block = layers.Block(d, 2, 4.0, numerics.Arithmetic(jnp.float32))
     h, condition = jnp.ones((b, t, d)), jnp.ones((b, d))
 
     def both(block, h, condition):

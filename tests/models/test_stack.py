@@ -1,5 +1,6 @@
 """The scanned stack with its own backward pass against an unrolled PyTorch reference, its source sets and memory."""
 
+import functools
 import itertools
 
 import flax.linen as nn
@@ -9,12 +10,14 @@ import numpy as np
 import pytest
 import torch
 
-from dar_jax.models.stack import ResidualStack, RoutedStack
-from dar_jax.routing import Layout
+from dar_jax.models.layers import Block
+from dar_jax.models.numerics import Arithmetic
+from dar_jax.models.plain_stack import ResidualStack
+from dar_jax.models.stack import RoutedStack
+from dar_jax.routing import QUERIES, Layout
 from tests.parity import torch_stack
 
 BATCH, TOKENS, SIZE, HEADS = 2, 3, 8, 2
-QUERIES = ("static", "static_t", "dynamic")
 
 
 def make(stack, dtype):
@@ -29,8 +32,8 @@ def make(stack, dtype):
 
 
 def routed(layout, query, dtype=jnp.float32, remat="block"):
-    block = {"hidden_size": SIZE, "num_heads": HEADS, "mlp_ratio": 2.0, "dtype": dtype}
-    return RoutedStack(block, layout, query, "auto", remat)
+    block = functools.partial(Block, SIZE, HEADS, 2.0, Arithmetic(dtype))
+    return RoutedStack(block, layout, QUERIES[query], "auto", remat)
 
 
 def value_and_gradients(stack, params, inputs, probe):
@@ -113,7 +116,7 @@ def test_scan_equals_unrolled_reference_in_float32(query, remat):
 
 @pytest.mark.parametrize("remat", ["dense", "block"])
 def test_residual_stack_equals_reference(remat):
-    block = {"hidden_size": SIZE, "num_heads": HEADS, "mlp_ratio": 2.0, "dtype": jnp.float64}
+    block = functools.partial(Block, SIZE, HEADS, 2.0, Arithmetic(jnp.float64))
 
     def reference(params, v_0, condition, e_t, shift, scale):
         return torch_stack.modulated_norm(torch_stack.residual_stack(params, 3, HEADS, v_0, condition), shift, scale)
@@ -161,8 +164,8 @@ def test_sublayer_reads_only_its_sources(chunk_size, summary):
 
 
 def temp_bytes(depth, chunk_size, remat, query="static_t"):
-    block = {"hidden_size": 64, "num_heads": 2, "mlp_ratio": 4.0, "dtype": jnp.float32}
-    stack = RoutedStack(block, Layout(depth, chunk_size), query, "auto", remat)
+    block = functools.partial(Block, 64, 2, 4.0, Arithmetic(jnp.float32))
+    stack = RoutedStack(block, Layout(depth, chunk_size), QUERIES[query], "auto", remat)
     shapes = (8, 64, 64), (8, 64), (8, 64), (8, 1, 64), (8, 1, 64)
     inputs = [jax.ShapeDtypeStruct(s, jnp.float32) for s in shapes]
     params = nn.meta.unbox(jax.eval_shape(stack.init, jax.random.key(0), *inputs)["params"])

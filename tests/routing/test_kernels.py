@@ -22,8 +22,10 @@ import torch
 from hypothesis import strategies
 from ml_collections import ConfigDict
 
+from dar_jax.models.layers import Block
+from dar_jax.models.numerics import Arithmetic
 from dar_jax.models.stack import RoutedStack
-from dar_jax.routing import Execution, Layout, inverse_rms, read, sublayer_input
+from dar_jax.routing import QUERIES, Execution, Layout, inverse_rms, read, sublayer_input
 from dar_jax.routing.kernels import gpu, tpu, xla
 from dar_jax.sharding import AXES, RULES, make_mesh
 
@@ -211,14 +213,14 @@ def test_values_and_gradients_over_300_shapes(flavour, dtype, case):
 ])  # fmt: skip
 def test_stack_with_kernels_equals_the_plain_one(query, shape):
     """Gradients of a whole stack, on one device and split over a mesh: a kernel sees its samples and tokens only."""
-    block = {"hidden_size": 8, "num_heads": 2, "mlp_ratio": 2.0, "dtype": jnp.float32}
+    block = functools.partial(Block, 8, 2, 2.0, Arithmetic(jnp.float32))
     rng = np.random.default_rng(0)
     shapes = (8, 4, 8), (8, 8), (8, 8), (8, 1, 8), (8, 1, 8)
     inputs = [jnp.asarray(rng.normal(size=s), jnp.float32) for s in shapes]
     mesh = make_mesh(ConfigDict(dict(zip(AXES, shape, strict=True))), jax.devices()[: math.prod(shape)])
 
     def gradients(implementation):
-        stack = RoutedStack(block, Layout(4, 4), query, implementation, "block")
+        stack = RoutedStack(block, Layout(4, 4), QUERIES[query], implementation, "block")
         abstract = nn.meta.unbox(jax.eval_shape(stack.init, jax.random.key(1), *inputs)["params"])
         rng = np.random.default_rng(1)
         params = jax.tree.map(lambda p: jnp.asarray(rng.normal(size=p.shape) * 0.4, jnp.float32), abstract)

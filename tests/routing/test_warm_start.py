@@ -15,7 +15,7 @@ from dar_jax.checkpoint import restore_ema
 from dar_jax.data.pipeline import train_iterator
 from dar_jax.errors import UserError
 from dar_jax.evaluation.sampling import make_sampler
-from dar_jax.routing import Layout
+from dar_jax.routing import QUERIES, Layout
 from dar_jax.routing.warm_start import keeps_function, warm_start
 from dar_jax.training.init_from import check_init_from, restore_initial
 from dar_jax.training.loop import train
@@ -95,7 +95,7 @@ def test_routing_can_leave_the_warm_start(query):
     """Every aggregator's folded query has a gradient and moves; all of its parameters do after two steps."""
     config = tiny(query, chunk_size=1)
     model = models.build(config.model)
-    params = warm_start(residual_params(), model.layout, query)
+    params = warm_start(residual_params(), model.layout, model.query)
     probe = jax.random.normal(jax.random.key(2), X.shape)
     gradient = jax.jit(jax.grad(lambda p: jnp.sum(probe * model.apply({"params": p}, X, T, Y).prediction)))
     start, moving = params, {"static": "weight", "static_t": "scale", "dynamic": "kernel"}[query]
@@ -164,7 +164,7 @@ def test_main_starts_from_a_trained_checkpoint(tmp_path, capsys):
         assert expected < 0.95 * losses(source)[0]  # the same batch in a random start
 
         drawn = samples(ema, residual, mesh)
-        error = np.abs(samples(warm_start(ema, Layout(2, 1), "static_t"), dense, mesh) - drawn).max()
+        error = np.abs(samples(warm_start(ema, Layout(2, 1), QUERIES["static_t"]), dense, mesh) - drawn).max()
         assert error < 1e-4
         trained, step = restore_ema(str(tmp_path / "dense_from"), tiny_abstract(dense, mesh))
         assert step == 4

@@ -1,0 +1,158 @@
+"""The residual stack, and the routed stack as the paper writes it: scans, plain autodiff, no kernels.
+
+The plain routed stack has the parameters of the fused one (stack.py) and computes the same. It is the reference for
+tests, what forward-mode derivatives run on, and what the diagnosis looks into. The gradient of a loss through it takes
+memory that is quadratic in depth.
+
+Both stacks show what their readers read, sublayer by sublayer and then the head, in linen's collection "intermediates":
+"states" (what each reads), "outputs" (what each sublayer returns) and, if routed, "weights" of sources. A collection
+"taps" is added to what each reader reads, and to nothing else.
+"""
+
+from collections.abc import Callable
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from dar_jax.models.layers import constrain, modulated_norm, scan_steps
+from dar_jax.routing import Layout, Query, inverse_rms
+
+
+def show(module: nn.Module, reader: int, state: Array) -> Array:
+    """Shows the state `[B, T, D]` of one reader within `module`, and returns it plus its tap, if there is one."""
+    module.sow("intermediates", "states", state)
+    taps = module.get_variable("taps", "added")
+    return state if taps is None else state + taps[reader]
+
+
+class ResidualStep(nn.Module):
+    """One block of the ordinary residual stream."""
+
+    block: Callable[..., nn.Module]
+
+    @nn.compact
+    def __call__(self, h: Array, condition: Array) -> tuple[Array, None]:
+        block = self.block(name="block_0")
+        for j, (branch, shift, scale, gate) in enumerate(block.branches(condition)):
+            output = branch(modulated_norm(show(self, j, h), shift, scale), gate)
+            self.sow("intermediates", "outputs", output)
+            h = constrain(h + output)
+        return h, None
+
+
+class ResidualStack(nn.Module):
+    """`depth` blocks on a residual stream: `[B, T, D]` and condition `[B, D]` -> what the head reads, `[B, T, D]`."""
+
+    block: Callable[..., nn.Module]
+    depth: int
+    remat: str
+
+    @nn.compact
+    def __call__(self, v_0: Array, condition: Array, e_t: Array, shift: Array, scale: Array) -> Array:
+        del e_t
+        step = nn.remat(ResidualStep, prevent_cse=False) if self.remat == "block" else ResidualStep
+        h, _ = scan_steps(step, self.depth, in_axes=nn.broadcast)(self.block, name="steps")(v_0, condition)
+        self.sow("intermediates", "outputs", v_0)
+        return modulated_norm(show(self, 0, h), shift, scale)
+
+
+class PlainRoutedStep(nn.Module):
+    """P sublayers, each fed by its own aggregator over the history and the recent outputs of this step."""
+
+    block: Callable[..., nn.Module]
+    layout: Layout
+    query: type[Query]
+
+    @nn.compact
+    def __call__(self, carry, index: Array, fixed: Array | None, condition: Array, e_t: Array):
+        rows, layout, recent = carry[0], self.layout, ()
+        count = layout.count(index)
+        for i in range(layout.sublayers_per_step // 2):
+            block = self.block(name=f"block_{i}")
+            for j, (branch, shift, scale, gate) in enumerate(block.branches(condition), start=2 * i):
+                newest = recent[-1] if recent else rows[count - 1]
+                u = self.query(name=f"query_{j}")(e_t, newest)
+                h, weights = aggregate(layout, u, rows, count, recent, index, None if fixed is None else fixed[j])
+                recent += (constrain(branch(modulated_norm(show(self, j, h), shift, scale), gate)),)
+                self.sow("intermediates", "outputs", recent[-1])
+                self.sow("intermediates", "weights", weights)
+        return (jax.lax.dynamic_update_slice_in_dim(rows, layout.rows(recent), count, axis=0), recent), None
+
+
+class PlainRoutedStack(nn.Module):
+    """`layout.depth` blocks routed by DAR and the final aggregator: `[B, T, D]` -> what the head reads, `[B, T, D]`.
+
+    frozen_weights: None, or `[A, A, B or 1]`: the weights of sources for each of the A = 2 * depth + 1 readers, both
+      by position (`aggregate`), which stand in place of the softmax. Those of a reader sum to 1.
+    """
+
+    block: Callable[..., nn.Module]
+    layout: Layout
+    query: type[Query]
+    frozen_weights: Array | None
+
+    @nn.compact
+    def __call__(self, v_0: Array, condition: Array, e_t: Array, shift: Array, scale: Array) -> Array:
+        layout, steps = self.layout, plain_steps(self)
+        start, indices, _ = first_inputs(layout, v_0)
+        fixed, last_fixed = None, None
+        if self.frozen_weights is not None:
+            by_step = layout.num_steps, layout.sublayers_per_step, *self.frozen_weights.shape[1:]
+            fixed, last_fixed = self.frozen_weights[:-1].reshape(by_step), self.frozen_weights[-1]
+        (rows, recent), _ = steps(start, indices, fixed, condition, e_t)
+
+        recent = () if layout.final == "summaries" else recent
+        u = final_query(self, steps)(e_t, recent[-1] if recent else rows[-1])
+        h, weights = aggregate(layout, u, rows, layout.num_final_rows, recent, layout.num_steps - 1, last_fixed)
+        self.sow("intermediates", "outputs", v_0)
+        self.sow("intermediates", "weights", weights)
+        return modulated_norm(show(self, 0, h), shift, scale)
+
+
+def plain_steps(stack: nn.Module) -> nn.Module:
+    """The scanned steps of a plain or fused stack, which hold its parameters."""
+    step = nn.remat(PlainRoutedStep, prevent_cse=False)
+    steps = scan_steps(step, stack.layout.num_steps, (0, 0, nn.broadcast, nn.broadcast))
+    return steps(stack.block, stack.layout, stack.query, name="steps")
+
+
+def first_inputs(layout: Layout, v_0: Array) -> tuple:
+    """What `plain_steps` takes besides condition and e(t): the first carry, the numbers of the steps, no weights."""
+    rows = jnp.zeros((layout.num_rows, *v_0.shape), v_0.dtype).at[0].set(v_0)
+    return (rows, layout.sublayers_per_step * (jnp.zeros_like(v_0),)), jnp.arange(layout.num_steps), None
+
+
+def final_query(stack: nn.Module, steps: nn.Module) -> Callable[[Array, Array], Array]:
+    """The query of the head's aggregator: one of its own, or that of the last sublayer of the scanned `steps`."""
+    if stack.layout.final != "shared":
+        return stack.query(name="final_query")
+    name = f"query_{stack.layout.sublayers_per_step - 1}"
+    params = jax.tree.map(lambda p: p[-1], nn.meta.unbox(steps.variables["params"][name]))
+    return stack.query(parent=None).bind({"params": params})
+
+
+def aggregate(
+    layout: Layout, u: Array, rows: Array, count: Array, recent: tuple[Array, ...], index: Array, fixed: Array | None
+) -> tuple[Array, Array]:
+    """Softmax over the first `count` rows of the history and the recent outputs of step `index` (paper Eq. 5).
+
+    The position of a source is the number of the sublayer that made it, 0 for v_0; a summary is at the position of its
+    chunk's last sublayer. `fixed`, `[A, B or 1]` by position, stands in place of the softmax.
+
+    Returns the state `[B, T, D]` and the weights by position, `[A, B, T]`, zero where there is no source.
+    """
+    sources = jnp.stack([*rows, *recent])  # [K + R, B, T, D]
+    place = jnp.arange(len(sources))
+    is_source = ((place < count) | (place >= len(rows)))[:, None, None]
+    row_stride = layout.sublayers_per_step // layout.rows_per_step
+    first_recent = index * layout.sublayers_per_step + 1
+    position = jnp.where(place < len(rows), place * row_stride, first_recent + place - len(rows))
+    if fixed is None:
+        scores = jnp.sum(u * sources, axis=-1) * inverse_rms(sources)
+        alpha = jax.nn.softmax(jnp.where(is_source, scores, -jnp.inf), axis=0)
+    else:
+        alpha = jnp.broadcast_to(jnp.where(is_source, fixed[position][..., None], 0), sources.shape[:-1])
+    h = constrain(jnp.sum(alpha[..., None] * sources, axis=0).astype(rows.dtype))
+    return h, jnp.zeros((2 * layout.depth + 1, *alpha.shape[1:]), alpha.dtype).at[position].add(alpha)
