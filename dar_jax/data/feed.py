@@ -91,7 +91,7 @@ def make_online_encoder(config: ConfigDict, mesh: Mesh) -> Callable[[Array, int]
     Raises:
       UserError: config.data.vae is no VAE, or its latents of these images are not the model's input.
     """
-    vae, model = load(config.data.vae, "config.data.vae"), config.model
+    vae, model, seed = load(config.data.vae, "config.data.vae"), config.model, config.seed
     side = config.data.image_size // vae.model.factor
     if (side, vae.model.latent_channels) != (model.input_size, model.channels):
         raise UserError(
@@ -102,7 +102,7 @@ def make_online_encoder(config: ConfigDict, mesh: Mesh) -> Callable[[Array, int]
 
     @jax.jit
     def draw(moments: Array, step: Array) -> Array:
-        stream = jax.random.fold_in(jax.random.key(config.seed), ENCODER_STREAM)
+        stream = jax.random.fold_in(jax.random.key(seed), ENCODER_STREAM)
         mean, std = moments[:, 0], moments[:, 1]
         return vae.scale * (mean + std * jax.random.normal(jax.random.fold_in(stream, step), mean.shape))
 

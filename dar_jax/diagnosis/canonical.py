@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 
 from dar_jax import conditions, objectives
 from dar_jax.diagnosis import pairs
-from dar_jax.diagnosis.probes import velocity_loss
+from dar_jax.diagnosis.probes import make_velocity_loss
 from dar_jax.evaluation.features import extract_all
 from dar_jax.evaluation.in_training import load_features
 from dar_jax.evaluation.metrics import Collector, load_reference, score, warn_if_few
@@ -42,7 +42,7 @@ def compare_canonical(
       "loss": [times], with the mean over all; "num_samples", "scores_routed" and "scores": metrics by name, of the
       same noise and labels}. Without `config.eval.num_samples` there are no scores.
     """
-    canonical = weights.mean(axis=0)
+    canonical, velocity_loss = weights.mean(axis=0), make_velocity_loss(config)
 
     def total_loss(params, batch, t, weights):
         frozen = model.clone(plain=True, frozen_weights=weights[..., None])
@@ -50,7 +50,7 @@ def compare_canonical(
         def predict(x_t, t):
             return frozen.apply({"params": params}, x_t, t, batch["condition"]).prediction
 
-        return (velocity_loss(predict, config, batch, t) * batch["weight"]).sum()
+        return (velocity_loss(predict, batch, t) * batch["weight"]).sum()
 
     total_loss = jax.jit(total_loss, out_shardings=NamedSharding(mesh, PartitionSpec()))
     say("canonical routing: losses")

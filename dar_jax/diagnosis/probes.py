@@ -24,13 +24,18 @@ from dar_jax.routing import Layout
 RIDGE = 1e-3  # penalty of the linear probe, for features of unit variance
 
 
-def velocity_loss(predict: Callable[[Array, Array], Array], config: ConfigDict, batch: dict, t: Array) -> Array:
-    """Velocity MSE `[B]` of the pairs of `batch` (`pairs.batches`) at times t `[B]`, whatever the model predicts.
+def make_velocity_loss(config: ConfigDict) -> Callable[[Callable[[Array, Array], Array], dict, Array], Array]:
+    """Returns (predict, batch, t) -> the velocity MSE `[B]` of the pairs of `batch` at times t `[B]`.
 
-    predict: (x_t [B, H, W, C], t [B]) -> the model's output [B, H, W, C].
+    It is that of the velocity, whatever the model predicts. `predict` maps x_t [B, H, W, C] and t [B] to the model's
+    output [B, H, W, C]; `batch` is one of `pairs.batches`.
     """
-    x0 = noise(config.seed, batch["index"], batch["x1"].shape[1:])
-    return diffusion.build(config.diffusion).velocity_loss(predict, batch["x1"], x0, t)
+    process, seed = diffusion.build(config.diffusion), config.seed
+
+    def velocity_loss(predict, batch, t):
+        return process.velocity_loss(predict, batch["x1"], noise(seed, batch["index"], batch["x1"].shape[1:]), t)
+
+    return velocity_loss
 
 
 def make_measure(config: ConfigDict, model: SiT) -> Callable[[dict, dict, Array], tuple[dict, dict]]:
@@ -51,6 +56,7 @@ def make_measure(config: ConfigDict, model: SiT) -> Callable[[dict, dict, Array]
     """
     depth, size = model.depth, model.hidden_size
     tokens = (model.input_size // model.patch_size) ** 2
+    velocity_loss = make_velocity_loss(config)
 
     def measure(params: dict, batch: dict, t: Array) -> tuple[dict, dict]:
         weight = batch["weight"]
@@ -63,7 +69,7 @@ def make_measure(config: ConfigDict, model: SiT) -> Callable[[dict, dict, Array]
                 found["x_t"] = x_t
                 return prediction
 
-            per_example = velocity_loss(predict, config, batch, t)
+            per_example = velocity_loss(predict, batch, t)
             return jnp.sum(per_example * weight), (per_example, found)
 
         taps = jnp.zeros((2 * depth + 1, len(t), tokens, size), model.dtype)

@@ -34,12 +34,12 @@ def make_sampler(config: ConfigDict, sample: Callable, mesh: Mesh) -> Callable[[
     Raises:
       UserError: there is no VAE there, or its latents are not the model's.
     """
-    model = config.model
+    seed, model = config.seed, config.model
+    shape = (model.input_size, model.input_size, model.channels)
 
     def draw(params: Any, index: Array, condition: dict) -> Array:
-        keys = jax.vmap(lambda i: jax.random.fold_in(jax.random.key(config.seed), i))(index)
+        keys = jax.vmap(lambda i: jax.random.fold_in(jax.random.key(seed), i))(index)
         noise_keys, sampler_keys = jax.vmap(jax.random.split, out_axes=1)(keys)
-        shape = (model.input_size, model.input_size, model.channels)
         x0 = jax.vmap(lambda key: jax.random.normal(key, shape))(noise_keys)
         return sample(params, x0, sampler_keys, condition)
 

@@ -36,6 +36,7 @@ def build(config: ConfigDict, objective: Objective) -> Algorithm:
     "param_norm" (of the new weights, which overflows before they do). Randomness follows from config.seed and the step.
     """
     optimizer = make_optimizer(config.optimizer, config.train.num_steps)
+    seed, num_micro, decay = config.seed, config.train.accumulate_steps, config.optimizer.ema_decay
 
     def init(key: Array) -> TrainState:
         params = objective.init(key)
@@ -43,11 +44,11 @@ def build(config: ConfigDict, objective: Objective) -> Algorithm:
         return TrainState(jnp.int32(0), params, ema, optimizer.init(params))
 
     def step(state: TrainState, frozen: tuple, batch: dict) -> tuple[TrainState, dict]:
-        drawn = objective.draw(jax.random.fold_in(jax.random.key(config.seed), state.step), batch)
-        metrics, grads = value_and_grad(objective.loss, state.params, drawn, config.train.accumulate_steps)
+        drawn = objective.draw(jax.random.fold_in(jax.random.key(seed), state.step), batch)
+        metrics, grads = value_and_grad(objective.loss, state.params, drawn, num_micro)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        ema = averaged(state.ema, params, config.optimizer.ema_decay)
+        ema = averaged(state.ema, params, decay)
         metrics |= {"grad_norm": optax.global_norm(grads), "param_norm": optax.global_norm(params)}
         return TrainState(state.step + 1, params, ema, opt_state), metrics
 

@@ -122,7 +122,7 @@ def test_losses_are_those_of_the_model_with_its_own_and_with_frozen_weights(diag
             if weights is not None:
                 model = model.clone(plain=True, frozen_weights=weights[..., None])
             predict = lambda x, t: model.apply({"params": params}, x, t, batch["condition"]).prediction  # noqa: E731
-            return probes.velocity_loss(predict, config, batch, jnp.full(NUM_IMAGES, t)).mean()
+            return probes.make_velocity_loss(config)(predict, batch, jnp.full(NUM_IMAGES, t)).mean()
 
         loss = jax.jit(loss)
         assert result["loss"] == pytest.approx([float(loss(t)) for t in TIMES], rel=1e-5)
