@@ -1,6 +1,6 @@
 """Diffusion-Adaptive Routing for any transformer: sources, queries and the softmax over depth. Knows arrays only."""
 
-from dar_jax.routing.aggregate import Execution, add_cotangent, inverse_rms, read, sublayer_input
+from dar_jax.routing.aggregate import Execution, add_cotangent, inverse_rms, read, state, sublayer_input
 from dar_jax.routing.kernels.xla import statistics_dtype
 from dar_jax.routing.queries import QUERIES, Query
 from dar_jax.routing.sources import Layout
@@ -15,6 +15,7 @@ __all__ = [
     "inverse_rms",
     "keeps_function",
     "read",
+    "state",
     "statistics_dtype",
     "sublayer_input",
     "warm_start",

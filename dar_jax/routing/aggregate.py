@@ -165,6 +165,13 @@ def add_cotangent(how, d_sources, u, sources, inv_rms, count, log_sum, g, l) -> 
     return how.run(passes, args, axes, ROWS, mean_count=how.mean_count)
 
 
+def state(u: Array, aggregate: Array, log_sum: Array, recent: tuple[Array, ...], inv_rms: tuple[Array, ...]) -> Array:
+    """The state h `[B, T, D]` that `sublayer_input` normalises, by plain autodiff, from the same arguments."""
+    scores = [jnp.sum(u * v, axis=-1) * r for v, r in zip(recent, inv_rms, strict=True)]
+    weights = jax.nn.softmax(jnp.stack([log_sum, *scores]), axis=0)[..., None]
+    return sum(w * v for w, v in zip(weights, (aggregate, *recent), strict=True)).astype(aggregate.dtype)
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def sublayer_input(
     how: Execution, u: Array, aggregate: Array, log_sum: Array, recent: tuple[Array, ...], inv_rms: tuple[Array, ...],

@@ -59,6 +59,11 @@ class Layout:
         """Filled rows when `step` (0-based, int or traced) starts."""
         return 1 + step * self.rows_per_step
 
+    def sources_of(self, sublayer: int) -> tuple[int, int, int]:
+        """Where the sources of a sublayer's aggregator are (0-based): (filled rows, its step, recent outputs of it)."""
+        step, position = divmod(sublayer, self.sublayers_per_step)
+        return (1 + sublayer, step, 0) if self.chunk_size == 1 else (self.count(step), step, position)
+
     @property
     def mean_count(self) -> float:
         """Filled rows when a step starts, on average over the steps."""
