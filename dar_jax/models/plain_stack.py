@@ -120,7 +120,7 @@ class PlainRoutedStack(nn.Module):
             fixed, last_fixed = self.frozen_weights[:-1].reshape(by_step), self.frozen_weights[-1]
         (rows, recent), states = steps(start, indices, fixed, condition, e_t)
 
-        recent = () if layout.final == "summaries" else recent
+        recent = recent if layout.final_set.sees_outputs else ()
         u = final_query(self, steps)(e_t, recent[-1] if recent else rows[-1])
         h, weights = aggregate(layout, u, rows, layout.num_final_rows, recent, layout.num_steps - 1, last_fixed)
         self.sow("intermediates", "outputs", v_0)
@@ -147,9 +147,9 @@ def first_inputs(layout: Layout, v_0: Array) -> tuple:
 
 def final_query(stack: nn.Module, steps: nn.Module) -> Callable[[Array, Array], Array]:
     """The query of the head's aggregator: one of its own, or that of the last sublayer of the scanned `steps`."""
-    if stack.layout.final == "shared":
-        return sublayer_query(stack, steps, 2 * stack.layout.depth - 1)
-    return stack.query(name="final_query")
+    if stack.layout.final_set.has_query:
+        return stack.query(name="final_query")
+    return sublayer_query(stack, steps, 2 * stack.layout.depth - 1)
 
 
 def sublayer_query(stack: nn.Module, steps: nn.Module, sublayer: int) -> Callable[[Array, Array], Array]:

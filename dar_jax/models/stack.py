@@ -152,7 +152,7 @@ class RoutedStack(nn.Module):
             (aggregate,), (log_sum,) = read(how, (u,), history.sources, history.inv_rms, jnp.int32(count))
             return how, u, aggregate, log_sum, recent, tuple(inverse_rms(v) for v in recent)
 
-        recent = () if layout.final == "summaries" else history.recent
+        recent = history.recent if layout.final_set.sees_outputs else ()
         read_by_head = read_history(final_query(self, steps), recent, layout.num_final_rows)
         x = constrain(sublayer_input(*read_by_head, shift, scale)[0])
         if hidden_at is None:

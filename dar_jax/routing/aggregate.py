@@ -21,6 +21,8 @@ from jax.sharding import PartitionSpec as P
 
 from dar_jax.routing.kernels import gpu, tpu, xla
 
+IMPLEMENTATIONS = ("auto", "xla", "pallas")
+
 
 @dataclasses.dataclass(frozen=True)
 class Execution:
