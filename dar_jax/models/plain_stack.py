@@ -116,8 +116,9 @@ class PlainRoutedStack(nn.Module):
         start, indices, _ = first_inputs(layout, v_0)
         fixed, last_fixed = None, None
         if self.frozen_weights is not None:
-            by_step = layout.num_steps, layout.sublayers_per_step, *self.frozen_weights.shape[1:]
-            fixed, last_fixed = self.frozen_weights[:-1].reshape(by_step), self.frozen_weights[-1]
+            weights = jnp.asarray(self.frozen_weights)
+            by_step = layout.num_steps, layout.sublayers_per_step, *weights.shape[1:]
+            fixed, last_fixed = weights[:-1].reshape(by_step), weights[-1]
         (rows, recent), states = steps(start, indices, fixed, condition, e_t)
 
         recent = recent if layout.final_set.sees_outputs else ()
