@@ -33,6 +33,7 @@ from dar_jax.logs import say
 FORMAT = 2
 
 CHECKSUMS = "checksums.json"
+UNREADABLE = "cannot be read"
 METADATA = "_CHECKPOINT_METADATA"  # of orbax: the items, and when the save began and ended
 
 # What a run keeps for life: its function, its randomness, and what makes a batch of a step.
@@ -158,8 +159,8 @@ def latest_step(workdir: str) -> int | None:
 
 
 def saved_steps(workdir: str) -> list[int]:
-    """Steps of the checkpoints that have all their parts, ascending. Raises UserError if there is none."""
-    if steps := _steps(workdir):
+    """Steps of the checkpoints, whole or not, ascending. Raises UserError if there is none."""
+    if steps := list(_directories(workdir)):
         return steps
     raise UserError(f'workdir "{workdir}" holds no checkpoint; train with python -m dar_jax.main first.')
 
@@ -197,13 +198,16 @@ def _read_checksums(path: pathlib.Path) -> dict[str, str] | None:
 def _damage(path: pathlib.Path, *, ema_only: bool = False) -> str:
     """What is wrong with a step directory, or with all of it but "train"; "" if nothing is. In every process alike.
 
-    The processes share the reading of the files.
+    The processes share the reading of the files. Raises UserError if a file is there and cannot be read: then the
+    checkpoint may be whole all the same.
     """
     found = _damage_of_share(path, ema_only)
     if jax.process_count() > 1:
         line = np.frombuffer(found.encode()[:256].ljust(256), np.uint8)
         lines = [bytes(line).decode(errors="replace").strip() for line in multihost_utils.process_allgather(line)]
         found = next(filter(None, lines), "")
+    if found.startswith(UNREADABLE):
+        raise UserError(f'checkpoint "{path}" {found}; mend that, or rename the directory to do without it.')
     return found
 
 
@@ -217,8 +221,10 @@ def _damage_of_share(path: pathlib.Path, ema_only: bool) -> str:
             return ""
         names = [name for name in sorted(stored) if not (ema_only and name.startswith("train/"))]
         found = _checksums(path, names[jax.process_index() :: jax.process_count()])
-    except (OSError, ValueError) as error:
-        return f"{error}"
+    except (FileNotFoundError, IsADirectoryError, NotADirectoryError, ValueError) as error:
+        return str(error)
+    except OSError as error:
+        return f"{UNREADABLE}: {error}"
     return next((f"the checksum of {name} differs" for name in found if found[name] != stored[name]), "")
 
 
@@ -244,7 +250,8 @@ def set_damaged_aside(workdir: str) -> int | None:
     if jax.process_index() == 0:
         for path, damage in damaged.items():
             aside = path.with_name(f"damaged-{path.name}-{time.time_ns()}")
-            path.rename(aside)
+            with files.writing(workdir, "--workdir"):
+                path.rename(aside)
             say(f"{path} is damaged ({damage}): renamed to {aside.name} and not used")
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices("damaged checkpoints set aside")
@@ -255,7 +262,8 @@ def _load(path: pathlib.Path, items: dict[str, Any]) -> dict[str, Any]:
     try:
         return ocp.load_checkpointables(path, items)
     except Exception as error:  # orbax raises what its readers happen to
-        raise UserError(f'checkpoint "{path}" cannot be read: {str(error).splitlines()[0]}') from error
+        reason = str(error).partition("\n")[0]
+        raise UserError(f'checkpoint "{path}" cannot be read: {type(error).__name__}, {reason}') from error
 
 
 def restore_ema(workdir: str, abstract_params, step: int | None = None) -> tuple[Any, int]:
@@ -263,17 +271,19 @@ def restore_ema(workdir: str, abstract_params, step: int | None = None) -> tuple
 
     Raises UserError if there is none.
     """
-    found = _directories(workdir)
-    if step is None:
-        saved_steps(workdir)
-    elif step not in found:
-        raise UserError(f'workdir "{workdir}" has no checkpoint of step {step}; it has {saved_steps(workdir)}.')
-    for number in reversed(found) if step is None else [step]:
-        if not (damage := _damage(found[number], ema_only=True)):
-            return _load(found[number], {"ema": abstract_params})["ema"], number
-        say(f"{found[number]} is damaged ({damage}) and not used")
-    wanted = "of all steps" if step is None else f"of step {step}"
-    raise UserError(f'the checkpoint {wanted} in "{workdir}" is damaged ({damage}); take another --step, or a copy.')
+    steps = saved_steps(workdir)
+    if step not in (None, *steps):
+        raise UserError(f'workdir "{workdir}" has no checkpoint of step {step}; it has {steps}.')
+    wanted = steps[::-1] if step is None else [step]
+    for number in wanted:
+        path = _directory(workdir) / str(number)
+        if not (damage := _damage(path, ema_only=True)):
+            return _load(path, {"ema": abstract_params})["ema"], number
+        say(f"{path} is damaged ({damage}) and not used")
+    raise UserError(
+        f'workdir "{workdir}": the checkpoints of steps {wanted} are damaged ({damage}); put a copy in their place, or '
+        "take another --step."
+    )
 
 
 def weights_fingerprint(workdir: str, step: int) -> str:

@@ -23,10 +23,9 @@ def read_metrics(workdir: str) -> list[dict[str, Any]]:
     """The lines of metrics.jsonl, without those that a crash cut short; none if there is no such file."""
     path, found = pathlib.Path(workdir) / "metrics.jsonl", []
     for line in path.read_text(errors="replace").splitlines() if path.exists() else ():
-        with contextlib.suppress(ValueError, KeyError, TypeError):
-            entry = json.loads(line)
-            found.append({"step": int(entry["step"]), **entry})
-    return found
+        with contextlib.suppress(ValueError):
+            found.append(json.loads(line))
+    return [line for line in found if isinstance(line, dict) and isinstance(line.get("step"), int)]
 
 
 class Logs:

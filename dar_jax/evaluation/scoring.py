@@ -239,11 +239,8 @@ class _Shards:
 
 def _files(config: ConfigDict, features: Features) -> dict:
     """Names and checksums of the files that a number depends on, and the versions of the libraries."""
-    settings = {
-        "features": features.name,
-        "features_sha256": features.fingerprint,
-        "versions": {n: importlib.metadata.version(n) for n in ("dar_jax", "jax")},
-    }
+    versions = {name: importlib.metadata.version(name) for name in ("dar_jax", "jax")}
+    settings = {"features": features.name, "features_sha256": features.fingerprint, "versions": versions}
     for name in ("inception", "reference"):
         if path := config.eval[name]:
             settings[name], settings[f"{name}_sha256"] = path, files.sha256(path)

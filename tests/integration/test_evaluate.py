@@ -163,14 +163,6 @@ def test_stopped_evaluation_goes_on(workdir, convnet, drawn, monkeypatch, capsys
         patch.setattr(scoring, "extract_all", stop_at_the_third)
         evaluate_run(make_config(), workdir, None, [1.5], None)
     drawn.clear()
-    for part in sorted(pathlib.Path(workdir).glob("evaluation/*/00000008.npz")):
-        content = bytearray(part.read_bytes())
-        content[len(content) // 2] ^= 1
-        part.write_bytes(content)
-    assert scores(evaluate_run(make_config(), workdir, None, [1.5], None)) == scores(whole)
-    assert drawn == list(range(8, 24)), "a damaged part and what follows is drawn again"
-    assert "00000008.npz is damaged" in capsys.readouterr().out
-    drawn.clear()
     config = make_config()
     config.seed = 1
     assert scores(evaluate_run(config, workdir, None, [1.5], None)) != scores(whole)
@@ -184,8 +176,8 @@ def test_stopped_evaluation_goes_on(workdir, convnet, drawn, monkeypatch, capsys
     assert drawn == list(range(12))
 
 
-def test_other_weights_start_anew(workdir, convnet, drawn, monkeypatch, tmp_path):
-    """Also under the same path and step; the same weights go on in another place."""
+def test_parts_are_of_the_weights(workdir, convnet, drawn, monkeypatch, tmp_path, capsys):
+    """Others under the same path and step start anew; the same ones go on in another place, but for damaged parts."""
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(scoring._Shards, "remove", lambda _: (_ for _ in ()).throw(KeyboardInterrupt))
         evaluate_run(make_config(), workdir, None, [1.5], None)
@@ -194,6 +186,14 @@ def test_other_weights_start_anew(workdir, convnet, drawn, monkeypatch, tmp_path
     before = evaluate_run(make_config(), str(moved), None, [1.5], None)
     assert drawn == []
     shutil.copytree(pathlib.Path(workdir) / "evaluation", moved / "evaluation", dirs_exist_ok=True)
+    (part,) = moved.glob("evaluation/*/00000008.npz")
+    content = bytearray(part.read_bytes())
+    content[len(content) // 2] ^= 1
+    part.write_bytes(content)
+    assert scores(evaluate_run(make_config(), str(moved), None, [1.5], None)) == scores(before)
+    assert drawn == list(range(8, 24)) and "00000008.npz is damaged" in capsys.readouterr().out
+    shutil.copytree(pathlib.Path(workdir) / "evaluation", moved / "evaluation", dirs_exist_ok=True)
+    drawn.clear()
     shutil.rmtree(moved / "checkpoints")
     config = tiny.make_config()
     config.seed = 1

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from dar_jax.checkpoint import (
+    CHECKSUMS,
     METADATA,
     Checkpoints,
     claim_workdir,
@@ -19,6 +20,7 @@ from dar_jax.checkpoint import (
     load_config,
     restore_ema,
     set_damaged_aside,
+    weights_fingerprint,
 )
 from dar_jax.config import default
 from dar_jax.errors import UserError
@@ -153,6 +155,38 @@ def test_no_flipped_bit_is_restored(tmp_path, flips, capsys):
             assert re.search(r"5 is damaged \(.*\): renamed to damaged-5-\d+ and not used", capsys.readouterr().out)
         jax.tree.map(np.testing.assert_array_equal, (state, ema), (make_state(int(state.step)), make_state(step).ema))
         shutil.rmtree(workdir)
+
+
+def test_without_an_undamaged_checkpoint(tmp_path):
+    """Nothing is renamed, and a run does not begin anew; what is not read need not be whole."""
+    save(tmp_path, 3, 5)
+    ema = abstract(make_state(0).ema)
+    for step in (3, 5):
+        (tmp_path / "checkpoints" / str(step) / "train" / "_METADATA").unlink()
+    assert restore_ema(str(tmp_path), ema)[1] == 5
+    with pytest.raises(UserError, match=r"no checkpoint that is not damaged: 5 \(.*train/_METADATA.*\), 3 \("):
+        set_damaged_aside(str(tmp_path))
+    for step in (3, 5):
+        (tmp_path / "checkpoints" / str(step) / "ema" / "_METADATA").unlink()
+    with pytest.raises(UserError, match=r"steps \[5, 3\] are damaged \(.*ema/_METADATA"):
+        restore_ema(str(tmp_path), ema)
+    with pytest.raises(UserError, match=r"steps \[3\] are damaged"):
+        restore_ema(str(tmp_path), ema, 3)
+    assert latest_step(str(tmp_path)) == 5
+
+
+def test_checkpoint_of_an_earlier_version(tmp_path, capsys):
+    """It has no checksums; it is used, and a line says that it was not verified. What orbax cannot read is one line."""
+    save(tmp_path, 3)
+    fingerprint = weights_fingerprint(str(tmp_path), 3)
+    (tmp_path / "checkpoints" / "3" / CHECKSUMS).unlink()
+    assert restore(tmp_path).step == 3
+    assert "3 has no checksums.json: it is of an earlier version" in capsys.readouterr().out
+    assert weights_fingerprint(str(tmp_path), 3) == fingerprint
+    (tmp_path / "checkpoints" / "3" / "ema" / "_METADATA").write_text("{")
+    with pytest.raises(UserError, match=r'checkpoint ".*/3" cannot be read'):
+        restore(tmp_path)
+    assert weights_fingerprint(str(tmp_path), 3) != fingerprint
 
 
 def test_restore_ema_takes_the_named_step(tmp_path):
