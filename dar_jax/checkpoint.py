@@ -3,11 +3,14 @@
 A checkpoint holds two items: "ema", the weights that samples come from, and "train", the other fields of the state.
 A checkpoint of converted weights holds "ema" alone. The data need no third item, because a batch is a function of the
 step. A step's directory appears under its final name only when it is whole, so a crash while saving leaves the last
-good one. workdir/best.json names the checkpoint with the lowest score.
+good one. In it, checksums.json has the SHA-256 of every file, and nothing is restored that differs from them.
+workdir/best.json names the checkpoint with the lowest score.
 """
 
 import contextlib
 import dataclasses
+import functools
+import hashlib
 import json
 import pathlib
 import re
@@ -16,6 +19,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint.experimental.v1 as ocp
 from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
@@ -27,6 +31,10 @@ from dar_jax.logs import say
 
 # The layout of config.json. 1: it had no number, and config.model had no field `space`.
 FORMAT = 2
+
+CHECKSUMS = "checksums.json"
+UNREADABLE = "cannot be read"
+METADATA = "_CHECKPOINT_METADATA"  # of orbax: the items, and when the save began and ended
 
 # What a run keeps for life: its function, its randomness, and what makes a batch of a step.
 FIXED = ("model", "diffusion", "seed", "data.source", "data.name", "data.train_split", "train.batch_size")
@@ -64,11 +72,10 @@ class Checkpoints:
     """The checkpoints of one workdir; saves in the background, keeps the latest `checkpoint.keep` and the best."""
 
     def __init__(self, workdir: str, keep: int):
-        _set_incomplete_aside(workdir)
-        self._best = _Best(workdir)
+        self._directory, self._best = _directory(workdir), _Best(workdir)
         policies = ocp.training.preservation_policies
         self._checkpointer = ocp.training.Checkpointer(
-            _directory(workdir),
+            self._directory,
             save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),
             preservation_policy=policies.AnyPreservationPolicy([policies.LatestN(keep), self._best]),
             cleanup_tmp_directories=True,
@@ -89,15 +96,24 @@ class Checkpoints:
         If the one before failed, for want of room, say, its error is raised here.
         """
         if self.latest_step != step:
-            self._checkpointer.save_checkpointables_async(step, _items(state))
+            self.save_items(_items(state), step)
+
+    def save_items(self, items: dict[str, Any], step: int) -> None:
+        """As `save`, of the items by name."""
+        # Orbax calls back when all files are written, and then renames their directory.
+        write = functools.partial(_write_checksums, self._directory / str(step))
+        context = ocp.Context()
+        context.async_options.post_finalization_callback = write
+        with context:
+            self._checkpointer.save_checkpointables_async(step, items)
 
     def note_score(self, step: int, metric: str, value: float) -> None:
         """Keeps the checkpoint of `step` for good if its score is the lowest yet of this metric."""
         self._best.note(step, self.steps, metric, value)
 
     def restore(self, abstract):
-        """The latest state, of the type and on the shardings of `abstract`."""
-        items = self._checkpointer.load_checkpointables(self.latest_step, _items(abstract))
+        """The latest state, of the type and on the shardings of `abstract`; `set_damaged_aside` has checked it."""
+        items = _load(self._directory / str(self.latest_step), _items(abstract))
         return type(abstract)(ema=items["ema"], **items["train"])
 
     def close(self) -> None:
@@ -116,8 +132,8 @@ def _directory(workdir: str) -> pathlib.Path:
 def _parts(path: pathlib.Path) -> set[str]:
     """The items of a step directory, as its metadata lists them; empty unless all of them are there."""
     try:
-        names = set(json.loads((path / "_CHECKPOINT_METADATA").read_text())["item_handlers"])
-    except (OSError, ValueError, KeyError):
+        names = set(json.loads((path / METADATA).read_text())["item_handlers"])
+    except (OSError, ValueError, KeyError, TypeError):
         return set()
     return names if all((path / name).exists() for name in names) else set()
 
@@ -126,43 +142,156 @@ def _is_whole(path: pathlib.Path) -> bool:
     return _parts(path) in ({"train", "ema"}, {"ema"})
 
 
+def _directories(workdir: str) -> dict[int, pathlib.Path]:
+    """The step directories, whole or not, by ascending step."""
+    found = {int(path.name): path for path in _directory(workdir).glob("*") if path.name.isdigit()}
+    return dict(sorted(found.items()))
+
+
 def _steps(workdir: str) -> list[int]:
-    """Steps of the whole checkpoints, ascending."""
-    return sorted(int(p.name) for p in _directory(workdir).glob("*") if p.name.isdigit() and _is_whole(p))
+    """Steps of the checkpoints that have all their parts, ascending."""
+    return [step for step, path in _directories(workdir).items() if _is_whole(path)]
 
 
 def latest_step(workdir: str) -> int | None:
-    """Step of the latest whole checkpoint of `workdir`, from which a run there goes on; None if there is none."""
+    """Step of the latest checkpoint of `workdir` that has all its parts; None if there is none."""
     return max(_steps(workdir), default=None)
 
 
-def _set_incomplete_aside(workdir: str) -> None:
-    """Renames step directories that lack a part (of a copy cut short, say), which orbax would take for the latest."""
-    if jax.process_index() == 0:
-        for path in _directory(workdir).glob("*"):
-            if path.name.isdigit() and not _is_whole(path):
-                aside = path.with_name(f"incomplete-{path.name}-{time.time_ns()}")
-                path.rename(aside)
-                say(f"{path} is incomplete: renamed to {aside.name} and not used")
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices("incomplete checkpoints set aside")
-
-
 def saved_steps(workdir: str) -> list[int]:
-    """Steps of the whole checkpoints, ascending. Raises UserError if there is none."""
-    if steps := _steps(workdir):
+    """Steps of the checkpoints, whole or not, ascending. Raises UserError if there is none."""
+    if steps := list(_directories(workdir)):
         return steps
     raise UserError(f'workdir "{workdir}" holds no checkpoint; train with python -m dar_jax.main first.')
 
 
+def _checksums(path: pathlib.Path, names: list[str]) -> dict[str, str]:
+    """SHA-256 of the files of a step directory by name."""
+    sums = dict(zip(names, files.checksums([path / name for name in names]), strict=True))
+    if METADATA in sums:  # the time of the commit is added after the checksums were written
+        content = json.loads((path / METADATA).read_text())
+        if isinstance(content.get("commit_timestamp_nsecs"), int | None):
+            content["commit_timestamp_nsecs"] = None
+        sums[METADATA] = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    return sums
+
+
+def _file_names(path: pathlib.Path) -> list[str]:
+    return sorted(str(file.relative_to(path)) for file in path.rglob("*") if file.is_file())
+
+
+def _write_checksums(path: pathlib.Path) -> None:
+    """Writes the checksums of the checkpoint that will be `path`; locally it still has its temporary name."""
+    temporary = path.with_name(f"{path.name}.orbax-checkpoint-tmp")
+    path = temporary if temporary.exists() else path
+    files.write_json(path / CHECKSUMS, _checksums(path, _file_names(path)), indent=0)
+
+
+def _read_checksums(path: pathlib.Path) -> dict[str, str] | None:
+    """What `_write_checksums` wrote; None if there is no such file. Raises ValueError if it is damaged."""
+    try:
+        return dict(json.loads((path / CHECKSUMS).read_text()))
+    except FileNotFoundError:
+        return None
+
+
+def _damage(path: pathlib.Path, *, ema_only: bool = False) -> str:
+    """What is wrong with a step directory, or with all of it but "train"; "" if nothing is. In every process alike.
+
+    The processes share the reading of the files. Raises UserError if a file is there and cannot be read: then the
+    checkpoint may be whole all the same.
+    """
+    found = _damage_of_share(path, ema_only)
+    if jax.process_count() > 1:
+        line = np.frombuffer(found.encode()[:256].ljust(256), np.uint8)
+        lines = [bytes(line).decode(errors="replace").strip() for line in multihost_utils.process_allgather(line)]
+        found = next(filter(None, lines), "")
+    if found.startswith(UNREADABLE):
+        raise UserError(f'checkpoint "{path}" {found}; mend that, or rename the directory to do without it.')
+    return found
+
+
+def _damage_of_share(path: pathlib.Path, ema_only: bool) -> str:
+    if not _is_whole(path):
+        return "a part is missing"
+    try:
+        stored = _read_checksums(path)
+        if stored is None:
+            say(f"{path} has no {CHECKSUMS}: it is of an earlier version, and whether it is damaged cannot be checked")
+            return ""
+        names = [name for name in sorted(stored) if not (ema_only and name.startswith("train/"))]
+        found = _checksums(path, names[jax.process_index() :: jax.process_count()])
+    except (FileNotFoundError, IsADirectoryError, NotADirectoryError, ValueError) as error:
+        return str(error)
+    except OSError as error:
+        return f"{UNREADABLE}: {error}"
+    return next((f"the checksum of {name} differs" for name in found if found[name] != stored[name]), "")
+
+
+def set_damaged_aside(workdir: str) -> int | None:
+    """Step of the latest checkpoint that is whole and undamaged, from which a run goes on; None if there is none.
+
+    Later ones are renamed, with a line that names them. Every process must call it. Raises UserError if checkpoints
+    were finished, and all of them are damaged.
+    """
+    damaged, step = {}, None
+    for number, path in reversed(_directories(workdir).items()):
+        if not (damage := _damage(path)):
+            step = number
+            break
+        damaged[path] = damage
+    finished = [path for path in damaged if any((path / name).exists() for name in (CHECKSUMS, "commit_success.txt"))]
+    if step is None and finished:
+        found = ", ".join(f"{path.name} ({damaged[path]})" for path in finished)
+        raise UserError(
+            f'workdir "{workdir}" has no checkpoint that is not damaged: {found}. Put a copy in their place, or remove '
+            "them to start from step 0."
+        )
+    if jax.process_index() == 0:
+        for path, damage in damaged.items():
+            aside = path.with_name(f"damaged-{path.name}-{time.time_ns()}")
+            with files.writing(workdir, "--workdir"):
+                path.rename(aside)
+            say(f"{path} is damaged ({damage}): renamed to {aside.name} and not used")
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices("damaged checkpoints set aside")
+    return step
+
+
+def _load(path: pathlib.Path, items: dict[str, Any]) -> dict[str, Any]:
+    try:
+        return ocp.load_checkpointables(path, items)
+    except Exception as error:  # orbax raises what its readers happen to
+        reason = str(error).partition("\n")[0]
+        raise UserError(f'checkpoint "{path}" cannot be read: {type(error).__name__}, {reason}') from error
+
+
 def restore_ema(workdir: str, abstract_params, step: int | None = None) -> tuple[Any, int]:
-    """Returns (EMA weights, step) of a checkpoint, the latest by default. Raises UserError if there is none."""
+    """Returns (EMA weights, step) of a checkpoint, by default the latest that is not damaged. Every process calls it.
+
+    Raises UserError if there is none.
+    """
     steps = saved_steps(workdir)
-    step = steps[-1] if step is None else step
-    if step not in steps:
+    if step not in (None, *steps):
         raise UserError(f'workdir "{workdir}" has no checkpoint of step {step}; it has {steps}.')
-    items = ocp.load_checkpointables(_directory(workdir) / str(step), {"ema": abstract_params})
-    return items["ema"], step
+    wanted = steps[::-1] if step is None else [step]
+    for number in wanted:
+        path = _directory(workdir) / str(number)
+        if not (damage := _damage(path, ema_only=True)):
+            return _load(path, {"ema": abstract_params})["ema"], number
+        say(f"{path} is damaged ({damage}) and not used")
+    raise UserError(
+        f'workdir "{workdir}": the checkpoints of steps {wanted} are damaged ({damage}); put a copy in their place, or '
+        "take another --step."
+    )
+
+
+def weights_fingerprint(workdir: str, step: int) -> str:
+    """Identity of the EMA weights of a checkpoint: the SHA-256 of the checksums of their files."""
+    path = _directory(workdir) / str(step)
+    sums = _read_checksums(path) or _checksums(path, _file_names(path))
+    weights = {name: value for name, value in sums.items() if name.startswith("ema/")}
+    return hashlib.sha256(json.dumps(weights, sort_keys=True).encode()).hexdigest()
 
 
 def load_config(workdir: str) -> ConfigDict:
@@ -212,7 +341,8 @@ def write_weights(workdir: str, config: ConfigDict, params: dict) -> None:
     if _steps(workdir):
         raise UserError(f'--output = "{workdir}" holds checkpoints; take another.')
     claim_workdir(workdir, config)
-    ocp.save_checkpointables(_directory(workdir) / "0", {"ema": params})
+    with contextlib.closing(Checkpoints(workdir, keep=1)) as checkpoints:
+        checkpoints.save_items({"ema": params}, 0)
 
 
 @contextlib.contextmanager

@@ -1,8 +1,11 @@
 """What a run says: TensorBoard (clu), workdir/metrics.jsonl and a progress line."""
 
+import contextlib
 import json
 import pathlib
 import time
+from collections.abc import Callable
+from typing import Any
 
 import jax
 
@@ -14,6 +17,15 @@ def say(message: str) -> None:
     """Prints one line on the first process, at once."""
     if jax.process_index() == 0:
         print(message, flush=True)
+
+
+def read_metrics(workdir: str) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl, without those that a crash cut short; none if there is no such file."""
+    path, found = pathlib.Path(workdir) / "metrics.jsonl", []
+    for line in path.read_text(errors="replace").splitlines() if path.exists() else ():
+        with contextlib.suppress(ValueError):
+            found.append(json.loads(line))
+    return [line for line in found if isinstance(line, dict) and isinstance(line.get("step"), int)]
 
 
 class Logs:
@@ -37,13 +49,17 @@ class Logs:
         peak = peak_flops(jax.devices()[0].device_kind)
         self.peak_flops = peak and peak * jax.device_count()
         self.start_window(first_step)
-        if is_first and self.path.exists():
-            kept = [line for line in self.path.read_text().splitlines() if _step(line) <= first_step]
-            files.write_text(self.path, "".join(f"{line}\n" for line in kept))
+        self.drop(lambda line: line["step"] > first_step)
 
     def start_window(self, step: int) -> None:
         """Starts the measurement of speed anew, after time that was not training."""
         self.window_step, self.window_time = step, time.monotonic()
+
+    def drop(self, which: Callable[[dict[str, Any]], bool]) -> None:
+        """Removes lines of metrics.jsonl, and puts the others in the order of their steps."""
+        if self.path is not None and self.path.exists():
+            kept = sorted((line for line in read_metrics(self.path.parent) if not which(line)), key=lambda x: x["step"])
+            files.write_text(self.path, "".join(json.dumps(line) + "\n" for line in kept))
 
     def write(self, step: int, scalars: dict[str, float]) -> None:
         self.writer.write_scalars(step, scalars)
@@ -76,10 +92,3 @@ class Logs:
     def close(self) -> None:
         self.writer.flush()
         self.writer.close()
-
-
-def _step(line: str) -> float:
-    try:
-        return json.loads(line)["step"]
-    except (ValueError, KeyError):  # a line cut short by a crash
-        return float("inf")

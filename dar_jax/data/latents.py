@@ -21,7 +21,6 @@ with moments if a VAE made them, and with the image if asked for or if there is 
 import json
 import pathlib
 from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -68,9 +67,8 @@ def read_manifest(path: pathlib.Path) -> dict[str, Any]:
 
 def check_checksums(path: pathlib.Path, shards: list[dict[str, Any]]) -> None:
     """Reads `shards`, entries of the manifest, as a whole; raises UserError that names those that are damaged."""
-    with ThreadPoolExecutor(8) as pool:  # hashing releases the interpreter
-        sums = pool.map(files.sha256, [path / shard["name"] for shard in shards])
-        bad = [shard["name"] for shard, found in zip(shards, sums, strict=True) if found != shard["sha256"]]
+    sums = files.checksums([path / shard["name"] for shard in shards])
+    bad = [shard["name"] for shard, found in zip(shards, sums, strict=True) if found != shard["sha256"]]
     if bad:
         raise UserError(
             f'{len(bad)} of {len(shards)} shards of "{path}" are damaged (checksum): {", ".join(bad)}; copy them '

@@ -20,6 +20,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from dar_jax import files, sharding
 from dar_jax.errors import UserError
 from dar_jax.pretrained import inception
+from dar_jax.pretrained.state_dict import fingerprint
 
 VERSION = 1  # part of the cache's identity: raise it when the network or its training changes
 NUM_FEATURES = 64
@@ -33,12 +34,13 @@ class Features(NamedTuple):
 
     `extract` maps uint8 images [B, H, W, C], C = 1 or 3, to float32 features by name, inside or outside jit: "pool"
     [B, F], and of the Inception network "spatial" [B, 2023] and "logits" [B, 1008] too. `batch_size` is what one
-    device takes at a time.
+    device takes at a time. `fingerprint` is the SHA-256 of weights that were trained here, and "" of others.
     """
 
     name: str
     extract: Callable[[Any], dict[str, jax.Array]]
     batch_size: int
+    fingerprint: str = ""
 
 
 def extract_all(features: Features, images: np.ndarray, mesh: Mesh) -> dict[str, np.ndarray]:
@@ -142,7 +144,7 @@ def convnet_features(
         _, features = net.apply({"params": weights["params"]}, jnp.asarray(images))
         return {"pool": features / weights["scale"]}
 
-    return Features("convnet", jax.jit(extract), batch_size=256)
+    return Features("convnet", jax.jit(extract), batch_size=256, fingerprint=fingerprint(weights))
 
 
 def _train(net: ConvNet, images: np.ndarray, labels: np.ndarray, seed: int, log: Callable[[str], None]) -> dict:

@@ -2,9 +2,11 @@
 
 import pathlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
@@ -15,8 +17,10 @@ from dar_jax.evaluation.features import Features, convnet_features, extract_all,
 from dar_jax.evaluation.grid import save_grid
 from dar_jax.evaluation.metrics import Collector, load_reference, score, warn_if_few
 from dar_jax.evaluation.sampling import make_sampler, sample_images
+from dar_jax.logs import read_metrics, say
 from dar_jax.pretrained.inception import how_to_get
 
+DISTANCES = ("fid", "fd_")  # how the first name of `metrics.score` begins
 MAX_TRAINING_IMAGES = 20_000  # for the convnet, which learns in seconds
 
 
@@ -52,6 +56,59 @@ def check(settings: ConfigDict) -> None:
     require(settings.num_samples != 1, "config.eval.num_samples = 1 must be 0 (no metrics) or at least 2.")
 
 
+def is_due(config: ConfigDict, step: int) -> bool:
+    """Whether a run evaluates after `step`."""
+    every = config.eval.every_steps
+    return every > 0 and (step % every == 0 or step == config.train.num_steps)
+
+
+def is_evaluation(line: dict[str, Any]) -> bool:
+    """Whether a line of metrics.jsonl is that of an evaluation: it has a Frechet distance, or the step alone."""
+    return set(line) == {"step"} or any(name.startswith(DISTANCES) for name in line)
+
+
+def unfinished(config: ConfigDict, workdir: str, steps: Sequence[int]) -> list[int]:
+    """Those of `steps`, of the checkpoints, whose evaluation is due and did not finish; in all processes alike.
+
+    An evaluation writes the grid, then best.json, and last its line of metrics.jsonl. Says which evaluations cannot be
+    made up for, because their checkpoints are gone.
+    """
+    lines, folder = [line for line in read_metrics(workdir) if is_evaluation(line)], pathlib.Path(workdir)
+
+    def is_logged(step: int) -> bool:
+        names = {name for line in lines if line["step"] == step for name in line}
+        if not config.eval.num_samples:
+            return bool(names)
+        sizes = _sizes(config, step)
+        suffix = f"_{sizes[-1]}" if len(sizes) > 1 else ""
+        return any(name.startswith(DISTANCES) and name.endswith(suffix) for name in names)
+
+    has_best = config.eval.num_samples == 0 or (folder / "best.json").exists()
+    found = [
+        is_due(config, step)
+        and not (has_best and is_logged(step) and (folder / "samples" / f"{step:08d}.png").exists())
+        for step in steps
+    ]
+    if steps and jax.process_count() > 1:
+        found = multihost_utils.broadcast_one_to_all(np.array(found))
+    past = range(1, max(steps, default=0))
+    if gone := [step for step in past if is_due(config, step) and step not in steps and not is_logged(step)]:
+        say(f"steps without an evaluation, whose checkpoints are gone: {_listed(gone)}")
+    return [step for step, missing in zip(steps, found, strict=True) if missing]
+
+
+def _listed(steps: list[int]) -> str:
+    return ", ".join(map(str, steps[:5])) + (f" and {len(steps) - 5} more" if len(steps) > 5 else "")
+
+
+def _sizes(config: ConfigDict, step: int) -> list[int]:
+    """The numbers of samples that are scored after `step`."""
+    settings = config.eval
+    is_last = step == config.train.num_steps
+    more = [settings.final_samples] if is_last and settings.final_samples > settings.num_samples > 0 else []
+    return [settings.num_samples, *more]
+
+
 class InlineEvaluation:
     """Draws the same samples (noise and conditions) at every call and compares them with the reference."""
 
@@ -69,10 +126,8 @@ class InlineEvaluation:
         At the last step those of `config.eval.final_samples` follow, if they are more: {..., "fid_50000": ...}. The
         first grid_size^2 samples are the grid, row by row.
         """
-        settings = self.config.eval
-        grid_images, sizes = settings.grid_size**2, [settings.num_samples]
-        if step == self.config.train.num_steps and settings.final_samples > settings.num_samples > 0:
-            sizes.append(settings.final_samples)
+        settings, sizes = self.config.eval, _sizes(self.config, step)
+        grid_images = settings.grid_size**2
         condition = self.kind.to_sample(max(*sizes, grid_images), settings.labels, self.config.seed)
         batches = sample_images(self.draw, ema, condition, settings.batch_size, self.mesh)
         grid, scores, collector, position = [], {}, Collector(), 0

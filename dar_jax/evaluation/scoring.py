@@ -15,6 +15,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from dar_jax import conditions, files, objectives, sharding
+from dar_jax.checkpoint import weights_fingerprint
 from dar_jax.config import default
 from dar_jax.data.pipeline import image_batches
 from dar_jax.data.sources import open_source
@@ -191,34 +192,38 @@ class _Shards:
     """Features, and on request images, of consecutive samples in files named by the first of them."""
 
     def __init__(self, parent: pathlib.Path, settings: dict, with_images: bool):
-        # Samples and features depend on neither their number nor the reference.
-        others = ("num_samples", "reference", "reference_sha256")
+        # Samples and features depend on neither their number, the reference nor the place of the weights.
+        others = ("num_samples", "reference", "reference_sha256", "workdir", "step")
         identity = {"images": with_images, **{key: value for key, value in settings.items() if key not in others}}
         digest = hashlib.sha256(json.dumps(identity, sort_keys=True, default=str).encode()).hexdigest()
         self.directory, self.with_images = parent / digest[:16], with_images
         if jax.process_index() == 0:
             self.directory.mkdir(parents=True, exist_ok=True)
 
-    def _paths(self) -> Iterator[tuple[int, pathlib.Path]]:
+    def _parts(self) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
+        """The first sample and the arrays of each file, up to the first file that is missing or damaged."""
         position = 0
         while (path := self.directory / f"{position:08d}.npz").exists():
-            yield position, path
-            with np.load(path) as file:
-                position += int(file["count"])
+            try:
+                with np.load(path) as file:
+                    arrays = dict(file)
+                count = int(arrays.pop("count"))
+            except Exception as error:  # a damaged file fails in many ways, and the cure is the same for all
+                say(f"{path} is damaged ({type(error).__name__}): its samples are drawn again")
+                return
+            yield position, arrays
+            position += count
 
     def stored(self, limit: int) -> Iterator[dict[str, np.ndarray]]:
         """Features of samples 0, 1, ..., shard by shard, up to `limit`; nothing in any process but the first."""
         if jax.process_index() == 0:
-            for position, path in self._paths():
-                with np.load(path) as file:
-                    found = {name: file[name] for name in file.files if name not in ("images", "count")}
+            for position, arrays in self._parts():
                 if position < limit:
-                    yield {name: x[: limit - position] for name, x in found.items()}
+                    yield {name: x[: limit - position] for name, x in arrays.items() if name != "images"}
 
     def images(self, limit: int) -> Iterator[np.ndarray]:
-        for position, path in self._paths():
-            with np.load(path) as file:
-                yield file["images"][: max(limit - position, 0)]
+        for position, arrays in self._parts():
+            yield arrays["images"][: max(limit - position, 0)]
 
     def write(self, position: int, features: dict[str, np.ndarray], images: np.ndarray) -> None:
         if jax.process_index() == 0:
@@ -234,7 +239,8 @@ class _Shards:
 
 def _files(config: ConfigDict, features: Features) -> dict:
     """Names and checksums of the files that a number depends on, and the versions of the libraries."""
-    settings = {"features": features.name, "versions": {n: importlib.metadata.version(n) for n in ("dar_jax", "jax")}}
+    versions = {name: importlib.metadata.version(name) for name in ("dar_jax", "jax")}
+    settings = {"features": features.name, "features_sha256": features.fingerprint, "versions": versions}
     for name in ("inception", "reference"):
         if path := config.eval[name]:
             settings[name], settings[f"{name}_sha256"] = path, files.sha256(path)
@@ -247,6 +253,7 @@ def _settings(config: ConfigDict, features: Features, *, workdir: str, step: int
     return {
         "workdir": str(pathlib.Path(workdir).absolute()),
         "step": step,
+        "weights_sha256": weights_fingerprint(workdir, step),
         "num_samples": config.eval.num_samples,
         "labels": config.eval.labels,
         "seed": config.seed,

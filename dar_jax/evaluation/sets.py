@@ -24,7 +24,10 @@ class ImageSet(NamedTuple):
     shape: tuple[int, ...]
 
     def batches(self, batch_size: int, limit: int | None = None) -> Iterator[np.ndarray]:
-        """Yields the first `limit` images, uint8 [b, H, W, C]. Raises UserError if the file is cut short."""
+        """Yields the first `limit` images, uint8 [b, H, W, C].
+
+        Raises UserError if the array is damaged, at the latest after the last of them; its checksum is of all images.
+        """
         count = self.shape[0] if limit is None else min(limit, self.shape[0])
         size = int(np.prod(self.shape[1:]))
         try:
@@ -33,6 +36,8 @@ class ImageSet(NamedTuple):
                 for start in range(0, count, batch_size):
                     number = min(batch_size, count - start)
                     yield np.frombuffer(file.read(number * size), np.uint8).reshape(number, *self.shape[1:])
+                while file.read(1 << 24):
+                    pass
         except _DAMAGE as error:
             raise UserError(f'"{self.path}" is damaged ({error}); fetch or write it again.') from error
 

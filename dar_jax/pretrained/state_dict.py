@@ -1,11 +1,13 @@
-"""PyTorch weights as a state dict: arrays by name."""
+"""PyTorch weights as a state dict: arrays by name. The identity of weights."""
 
 import argparse
+import hashlib
 import pathlib
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+from flax import traverse_util
 from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
@@ -57,3 +59,12 @@ def to_numpy(x) -> np.ndarray:
     if hasattr(x, "detach"):
         x = x.detach().cpu().float().numpy()
     return np.asarray(x, np.float32)
+
+
+def fingerprint(params: dict) -> str:
+    """SHA-256 of the weights: names, shapes and float32 bytes, in the order of the names."""
+    digest = hashlib.sha256()
+    for path, leaf in sorted(traverse_util.flatten_dict(params, sep="/").items()):
+        digest.update(f"{path} {leaf.shape}\n".encode())
+        digest.update(np.ascontiguousarray(leaf, "<f4").data)
+    return digest.hexdigest()

@@ -8,7 +8,6 @@ A converted VAE is a directory: weights/ (orbax, float32) and vae.json with the 
 the weights, by which latents remember who made them.
 """
 
-import hashlib
 import json
 import math
 import pathlib
@@ -27,7 +26,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from dar_jax import files, sharding
 from dar_jax.errors import UserError
-from dar_jax.pretrained.state_dict import to_numpy
+from dar_jax.pretrained.state_dict import fingerprint, to_numpy
 
 SCALE = 0.18215
 GROUPS = 32  # of every GroupNorm; leaves no trace in the weights
@@ -223,7 +222,7 @@ def from_torch(state_dict: Mapping[str, Any]) -> Vae:
     if rest:
         raise UserError(f'the weights have the key "{min(rest)}", which AutoencoderKL has not.')
     params = traverse_util.unflatten_dict(params, sep="/")
-    return Vae(model, params, SCALE, _fingerprint(params))
+    return Vae(model, params, SCALE, fingerprint(params))
 
 
 def write(path: str, vae: Vae) -> None:
@@ -268,7 +267,7 @@ def load(path: str, field: str) -> Vae:
     restore = jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), _abstract(model))
     try:
         params = ocp.load_pytree(pathlib.Path(path).absolute() / "weights", restore)
-        damaged = _fingerprint(params) != header["fingerprint"]
+        damaged = fingerprint(params) != header["fingerprint"]
     except Exception as error:  # orbax raises what its readers happen to
         raise UserError(f'{field} = "{path}": the weights cannot be read ({error}); convert them again.') from error
     if damaged:
@@ -325,12 +324,3 @@ def _infer_model(state_dict: Mapping[str, Any]) -> AutoencoderKL:
     if bad := [width for width in channels if width % GROUPS]:
         raise UserError(f"the weights have a layer of {bad[0]} channels, which {GROUPS} groups do not divide.")
     return AutoencoderKL(tuple(channels), len(latents))
-
-
-def _fingerprint(params: dict) -> str:
-    """SHA-256 of the weights: names, shapes and float32 bytes, in the order of the names."""
-    digest = hashlib.sha256()
-    for path, leaf in sorted(traverse_util.flatten_dict(params, sep="/").items()):
-        digest.update(f"{path} {leaf.shape}\n".encode())
-        digest.update(np.ascontiguousarray(leaf, "<f4").data)
-    return digest.hexdigest()

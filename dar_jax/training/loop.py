@@ -13,13 +13,13 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from dar_jax import conditions, models, sharding
-from dar_jax.checkpoint import Checkpoints, claim_workdir, latest_step, writing_to
+from dar_jax.checkpoint import Checkpoints, claim_workdir, restore_ema, set_damaged_aside, writing_to
 from dar_jax.config import micro_batch
 from dar_jax.data.feed import open_batches
 from dar_jax.data.sources import open_source
 from dar_jax.diagnosis.curves import InlineDiagnosis
 from dar_jax.errors import UserError, check_ranges, require
-from dar_jax.evaluation.in_training import InlineEvaluation
+from dar_jax.evaluation.in_training import InlineEvaluation, is_due, is_evaluation, unfinished
 from dar_jax.logs import Logs, say
 from dar_jax.models.flops import forward_flops
 from dar_jax.training.init_from import check_init_from, restore_initial
@@ -55,10 +55,11 @@ def train(config: ConfigDict, workdir: str, profile_steps: int = 0) -> None:
     if config.diagnosis.every_steps:
         sharding.check_batch(mesh, "config.diagnosis.num_images", config.diagnosis.num_images)
     conditions.build(config.model).check_data(open_source(config.data, config.data.train_split).num_classes)
-    first_step = latest_step(workdir) or 0
+    latest_step = set_damaged_aside(workdir)
+    first_step = latest_step or 0
     feed = open_batches(config, mesh, batch_size=config.train.batch_size, first_step=first_step)
     with sharding.use(mesh), feed as batches, writing_to(workdir), _StopSignal() as stop:
-        if config.init_from and latest_step(workdir) is None:
+        if config.init_from and latest_step is None:
             check_init_from(config)
         claim_workdir(workdir, config)
         with closing(Checkpoints(workdir, config.checkpoint.keep)) as checkpoints:
@@ -69,7 +70,8 @@ def train(config: ConfigDict, workdir: str, profile_steps: int = 0) -> None:
                     f'the latest checkpoint in "{workdir}" was of step {first_step}, which the data follow, and is now '
                     f"of step {int(state.step)}: another run writes there, or the hosts do not see the same directory."
                 )
-            if first_step >= config.train.num_steps:
+            evaluations = unfinished(config, workdir, checkpoints.steps)
+            if first_step >= config.train.num_steps and not evaluations:
                 say(
                     f"nothing to do: {workdir} is at step {first_step} of {config.train.num_steps}; raise "
                     "--config.train.num_steps to go on"
@@ -77,7 +79,9 @@ def train(config: ConfigDict, workdir: str, profile_steps: int = 0) -> None:
                 return
             hooks = _Hooks.start(config, workdir, mesh, run, first_step, profile_steps, checkpoints)
             with closing(hooks.logs):
-                _loop(config, run, state, batches, hooks, stop)
+                _make_up(evaluations, run, state, hooks)
+                if first_step < config.train.num_steps:
+                    _loop(config, run, state, batches, hooks, stop)
 
 
 def _first_state(config: ConfigDict, workdir: str, mesh: Mesh, run: Setup, checkpoints: Checkpoints) -> Any:
@@ -119,6 +123,18 @@ class _Hooks(NamedTuple):
         return cls(workdir, checkpoints, logs, metrics, profile, evaluation, diagnosis)
 
 
+def _make_up(steps: list[int], run: Setup, state: Any, hooks: _Hooks) -> None:
+    """Evaluates the checkpoints of `steps`, of which the newest may be that of `state`."""
+    for step in steps:
+        say(f"making up for the evaluation of step {step}, which did not finish")
+        try:
+            ema = state.ema if step == state.step else restore_ema(hooks.workdir, run.state.ema, step)[0]
+        except UserError as error:
+            say(f"it cannot be made up for: {error}")
+            continue
+        _evaluate(hooks, ema, step)
+
+
 def _loop(config: ConfigDict, run: Setup, state: Any, batches, hooks: _Hooks, stop: "_StopSignal") -> None:
     """Takes the steps that are left, and saves where the run ends or is stopped."""
     step, num_steps, frozen = int(state.step), config.train.num_steps, run.load_frozen()
@@ -132,7 +148,7 @@ def _loop(config: ConfigDict, run: Setup, state: Any, batches, hooks: _Hooks, st
             hooks.metrics.settle()
             hooks.logs.write(step, hooks.diagnosis.run(state.params))
             hooks.logs.start_window(step)
-        evaluate = hooks.evaluation and (step % config.eval.every_steps == 0 or step == num_steps)
+        evaluate = is_due(config, step)
         if evaluate or step % config.checkpoint.every_steps == 0 or step == num_steps:
             hooks.metrics.settle()
             hooks.checkpoints.save(state, step)
@@ -149,10 +165,11 @@ def _loop(config: ConfigDict, run: Setup, state: Any, batches, hooks: _Hooks, st
 
 def _evaluate(hooks: _Hooks, ema: Any, step: int) -> None:
     scores = hooks.evaluation.run(ema, step)
-    hooks.logs.write(step, scores)
-    say(f"step {step}: {hooks.workdir}/samples/{step:08d}.png  " + _format(scores))
     if scores:
         hooks.checkpoints.note_score(step, *next(iter(scores.items())))
+    hooks.logs.drop(lambda line: line["step"] == step and is_evaluation(line))
+    hooks.logs.write(step, scores)  # last, because it says that the evaluation is finished
+    say(f"step {step}: {hooks.workdir}/samples/{step:08d}.png  " + _format(scores))
 
 
 class _Metrics:

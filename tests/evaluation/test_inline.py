@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dar_jax import sharding
 from dar_jax.evaluation import in_training
 from dar_jax.evaluation.features import Features
+from dar_jax.logs import read_metrics
 from dar_jax.training import loop
 from tests.training import tiny
 
@@ -22,10 +22,8 @@ def make_config():
     return config
 
 
-@pytest.fixture
-def network(monkeypatch):
-    """A network of 4 features that keeps what it was given."""
-    seen = []
+def spied(seen):
+    """What stands in for the feature network: one of 4 features that keeps what it was given."""
 
     def extract(images):
         x = images.astype(jnp.float32).reshape(len(images), 4, -1)
@@ -35,9 +33,14 @@ def network(monkeypatch):
         seen.append(images)
         return {name: np.asarray(x) for name, x in extract(images).items()}
 
-    monkeypatch.setattr(in_training, "load_features", lambda *_: Features("test", extract, 8))
-    monkeypatch.setattr(in_training, "extract_all", spy)
-    monkeypatch.setattr(sharding, "make_mesh", lambda mesh: tiny.make_mesh(1, 1))
+    return {"load_features": lambda *_: Features("test", extract, 8), "extract_all": spy}
+
+
+@pytest.fixture
+def network(programs, monkeypatch):
+    seen = []
+    for name, value in spied(seen).items():
+        monkeypatch.setattr(in_training, name, value)
     return seen
 
 
@@ -59,6 +62,58 @@ def test_run_scores_samples_and_keeps_the_best_checkpoint(network, tmp_path, cap
     with Image.open(tmp_path / "samples" / "00000006.png") as picture:
         corner = np.asarray(picture)[:8, :8]
     assert corner.shape == (8, 8)
+
+
+@pytest.fixture(scope="module")
+def programs(tmp_path_factory):
+    with tiny.all_runs_on((1, 1), tmp_path_factory.mktemp("cache")):
+        yield
+
+
+def results(workdir):
+    """All that the evaluations of a run leave behind: lines, grids, the best and the checkpoints."""
+    lines = [line for line in read_metrics(str(workdir)) if in_training.is_evaluation(line)]
+    grids = {path.name: path.read_bytes() for path in (workdir / "samples").iterdir()}
+    checkpoints = {path.name for path in (workdir / "checkpoints").iterdir()}
+    return lines, grids, json.loads((workdir / "best.json").read_text()), checkpoints
+
+
+@pytest.fixture(scope="module")
+def undisturbed(programs, tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("undisturbed")
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in spied([]).items():
+            patch.setattr(in_training, name, value)
+        loop.train(make_config(), str(workdir))
+    return results(workdir)
+
+
+@pytest.mark.parametrize(
+    ("step", "where"),
+    [(2, "InlineEvaluation.run"), (4, "Checkpoints.note_score"), (6, "Logs.write")],
+)
+def test_stopped_evaluation_is_made_up_for(undisturbed, network, tmp_path, monkeypatch, capsys, step, where):
+    """Wherever it stops, the next start leaves the same behind as a run that was not disturbed, and the one after it
+    has nothing to do."""
+    owner, name = where.split(".")
+    owner = {"InlineEvaluation": loop.InlineEvaluation, "Checkpoints": loop.Checkpoints, "Logs": loop.Logs}[owner]
+    original = getattr(owner, name)
+
+    def stop(self, *args):
+        if step in args and not any("loss" in x for x in args if isinstance(x, dict)):
+            raise KeyboardInterrupt
+        return original(self, *args)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(owner, name, stop)
+        loop.train(make_config(), str(tmp_path))
+    assert all(line["step"] < step for line in read_metrics(str(tmp_path)) if in_training.is_evaluation(line))
+    loop.train(make_config(), str(tmp_path))
+    assert f"making up for the evaluation of step {step}," in capsys.readouterr().out
+    for found, wanted in zip(results(tmp_path), undisturbed, strict=True):
+        assert found == wanted
+    loop.train(make_config(), str(tmp_path))
+    assert "nothing to do" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(("grid_size", "num_samples"), [(2, 12), (5, 12), (2, 0)])

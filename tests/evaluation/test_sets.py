@@ -123,6 +123,16 @@ def test_damaged_files(tmp_path, damage, save):
             read_moments(str(path), "--reference")
 
 
+def test_images_that_are_not_asked_for_may_not_be_damaged(tmp_path):
+    """The checksum is of all of them, and the damage may as well be in those before."""
+    np.savez(tmp_path / "x.npz", arr_0=images())
+    content = bytearray((tmp_path / "x.npz").read_bytes())
+    content[200] ^= 1
+    (tmp_path / "x.npz").write_bytes(content)
+    with pytest.raises(UserError, match="is damaged"):
+        list(open_images(str(tmp_path / "x.npz"), "--samples").batches(2, limit=2))
+
+
 def test_header_that_promises_more_than_there_is(tmp_path):
     write_set(str(tmp_path / "x.npz"), (70, 5, 5, 3), [images()], {}, "--out")
     with pytest.raises(UserError, match="is damaged"):

@@ -1,6 +1,8 @@
 """The door `evaluate`: scores of a run and of a file agree, a stopped evaluation goes on, mistakes are one line."""
 
 import json
+import pathlib
+import shutil
 import subprocess
 import sys
 
@@ -172,6 +174,32 @@ def test_stopped_evaluation_goes_on(workdir, convnet, drawn, monkeypatch, capsys
     assert drawn == [], "the first samples of a longer evaluation are those of a shorter one"
     assert scores(evaluate_run(config, workdir, None, [1.5], None)) == scores(fewer)
     assert drawn == list(range(12))
+
+
+def test_parts_are_of_the_weights(workdir, convnet, drawn, monkeypatch, tmp_path, capsys):
+    """Others under the same path and step start anew; the same ones go on in another place, but for damaged parts."""
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(scoring._Shards, "remove", lambda _: (_ for _ in ()).throw(KeyboardInterrupt))
+        evaluate_run(make_config(), workdir, None, [1.5], None)
+    moved = shutil.copytree(workdir, tmp_path / "moved")
+    drawn.clear()
+    before = evaluate_run(make_config(), str(moved), None, [1.5], None)
+    assert drawn == []
+    shutil.copytree(pathlib.Path(workdir) / "evaluation", moved / "evaluation", dirs_exist_ok=True)
+    (part,) = moved.glob("evaluation/*/00000008.npz")
+    content = bytearray(part.read_bytes())
+    content[len(content) // 2] ^= 1
+    part.write_bytes(content)
+    assert scores(evaluate_run(make_config(), str(moved), None, [1.5], None)) == scores(before)
+    assert drawn == list(range(8, 24)) and "00000008.npz is damaged" in capsys.readouterr().out
+    shutil.copytree(pathlib.Path(workdir) / "evaluation", moved / "evaluation", dirs_exist_ok=True)
+    drawn.clear()
+    shutil.rmtree(moved / "checkpoints")
+    config = tiny.make_config()
+    config.seed = 1
+    write_weights(str(moved), tiny.make_config(), jax.jit(lambda: sharding.unbox(tiny.initial(config)))())
+    after = evaluate_run(make_config(), str(moved), None, [1.5], None)
+    assert drawn == list(range(24)) and scores(after) != scores(before)
 
 
 def test_scores_depend_on_what_they_should(workdir, convnet, drawn):

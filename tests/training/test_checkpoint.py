@@ -2,6 +2,8 @@
 
 import json
 import os
+import random
+import re
 import shutil
 
 import jax
@@ -9,7 +11,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dar_jax.checkpoint import Checkpoints, claim_workdir, latest_step, load_config, restore_ema
+from dar_jax.checkpoint import (
+    CHECKSUMS,
+    METADATA,
+    Checkpoints,
+    claim_workdir,
+    latest_step,
+    load_config,
+    restore_ema,
+    set_damaged_aside,
+    weights_fingerprint,
+)
 from dar_jax.config import default
 from dar_jax.errors import UserError
 from dar_jax.training.flow import TrainState
@@ -32,7 +44,8 @@ def save(workdir, *steps, keep=9):
 
 
 def restore(workdir):
-    """The latest state, as a new process sees it."""
+    """The latest undamaged state, as a new process sees it."""
+    set_damaged_aside(str(workdir))
     checkpoints = Checkpoints(str(workdir), 9)
     state = checkpoints.restore(abstract(make_state(0)))
     checkpoints.close()
@@ -114,6 +127,66 @@ def test_half_written_checkpoint_is_not_used(tmp_path, name, missing):
     assert restore(tmp_path).step == 5
     save(tmp_path, 7)
     assert restore(tmp_path).step == 7
+
+
+def flip(path, rng):
+    """Changes one bit of the file `path`."""
+    content = bytearray(path.read_bytes())
+    content[rng.randrange(len(content))] ^= 1 << rng.randrange(8)
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("flips", [20, pytest.param(1000, marks=pytest.mark.slow)])
+def test_no_flipped_bit_is_restored(tmp_path, flips, capsys):
+    """Wherever it is in the checkpoint, the one before is restored, and the damaged one is named."""
+    save(tmp_path / "whole", 3, 5)
+    names = sorted(path.relative_to(tmp_path / "whole") for path in tmp_path.glob("whole/checkpoints/5/**/*"))
+    names = [name for name in names if (tmp_path / "whole" / name).is_file() and name.name != "commit_success.txt"]
+    rng = random.Random(0)
+    for i in range(flips):
+        workdir, name = tmp_path / "flipped", names[i % len(names)]
+        shutil.copytree(tmp_path / "whole", workdir)
+        flip(workdir / name, rng)
+        ema, step = restore_ema(str(workdir), abstract(make_state(0).ema))
+        state = restore(workdir)
+        if name.name != METADATA:  # the time of the commit, which it holds, may be any
+            assert state.step == 3, name
+            assert step == (3 if "ema" in name.parts else 5) or len(name.parts) == 3, name
+            assert re.search(r"5 is damaged \(.*\): renamed to damaged-5-\d+ and not used", capsys.readouterr().out)
+        jax.tree.map(np.testing.assert_array_equal, (state, ema), (make_state(int(state.step)), make_state(step).ema))
+        shutil.rmtree(workdir)
+
+
+def test_without_an_undamaged_checkpoint(tmp_path):
+    """Nothing is renamed, and a run does not begin anew; what is not read need not be whole."""
+    save(tmp_path, 3, 5)
+    ema = abstract(make_state(0).ema)
+    for step in (3, 5):
+        (tmp_path / "checkpoints" / str(step) / "train" / "_METADATA").unlink()
+    assert restore_ema(str(tmp_path), ema)[1] == 5
+    with pytest.raises(UserError, match=r"no checkpoint that is not damaged: 5 \(.*train/_METADATA.*\), 3 \("):
+        set_damaged_aside(str(tmp_path))
+    for step in (3, 5):
+        (tmp_path / "checkpoints" / str(step) / "ema" / "_METADATA").unlink()
+    with pytest.raises(UserError, match=r"steps \[5, 3\] are damaged \(.*ema/_METADATA"):
+        restore_ema(str(tmp_path), ema)
+    with pytest.raises(UserError, match=r"steps \[3\] are damaged"):
+        restore_ema(str(tmp_path), ema, 3)
+    assert latest_step(str(tmp_path)) == 5
+
+
+def test_checkpoint_of_an_earlier_version(tmp_path, capsys):
+    """It has no checksums; it is used, and a line says that it was not verified. What orbax cannot read is one line."""
+    save(tmp_path, 3)
+    fingerprint = weights_fingerprint(str(tmp_path), 3)
+    (tmp_path / "checkpoints" / "3" / CHECKSUMS).unlink()
+    assert restore(tmp_path).step == 3
+    assert "3 has no checksums.json: it is of an earlier version" in capsys.readouterr().out
+    assert weights_fingerprint(str(tmp_path), 3) == fingerprint
+    (tmp_path / "checkpoints" / "3" / "ema" / "_METADATA").write_text("{")
+    with pytest.raises(UserError, match=r'checkpoint ".*/3" cannot be read'):
+        restore(tmp_path)
+    assert weights_fingerprint(str(tmp_path), 3) != fingerprint
 
 
 def test_restore_ema_takes_the_named_step(tmp_path):
