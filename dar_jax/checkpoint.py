@@ -9,7 +9,6 @@ good one. workdir/best.json names the checkpoint with the lowest score.
 import contextlib
 import dataclasses
 import json
-import pathlib
 import re
 import time
 from collections.abc import Iterable
@@ -45,7 +44,7 @@ class _Best:
     """
 
     def __init__(self, workdir: str):
-        self.path = pathlib.Path(workdir) / "best.json"
+        self.path = files.path(workdir) / "best.json"
         self.record = json.loads(self.path.read_text()) if self.path.exists() else None
 
     def note(self, step: int, steps: list[int], metric: str, value: float) -> None:
@@ -109,20 +108,25 @@ class Checkpoints:
         self._checkpointer.wait()
 
 
-def _directory(workdir: str) -> pathlib.Path:
-    return pathlib.Path(workdir).absolute() / "checkpoints"
+def _directory(workdir: str) -> files.Path:
+    return files.path(workdir) / "checkpoints"
 
 
-def _parts(path: pathlib.Path) -> set[str]:
+def _parts(path: files.Path) -> set[str]:
     """The items of a step directory, as its metadata lists them; empty unless all of them are there."""
     try:
         names = set(json.loads((path / "_CHECKPOINT_METADATA").read_text())["item_handlers"])
     except (OSError, ValueError, KeyError):
         return set()
-    return names if all((path / name).exists() for name in names) else set()
+    return names if _is_finished(path) and all((path / name).exists() for name in names) else set()
 
 
-def _is_whole(path: pathlib.Path) -> bool:
+def _is_finished(path: files.Path) -> bool:
+    """False for what is left of a save in a bucket; there, orbax writes a mark last, where it renames on a disk."""
+    return not files.is_remote(path) or (path / "commit_success.txt").exists()
+
+
+def _is_whole(path: files.Path) -> bool:
     return _parts(path) in ({"train", "ema"}, {"ema"})
 
 
@@ -137,10 +141,13 @@ def latest_step(workdir: str) -> int | None:
 
 
 def _set_incomplete_aside(workdir: str) -> None:
-    """Renames step directories that lack a part (of a copy cut short, say), which orbax would take for the latest."""
+    """Renames step directories that lack a part (of a copy cut short, say), which orbax would take for the latest.
+
+    Orbax itself removes what is left of an unfinished save.
+    """
     if jax.process_index() == 0:
         for path in _directory(workdir).glob("*"):
-            if path.name.isdigit() and not _is_whole(path):
+            if path.name.isdigit() and _is_finished(path) and not _is_whole(path):
                 aside = path.with_name(f"incomplete-{path.name}-{time.time_ns()}")
                 path.rename(aside)
                 say(f"{path} is incomplete: renamed to {aside.name} and not used")
@@ -167,7 +174,7 @@ def restore_ema(workdir: str, abstract_params, step: int | None = None) -> tuple
 
 def load_config(workdir: str) -> ConfigDict:
     """The config a workdir was trained with. Raises UserError if there is none, or one of a later format."""
-    path = pathlib.Path(workdir) / "config.json"
+    path = files.path(workdir) / "config.json"
     if not path.exists():
         raise UserError(f'"{path}" does not exist; --workdir must be a directory that python -m dar_jax.main wrote.')
     stored = json.loads(path.read_text())
@@ -187,7 +194,7 @@ def claim_workdir(workdir: str, config: ConfigDict) -> None:
 
     The fields in `FIXED` must be those of the run; lengths, learning rate, logging and evaluation may change.
     """
-    path = pathlib.Path(workdir)
+    path = files.path(workdir)
     if steps := _steps(workdir):
         if "train" not in _parts(_directory(workdir) / str(steps[-1])):
             raise UserError(

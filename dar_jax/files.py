@@ -22,6 +22,12 @@ from typing import Any
 
 from dar_jax.errors import UserError
 
+# epath, also orbax's, reads this at its first use: else it takes tensorflow's file system, which is not there everywhere.
+os.environ.setdefault("EPATH_USE_TF", "false")
+# gcsfs reads this at its import: else it asks every bucket whether it is a zonal one, and needs a permission for that.
+os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
+
+Path = pathlib.PurePath  # what `path` returns is one, and has the methods of pathlib.Path
 CACHE = pathlib.Path("~/.cache/dar_jax/gs")  # copies of what libraries can read from a local file only
 PUSH_SECONDS = 30  # between two copies of the logs to a bucket
 _THREADS = 8  # files that are copied at the same time
@@ -32,18 +38,16 @@ def is_remote(location: str | os.PathLike) -> bool:
     return os.fspath(location).startswith("gs://")
 
 
-def path(location: str | os.PathLike) -> Any:
+def path(location: str | os.PathLike) -> Path:
     """The absolute path of a location that a user gave: pathlib's, or epath's for gs://bucket/name.
 
-    Raises UserError for other schemes, a gs:// without a bucket, or if gcsfs is not installed.
+    Raises UserError for other schemes, without a bucket, or if gcsfs is not installed.
     """
     text = os.fspath(location)
+    if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", text) and not re.match("gs://[a-z0-9]", text):
+        raise UserError(f'"{text}" is neither a local path nor gs://BUCKET/NAME; name one of them.')
     if not is_remote(text):
-        if scheme := re.match(r"([A-Za-z][A-Za-z0-9+.-]+):/", text):
-            raise UserError(f'"{text}": {scheme[1]}:// cannot be used; name a local path or gs://BUCKET/NAME.')
         return pathlib.Path(text).absolute()
-    if not re.match("gs://[a-z0-9]", text):
-        raise UserError(f'"{text}" names no bucket; write gs://BUCKET/NAME.')
     _filesystem()
     from etils import epath
 
@@ -54,9 +58,6 @@ def _filesystem():
     """The gcsfs file system of this process, without a cache of listings, which other hosts change."""
     if importlib.util.find_spec("gcsfs") is None:
         raise UserError('gs:// needs gcsfs; install it with pip install "dar_jax[gcs]" (here: -e ".[gcs]").')
-    # Else epath takes tensorflow's file system, and gcsfs asks each bucket whether it is a zonal one.
-    os.environ.setdefault("EPATH_USE_TF", "false")
-    os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
     import fsspec
 
     fsspec.config.conf["gs"] = {"use_listings_cache": False}  # also for the instance that epath makes
@@ -64,12 +65,14 @@ def _filesystem():
 
 
 def failure(error: BaseException | None) -> str | None:
-    """What Google's storage, or the way to it, refused, in one line; None if `error` and its causes are not of that."""
+    """What Google's storage, or the way to it, refused; None if `error` and its causes are of something else."""
     while error:
+        if isinstance(error, FileNotFoundError) and (bucket := re.fullmatch("b/([^/]+)(/o)?", str(error))):
+            return f"there is no bucket {bucket[1]}"
         if type(error).__module__.split(".")[0] in ("gcsfs", "aiohttp", "google", "requests"):
             return str(error) or type(error).__name__
-        if re.search("Forbidden: |storage.googleapis.com|gs://|gcs_key_value_store", str(error)):
-            return str(error)
+        if re.search("Forbidden: |http_response_code|Error (reading|writing|deleting|listing).* gs://", str(error)):
+            return str(error).split(" [")[0]  # tensorstore adds its whole configuration
         error = error.__cause__ or error.__context__
     return None
 
@@ -155,7 +158,7 @@ def local(location: str | os.PathLike) -> pathlib.Path:
     return copy
 
 
-def fetch(source: Any, sums: dict[str, str | None], directory: pathlib.Path) -> None:
+def fetch(source: Path, sums: dict[str, str | None], directory: pathlib.Path) -> None:
     """Copies files of the remote directory `source` to `directory`, once for all processes of this host.
 
     Args:

@@ -1,7 +1,6 @@
 """What a run says: TensorBoard (clu), workdir/metrics.jsonl and a progress line."""
 
 import json
-import pathlib
 import time
 
 import jax
@@ -31,14 +30,16 @@ class Logs:
         from clu import metric_writers
 
         is_first = jax.process_index() == 0
-        self.writer = metric_writers.create_default_writer(workdir, just_logging=not is_first)
-        self.path = pathlib.Path(workdir) / "metrics.jsonl" if is_first else None
+        self.mirror = files.Mirror(workdir)
+        self.writer = metric_writers.create_default_writer(str(self.mirror.directory), just_logging=not is_first)
+        self.path = self.mirror.directory / "metrics.jsonl" if is_first else None
         self.num_steps, self.batch_size, self.flops_per_step = num_steps, batch_size, flops_per_step
         peak = peak_flops(jax.devices()[0].device_kind)
         self.peak_flops = peak and peak * jax.device_count()
         self.start_window(first_step)
-        if is_first and self.path.exists():
-            kept = [line for line in self.path.read_text().splitlines() if _step(line) <= first_step]
+        written = files.path(workdir) / "metrics.jsonl"
+        if is_first and written.exists():
+            kept = [line for line in written.read_text().splitlines() if _step(line) <= first_step]
             files.write_text(self.path, "".join(f"{line}\n" for line in kept))
 
     def start_window(self, step: int) -> None:
@@ -50,6 +51,7 @@ class Logs:
         if self.path is not None:
             with open(self.path, "a") as file:
                 file.write(json.dumps({"step": step, **scalars}) + "\n")
+            self.mirror.push_sometimes()
 
     def progress(self, step: int, scalars: dict[str, float]) -> None:
         """Writes the scalars with the speed since the window started, and prints the progress line.
@@ -73,9 +75,14 @@ class Logs:
         self.write(step, scalars)
         self.start_window(step)
 
-    def close(self) -> None:
+    def flush(self) -> None:
+        """Returns when all that was written is in the workdir."""
         self.writer.flush()
+        self.mirror.push()
+
+    def close(self) -> None:
         self.writer.close()
+        self.mirror.close()
 
 
 def _step(line: str) -> float:

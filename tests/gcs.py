@@ -8,6 +8,7 @@ import contextlib
 import email
 import hashlib
 import http.server
+import io
 import json
 import os
 import random
@@ -17,16 +18,20 @@ import time
 import urllib.parse
 from collections.abc import Iterator
 
-# One request of a path of the API: (method, what follows the bucket's name).
+BUCKET_NAME = "bucket"  # the only one there is
+
+# Paths of requests.
 OBJECT = re.compile(r"/(?:download/)?storage/v1/b/([^/]+)/o/([^/]+)")
 LIST = re.compile(r"/storage/v1/b/([^/]+)/o")
 UPLOAD = re.compile(r"/(?:resumable/)?upload/storage/v1/b/([^/]+)/o")
-COPY = re.compile(r"/storage/v1/b/([^/]+)/o/([^/]+)/(?:rewriteTo|copyTo)/b/([^/]+)/o/([^/]+)")
+COPY = re.compile(r"/storage/v1/b/([^/]+)/o/([^/]+)/(?:rewriteTo|copyTo|moveTo)(?:/b/([^/]+))?/o/([^/]+)")
 BUCKET = re.compile(r"/storage/v1/b/([^/]+)(?:/storageLayout)?")
 
 
 class Server(http.server.ThreadingHTTPServer):
-    """`faults(method, path)` may return None, a status such as 503, a number of seconds below 100 to wait, or "drop"."""
+    """`faults(method, path)` may return None, a status such as 503, a number of seconds below 100 to wait,
+    "drop" (not done, no response) or "lose" (done, no response).
+    """
 
     daemon_threads = True
     request_queue_size = 128
@@ -94,25 +99,33 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             self.close_connection = True
             self.connection.close()
             return
-        if fault and fault < 100:
+        if fault == "lose":
+            self.wfile = io.BytesIO()
+            self.close_connection = True
+        elif fault and fault < 100:
             time.sleep(fault)
         elif fault:
             self._fail(fault)
             return
-        for pattern, action in (
-            (COPY, self._copy), (OBJECT, self._object), (UPLOAD, self._upload), (LIST, self._list), (BUCKET, self._bucket)
-        ):  # fmt: skip
+        actions = {
+            COPY: self._copy, OBJECT: self._object, UPLOAD: self._upload, LIST: self._list, BUCKET: self._bucket
+        }  # fmt: skip
+        for pattern, action in actions.items():
             if match := pattern.fullmatch(split.path):
-                names = [urllib.parse.unquote(name) for name in match.groups()]
+                names = [name and urllib.parse.unquote(name) for name in match.groups()]
                 return action(*names, query=query, body=body)
         self._fail(404)
 
     do_GET = do_POST = do_PUT = do_DELETE = do_PATCH = _handle
 
     def _bucket(self, bucket: str, query: dict, body: bytes) -> None:
+        if bucket != BUCKET_NAME:
+            return self._fail(404)
         self._respond(200, {"kind": "storage#bucket", "name": bucket, "id": bucket})
 
     def _list(self, bucket: str, query: dict, body: bytes) -> None:
+        if bucket != BUCKET_NAME:
+            return self._fail(404)
         prefix, delimiter = query.get("prefix", ""), query.get("delimiter")
         items, prefixes = [], {}
         with self.server.lock:
@@ -174,6 +187,8 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         return True
 
     def _store(self, bucket: str, name: str, content: bytes, query: dict) -> None:
+        if bucket != BUCKET_NAME:
+            return self._fail(404)
         with self.server.lock:
             if self._holds(query, self.server.objects.get(f"{bucket}/{name}", (b"", 0))[1]):
                 self.server.generation += 1
@@ -205,14 +220,20 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             return self._store(bucket, name, bytes(content), query)
         self._respond(308, **({"Range": f"bytes=0-{len(content) - 1}"} if content else {}))
 
-    def _copy(self, bucket: str, name: str, to_bucket: str, to_name: str, query: dict, body: bytes) -> None:
-        content, _ = self.server.objects.get(f"{bucket}/{name}", (None, 0))
-        if content is None:
-            return self._fail(404)
+    def _copy(self, bucket: str, name: str, to_bucket: str | None, to_name: str, query: dict, body: bytes) -> None:
         with self.server.lock:
+            if f"{bucket}/{name}" not in self.server.objects:
+                return self._fail(404)
+            to_bucket = to_bucket or bucket  # of moveTo
             self.server.generation += 1
-            self.server.objects[f"{to_bucket}/{to_name}"] = content, self.server.generation
-        self._respond(200, {"done": True, "resource": self._describe(to_bucket, to_name)})
+            self.server.objects[f"{to_bucket}/{to_name}"] = (
+                self.server.objects[f"{bucket}/{name}"][0],
+                self.server.generation,
+            )
+            if "/moveTo/" in self.path:
+                del self.server.objects[f"{bucket}/{name}"]
+            description = self._describe(to_bucket, to_name)
+        self._respond(200, description if "/moveTo/" in self.path else {"done": True, "resource": description})
 
 
 def _parts(body: bytes, content_type: str) -> tuple[dict, bytes]:

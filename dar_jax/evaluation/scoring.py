@@ -3,8 +3,6 @@
 import hashlib
 import importlib.metadata
 import json
-import pathlib
-import shutil
 from collections.abc import Iterator
 from typing import Any
 
@@ -81,7 +79,7 @@ def evaluate_run(
         for scale in cfg_scales:
             config.sampler.cfg_scale = scale
             settings = _settings(config, features, workdir=workdir, step=step)
-            shards = _Shards(pathlib.Path(workdir) / "evaluation", settings, with_images=bool(samples_out))
+            shards = _Shards(files.path(workdir) / "evaluation", settings, with_images=bool(samples_out))
             draw = make_sampler(config, objectives.build(config).sample, mesh)
             samples = _sample(draw, ema, condition, features, shards, config.eval.batch_size, mesh)
             results.append({"scores": score(features, reference, samples), "settings": settings})
@@ -112,7 +110,7 @@ def evaluate_file(samples: str, reference: str, inception: str, num_samples: int
     config.eval.update(inception=inception, reference=reference, num_samples=count)
     settings = {
         "samples": samples,
-        "samples_sha256": files.sha256(samples),
+        "samples_sha256": files.sha256(files.local(samples)),
         **_files(config, features),
         "num_samples": count,
     }
@@ -190,7 +188,7 @@ def _sample(draw, ema: Any, condition: dict, features: Features, shards: "_Shard
 class _Shards:
     """Features, and on request images, of consecutive samples in files named by the first of them."""
 
-    def __init__(self, parent: pathlib.Path, settings: dict, with_images: bool):
+    def __init__(self, parent: files.Path, settings: dict, with_images: bool):
         # Samples and features depend on neither their number nor the reference.
         others = ("num_samples", "reference", "reference_sha256")
         identity = {"images": with_images, **{key: value for key, value in settings.items() if key not in others}}
@@ -199,25 +197,25 @@ class _Shards:
         if jax.process_index() == 0:
             self.directory.mkdir(parents=True, exist_ok=True)
 
-    def _paths(self) -> Iterator[tuple[int, pathlib.Path]]:
+    def _paths(self) -> Iterator[tuple[int, files.Path]]:
         position = 0
         while (path := self.directory / f"{position:08d}.npz").exists():
             yield position, path
-            with np.load(path) as file:
+            with path.open("rb") as content, np.load(content) as file:
                 position += int(file["count"])
 
     def stored(self, limit: int) -> Iterator[dict[str, np.ndarray]]:
         """Features of samples 0, 1, ..., shard by shard, up to `limit`; nothing in any process but the first."""
         if jax.process_index() == 0:
             for position, path in self._paths():
-                with np.load(path) as file:
+                with path.open("rb") as content, np.load(content) as file:
                     found = {name: file[name] for name in file.files if name not in ("images", "count")}
                 if position < limit:
                     yield {name: x[: limit - position] for name, x in found.items()}
 
     def images(self, limit: int) -> Iterator[np.ndarray]:
         for position, path in self._paths():
-            with np.load(path) as file:
+            with path.open("rb") as content, np.load(content) as file:
                 yield file["images"][: max(limit - position, 0)]
 
     def write(self, position: int, features: dict[str, np.ndarray], images: np.ndarray) -> None:
@@ -229,7 +227,7 @@ class _Shards:
 
     def remove(self) -> None:
         if jax.process_index() == 0:
-            shutil.rmtree(self.directory)
+            files.remove_tree(self.directory)
 
 
 def _files(config: ConfigDict, features: Features) -> dict:
@@ -237,7 +235,7 @@ def _files(config: ConfigDict, features: Features) -> dict:
     settings = {"features": features.name, "versions": {n: importlib.metadata.version(n) for n in ("dar_jax", "jax")}}
     for name in ("inception", "reference"):
         if path := config.eval[name]:
-            settings[name], settings[f"{name}_sha256"] = path, files.sha256(path)
+            settings[name], settings[f"{name}_sha256"] = path, files.sha256(files.local(path))
     return settings
 
 
@@ -245,7 +243,7 @@ def _settings(config: ConfigDict, features: Features, *, workdir: str, step: int
     """All that affects the scores of a run."""
     reference = {} if config.eval.reference else {"reference": {"data": config.data.to_dict()}}
     return {
-        "workdir": str(pathlib.Path(workdir).absolute()),
+        "workdir": str(files.path(workdir)),
         "step": step,
         "num_samples": config.eval.num_samples,
         "labels": config.eval.labels,
