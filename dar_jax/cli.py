@@ -56,7 +56,7 @@ def run(main: Callable) -> None:
             _exit(error)
         except Exception as error:
             if reason := files.failure(error):
-                _exit(UserError(f"a bucket cannot be used: {reason}; see docs/cloud.md."))
+                _exit(UserError(f"a bucket cannot be used: {reason}; see docs/scale.md."))
             raise
 
     app.run(guarded, flags_parser=parse)

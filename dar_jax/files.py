@@ -22,9 +22,9 @@ from typing import Any
 
 from dar_jax.errors import UserError
 
-# epath, also orbax's, reads this at its first use: else it takes tensorflow's file system, which is not there everywhere.
+# epath, also orbax's, reads this at its first use. Otherwise it takes the file system of tensorflow, where that is.
 os.environ.setdefault("EPATH_USE_TF", "false")
-# gcsfs reads this at its import: else it asks every bucket whether it is a zonal one, and needs a permission for that.
+# gcsfs reads this at its import. Otherwise it asks whether a bucket is zonal, for which it needs more permissions.
 os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
 
 Path = pathlib.PurePath  # what `path` returns is one, and has the methods of pathlib.Path
