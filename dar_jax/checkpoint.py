@@ -12,7 +12,6 @@ import dataclasses
 import functools
 import hashlib
 import json
-import pathlib
 import re
 import time
 from collections.abc import Iterable
@@ -53,7 +52,7 @@ class _Best:
     """
 
     def __init__(self, workdir: str):
-        self.path = pathlib.Path(workdir) / "best.json"
+        self.path = files.path(workdir) / "best.json"
         self.record = json.loads(self.path.read_text()) if self.path.exists() else None
 
     def note(self, step: int, steps: list[int], metric: str, value: float) -> None:
@@ -125,11 +124,11 @@ class Checkpoints:
         self._checkpointer.wait()
 
 
-def _directory(workdir: str) -> pathlib.Path:
-    return pathlib.Path(workdir).absolute() / "checkpoints"
+def _directory(workdir: str) -> files.Path:
+    return files.path(workdir) / "checkpoints"
 
 
-def _parts(path: pathlib.Path) -> set[str]:
+def _parts(path: files.Path) -> set[str]:
     """The items of a step directory, as its metadata lists them; empty unless all of them are there."""
     try:
         names = set(json.loads((path / METADATA).read_text())["item_handlers"])
@@ -138,14 +137,19 @@ def _parts(path: pathlib.Path) -> set[str]:
     return names if all((path / name).exists() for name in names) else set()
 
 
-def _is_whole(path: pathlib.Path) -> bool:
+def _is_finished(path: files.Path) -> bool:
+    """False for what is left of a save in a bucket; there, orbax writes a mark last, where it renames on a disk."""
+    return not files.is_remote(path) or (path / "commit_success.txt").exists()
+
+
+def _is_whole(path: files.Path) -> bool:
     return _parts(path) in ({"train", "ema"}, {"ema"})
 
 
-def _directories(workdir: str) -> dict[int, pathlib.Path]:
-    """The step directories, whole or not, by ascending step."""
-    found = {int(path.name): path for path in _directory(workdir).glob("*") if path.name.isdigit()}
-    return dict(sorted(found.items()))
+def _directories(workdir: str) -> dict[int, files.Path]:
+    """The step directories whose save was finished, whole or not, by ascending step."""
+    paths = [path for path in _directory(workdir).glob("*") if path.name.isdigit() and _is_finished(path)]
+    return {int(path.name): path for path in sorted(paths, key=lambda path: int(path.name))}
 
 
 def _steps(workdir: str) -> list[int]:
@@ -165,7 +169,7 @@ def saved_steps(workdir: str) -> list[int]:
     raise UserError(f'workdir "{workdir}" holds no checkpoint; train with python -m dar_jax.main first.')
 
 
-def _checksums(path: pathlib.Path, names: list[str]) -> dict[str, str]:
+def _checksums(path: files.Path, names: list[str]) -> dict[str, str]:
     """SHA-256 of the files of a step directory by name."""
     sums = dict(zip(names, files.checksums([path / name for name in names]), strict=True))
     if METADATA in sums:  # the time of the commit is added after the checksums were written
@@ -176,18 +180,18 @@ def _checksums(path: pathlib.Path, names: list[str]) -> dict[str, str]:
     return sums
 
 
-def _file_names(path: pathlib.Path) -> list[str]:
+def _file_names(path: files.Path) -> list[str]:
     return sorted(str(file.relative_to(path)) for file in path.rglob("*") if file.is_file())
 
 
-def _write_checksums(path: pathlib.Path) -> None:
+def _write_checksums(path: files.Path) -> None:
     """Writes the checksums of the checkpoint that will be `path`; locally it still has its temporary name."""
     temporary = path.with_name(f"{path.name}.orbax-checkpoint-tmp")
     path = temporary if temporary.exists() else path
     files.write_json(path / CHECKSUMS, _checksums(path, _file_names(path)), indent=0)
 
 
-def _read_checksums(path: pathlib.Path) -> dict[str, str] | None:
+def _read_checksums(path: files.Path) -> dict[str, str] | None:
     """What `_write_checksums` wrote; None if there is no such file. Raises ValueError if it is damaged."""
     try:
         return dict(json.loads((path / CHECKSUMS).read_text()))
@@ -195,7 +199,7 @@ def _read_checksums(path: pathlib.Path) -> dict[str, str] | None:
         return None
 
 
-def _damage(path: pathlib.Path, *, ema_only: bool = False) -> str:
+def _damage(path: files.Path, *, ema_only: bool = False) -> str:
     """What is wrong with a step directory, or with all of it but "train"; "" if nothing is. In every process alike.
 
     The processes share the reading of the files. Raises UserError if a file is there and cannot be read: then the
@@ -211,7 +215,7 @@ def _damage(path: pathlib.Path, *, ema_only: bool = False) -> str:
     return found
 
 
-def _damage_of_share(path: pathlib.Path, ema_only: bool) -> str:
+def _damage_of_share(path: files.Path, ema_only: bool) -> str:
     if not _is_whole(path):
         return "a part is missing"
     try:
@@ -258,7 +262,7 @@ def set_damaged_aside(workdir: str) -> int | None:
     return step
 
 
-def _load(path: pathlib.Path, items: dict[str, Any]) -> dict[str, Any]:
+def _load(path: files.Path, items: dict[str, Any]) -> dict[str, Any]:
     try:
         return ocp.load_checkpointables(path, items)
     except Exception as error:  # orbax raises what its readers happen to
@@ -296,7 +300,7 @@ def weights_fingerprint(workdir: str, step: int) -> str:
 
 def load_config(workdir: str) -> ConfigDict:
     """The config a workdir was trained with. Raises UserError if there is none, or one of a later format."""
-    path = pathlib.Path(workdir) / "config.json"
+    path = files.path(workdir) / "config.json"
     if not path.exists():
         raise UserError(f'"{path}" does not exist; --workdir must be a directory that python -m dar_jax.main wrote.')
     stored = json.loads(path.read_text())
@@ -316,7 +320,7 @@ def claim_workdir(workdir: str, config: ConfigDict) -> None:
 
     The fields in `FIXED` must be those of the run; lengths, learning rate, logging and evaluation may change.
     """
-    path = pathlib.Path(workdir)
+    path = files.path(workdir)
     if steps := _steps(workdir):
         if "train" not in _parts(_directory(workdir) / str(steps[-1])):
             raise UserError(

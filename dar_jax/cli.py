@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 from ml_collections import ConfigDict
 
+from dar_jax import files
 from dar_jax.config import check_key, default
 from dar_jax.errors import UserError
 
@@ -53,6 +54,10 @@ def run(main: Callable) -> None:
             main(argv)
         except UserError as error:
             _exit(error)
+        except Exception as error:
+            if reason := files.failure(error):
+                _exit(UserError(f"a bucket cannot be used: {reason}; see docs/scale.md."))
+            raise
 
     app.run(guarded, flags_parser=parse)
 

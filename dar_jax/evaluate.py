@@ -9,8 +9,6 @@ a run goes on where it was when the same command is given again. Without --incep
 by a convnet (fd_convnet), which is not FID.
 """
 
-import pathlib
-
 from absl import flags
 from ml_collections import config_flags
 
@@ -41,8 +39,8 @@ def main(_):
     given = {"--workdir": WORKDIR.value, "--samples": SAMPLES.value, "--write_reference": WRITE_REFERENCE.value}
     if len([value for value in given.values() if value]) != 1:
         raise errors.UserError(f"give one of {', '.join(given)}; see --help.")
-    if JSON.value and not pathlib.Path(JSON.value).absolute().parent.is_dir():
-        raise errors.UserError(f'--json = "{JSON.value}" is in no directory; make it first.')
+    if JSON.value:
+        files.make_parent(JSON.value, "--json")
     runtime.start()
     if WRITE_REFERENCE.value:
         _write_reference()

@@ -1,67 +1,261 @@
-"""Files that appear whole or not at all, and their checksums."""
+"""Places that users name, on a disk or in a bucket (gs://), and files that appear whole or not at all.
 
+Everything that takes a workdir, data, weights or an output from a user goes through this module. A local place is a
+`pathlib.Path`. A place in a bucket is an `etils.epath.Path`, which has the same methods and works by gcsfs.
+"""
+
+import concurrent.futures
 import contextlib
+import fcntl
 import hashlib
+import importlib.util
 import json
 import os
 import pathlib
+import re
+import shutil
+import tempfile
+import time
 import uuid
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from dar_jax.errors import UserError
 
+# epath, also orbax's, reads this at its first use. Otherwise it takes the file system of tensorflow, where that is.
+os.environ.setdefault("EPATH_USE_TF", "false")
+# gcsfs reads this at its import. Otherwise it asks whether a bucket is zonal, for which it needs more permissions.
+os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
+
+Path = pathlib.PurePath  # what `path` returns is one, and has the methods of pathlib.Path
+CACHE = pathlib.Path("~/.cache/dar_jax/gs")  # copies of what libraries can read from a local file only
+PUSH_SECONDS = 30  # between two copies of the logs to a bucket
+_THREADS = 8  # files that are copied at the same time
+
+
+def is_remote(location: str | os.PathLike) -> bool:
+    """Whether `location` is in a bucket."""
+    return os.fspath(location).startswith("gs://")
+
+
+def path(location: str | os.PathLike) -> Path:
+    """The absolute path of a location that a user gave: pathlib's, or epath's for gs://bucket/name.
+
+    Raises UserError for other schemes, without a bucket, or if gcsfs is not installed.
+    """
+    text = os.fspath(location)
+    if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", text) and not re.match("gs://[a-z0-9]", text):
+        raise UserError(f'"{text}" is neither a local path nor gs://BUCKET/NAME; name one of them.')
+    if not is_remote(text):
+        return pathlib.Path(text).absolute()
+    _filesystem()
+    from etils import epath
+
+    return epath.Path(text)
+
+
+def _filesystem():
+    """The gcsfs file system of this process, without a cache of listings, which other hosts change."""
+    if importlib.util.find_spec("gcsfs") is None:
+        raise UserError('gs:// needs gcsfs; install it with pip install "dar_jax[gcs]" (here: -e ".[gcs]").')
+    import fsspec
+
+    fsspec.config.conf["gs"] = {"use_listings_cache": False}  # also for the instance that epath makes
+    return fsspec.filesystem("gs")
+
+
+def failure(error: BaseException | None) -> str | None:
+    """What Google's storage, or the way to it, refused; None if `error` and its causes are of something else."""
+    while error:
+        if isinstance(error, FileNotFoundError) and (bucket := re.fullmatch("b/([^/]+)(/o)?", str(error))):
+            return f"there is no bucket {bucket[1]}"
+        if type(error).__module__.split(".")[0] in ("gcsfs", "aiohttp", "google", "requests"):
+            return str(error) or type(error).__name__
+        if re.search("Forbidden: |http_response_code|Error (reading|writing|deleting|listing).* gs://", str(error)):
+            return str(error).split(" [")[0]  # tensorstore adds its whole configuration
+        error = error.__cause__ or error.__context__
+    return None
+
 
 @contextlib.contextmanager
-def replacing(path: str | pathlib.Path, *, only_writer: bool = False) -> Iterator[pathlib.Path]:
-    """Yields a temporary path beside `path`. The file written there takes the place of `path` when the block ends.
+def replacing(location: str | os.PathLike, *, only_writer: bool = False) -> Iterator[pathlib.Path]:
+    """Yields a temporary local path. The file written there takes the place of `location` when the block ends.
 
-    If the block raises, `path` stays as it was and the temporary file is removed. Several processes may write at once.
-    The temporary name of an `only_writer` is always the same, so that killed processes leave one such file at most.
+    If the block raises, `location` stays as it was and the temporary file is removed. Several processes may write at
+    once. The temporary name of an `only_writer` is always the same, so that killed processes leave one such file at
+    most.
     """
-    path = pathlib.Path(path)
-    temporary = path.with_name(f"{path.name}.tmp" if only_writer else f"{path.name}.{uuid.uuid4().hex}.tmp")
+    target = path(location)
+    if is_remote(target):
+        with tempfile.TemporaryDirectory() as directory:
+            temporary = pathlib.Path(directory, target.name)
+            yield temporary
+            _filesystem().put_file(str(temporary), str(target))
+        return
+    temporary = target.with_name(f"{target.name}.tmp" if only_writer else f"{target.name}.{uuid.uuid4().hex}.tmp")
     try:
         yield temporary
-        os.replace(temporary, path)
+        os.replace(temporary, target)
     finally:
         temporary.unlink(missing_ok=True)
 
 
-def write_text(path: str | pathlib.Path, text: str) -> None:
+def write_text(location: str | os.PathLike, text: str) -> None:
     """Writes a text file through `replacing`."""
-    with replacing(path) as temporary:
-        temporary.write_text(text)
+    with replacing(location) as temporary:
+        temporary.write_text(text, encoding="utf-8")
 
 
-def write_json(path: str | pathlib.Path, content: Any, indent: int | None = None) -> None:
+def write_json(location: str | os.PathLike, content: Any, indent: int | None = None) -> None:
     """Writes `content` as JSON and a line end through `replacing`."""
-    write_text(path, json.dumps(content, indent=indent) + "\n")
+    write_text(location, json.dumps(content, indent=indent) + "\n")
 
 
-def sha256(path: str | pathlib.Path) -> str:
+def sha256(location: str | os.PathLike) -> str:
     """SHA-256 of a file's bytes, in hexadecimal."""
-    with open(path, "rb") as file:
+    with path(location).open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def checksums(paths: Iterable[str | pathlib.Path]) -> list[str]:
+def checksums(paths: Iterable[str | os.PathLike]) -> list[str]:
     """`sha256` of each file, eight files at a time."""
-    with ThreadPoolExecutor(8) as pool:  # hashing releases the interpreter
+    with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:  # hashing releases the interpreter
         return list(pool.map(sha256, paths))
 
 
+def sizes(directory: str | os.PathLike) -> dict[str, int]:
+    """The size in bytes of every file of a directory, by its name; {} if there is no such directory."""
+    try:
+        if is_remote(directory):
+            entries = _filesystem().ls(str(directory), detail=True)
+            return {entry["name"].rsplit("/", 1)[1]: entry["size"] for entry in entries if entry["type"] == "file"}
+        with os.scandir(directory) as found:
+            return {entry.name: entry.stat().st_size for entry in found if entry.is_file()}
+    except FileNotFoundError:
+        return {}
+
+
+def remove_tree(directory: str | os.PathLike) -> None:
+    """Removes a directory with all that is in it."""
+    directory = path(directory)
+    if is_remote(directory):
+        directory.rmtree()
+    else:
+        shutil.rmtree(directory)
+
+
+def local(location: str | os.PathLike) -> pathlib.Path:
+    """A local file with the content of `location`, for libraries that read no other: `location` itself, or a copy.
+
+    Copies are kept in `CACHE` under the generation that the bucket gives to a content, so that they never grow old. If
+    there is no such file in the bucket, there is none at the path returned.
+    """
+    source = path(location)
+    if not is_remote(source):
+        return source
+    try:
+        generation = _filesystem().info(str(source)).get("generation")
+    except FileNotFoundError:
+        generation = None
+    key = hashlib.sha256(f"{source} {generation}".encode()).hexdigest()
+    copy = CACHE.expanduser() / key[:16] / source.name
+    if generation is not None:
+        fetch(source.parent, {source.name: None}, copy.parent)
+    return copy
+
+
+def fetch(source: Path, sums: dict[str, str | None], directory: pathlib.Path) -> None:
+    """Copies files of the remote directory `source` to `directory`, once for all processes of this host.
+
+    Args:
+      source: the remote directory.
+      sums: SHA-256 by the name of each file, None for a file that is not to be checked.
+      directory: a local one, made if it is missing. Files that are there already are not copied again.
+
+    Raises:
+      UserError: what arrived does not have its checksum.
+    """
+    with writing(directory, "the cache"):
+        directory.mkdir(parents=True, exist_ok=True)
+    with open(directory / ".lock", "w") as lock, concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # another process of this host may be copying the same files
+        todo = [name for name in sums if not (directory / name).exists()]
+
+        def copy(name: str) -> None:
+            with replacing(directory / name, only_writer=True) as temporary:
+                _filesystem().get_file(str(source / name), str(temporary))
+                if sums[name] not in (None, sha256(temporary)):
+                    raise UserError(f'"{source / name}" is damaged (checksum); copy it again, or make it again.')
+
+        start = time.monotonic()
+        for i, _ in enumerate(concurrent.futures.as_completed(pool.submit(copy, name) for name in todo)):
+            _.result()
+            if i + 1 == len(todo) or time.monotonic() - start > PUSH_SECONDS:
+                start = time.monotonic()
+                print(f"copied {i + 1} of {len(todo)} files from {source} to {directory}", flush=True)
+
+
+class Mirror:
+    """A local directory whose files are copied to `location`, for writers that append; `location` itself, if local.
+
+    Attributes:
+      directory: where to write.
+    """
+
+    def __init__(self, location: str | os.PathLike):
+        self.directory = self._target = path(location)
+        self._pool, self._running, self._pushed, self._last = None, None, {}, time.monotonic()
+        if is_remote(self._target):
+            self.directory = pathlib.Path(tempfile.mkdtemp(prefix="dar_jax_"))
+            self._pool = concurrent.futures.ThreadPoolExecutor(1)
+
+    def push_sometimes(self) -> None:
+        """Starts to copy what is new, unless that was done within `PUSH_SECONDS`, and does not wait for it."""
+        if self._pool and time.monotonic() - self._last > PUSH_SECONDS:
+            self._last = time.monotonic()
+            self._pool.submit(self._push)  # what fails here is copied again by the next call
+
+    def push(self) -> None:
+        """Returns when all is copied; raises the error if it cannot be."""
+        if self._pool:
+            self._pool.submit(self._push).result()
+
+    def close(self) -> None:
+        """Copies what is new and removes the local directory, if `location` is remote."""
+        if self._pool:
+            self.push()
+            self._pool.shutdown()
+            shutil.rmtree(self.directory)
+
+    def _push(self) -> None:
+        for file in sorted(self.directory.rglob("*")):
+            if file.is_file() and self._pushed.get(file) != (size := file.stat().st_size):
+                content = file.read_bytes()[:size]  # a whole number of appends, as of now
+                _filesystem().pipe_file(str(self._target / file.relative_to(self.directory).as_posix()), content)
+                self._pushed[file] = size
+
+
 @contextlib.contextmanager
-def writing(path: str | pathlib.Path, flag: str) -> Iterator[None]:
-    """Makes an OSError within the block a UserError that names `flag` and `path`, which cannot be written."""
+def writing(location: str | os.PathLike, flag: str) -> Iterator[None]:
+    """Makes an error of the disk or the bucket within the block a UserError that names `flag` and `location`."""
     try:
         yield
-    except OSError as error:
-        raise UserError(f'{flag} = "{path}" cannot be written: {error.strerror}; take another.') from error
+    except UserError:
+        raise
+    except Exception as error:
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else failure(error)
+        if reason is None:
+            raise
+        raise UserError(f'{flag} = "{location}" cannot be written: {reason}; take another.') from error
 
 
-def make_parent(path: str | pathlib.Path, flag: str) -> None:
-    """Makes the directory of an output file. Raises UserError if it cannot."""
-    with writing(path, flag):
-        pathlib.Path(path).absolute().parent.mkdir(parents=True, exist_ok=True)
+def make_parent(location: str | os.PathLike, flag: str) -> None:
+    """Makes the directory of an output file. Raises UserError if it, or a file in a bucket, cannot be written."""
+    with writing(location, flag):
+        output = path(location)
+        if is_remote(output):  # directories of a bucket need not be made, but it may not exist or be another's
+            probe = output.with_name(f"{output.name}.{uuid.uuid4().hex}.tmp")
+            probe.write_text("")
+            probe.unlink()
+        else:
+            output.parent.mkdir(parents=True, exist_ok=True)

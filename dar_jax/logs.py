@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import pathlib
 import time
 from collections.abc import Callable
 from typing import Any
@@ -21,7 +20,7 @@ def say(message: str) -> None:
 
 def read_metrics(workdir: str) -> list[dict[str, Any]]:
     """The lines of metrics.jsonl, without those that a crash cut short; none if there is no such file."""
-    path, found = pathlib.Path(workdir) / "metrics.jsonl", []
+    path, found = files.path(workdir) / "metrics.jsonl", []
     for line in path.read_text(errors="replace").splitlines() if path.exists() else ():
         with contextlib.suppress(ValueError):
             found.append(json.loads(line))
@@ -43,12 +42,16 @@ class Logs:
         from clu import metric_writers
 
         is_first = jax.process_index() == 0
-        self.writer = metric_writers.create_default_writer(workdir, just_logging=not is_first)
-        self.path = pathlib.Path(workdir) / "metrics.jsonl" if is_first else None
+        self.mirror = files.Mirror(workdir)
+        self.writer = metric_writers.create_default_writer(str(self.mirror.directory), just_logging=not is_first)
+        self.path = self.mirror.directory / "metrics.jsonl" if is_first else None
         self.num_steps, self.batch_size, self.flops_per_step = num_steps, batch_size, flops_per_step
         peak = peak_flops(jax.devices()[0].device_kind)
         self.peak_flops = peak and peak * jax.device_count()
         self.start_window(first_step)
+        written = files.path(workdir) / "metrics.jsonl"
+        if self.path is not None and self.path != written and written.exists():
+            self.path.write_text(written.read_text())
         self.drop(lambda line: line["step"] > first_step)
 
     def start_window(self, step: int) -> None:
@@ -66,6 +69,7 @@ class Logs:
         if self.path is not None:
             with open(self.path, "a") as file:
                 file.write(json.dumps({"step": step, **scalars}) + "\n")
+            self.mirror.push_sometimes()
 
     def progress(self, step: int, scalars: dict[str, float]) -> None:
         """Writes the scalars with the speed since the window started, and prints the progress line.
@@ -89,6 +93,11 @@ class Logs:
         self.write(step, scalars)
         self.start_window(step)
 
-    def close(self) -> None:
+    def flush(self) -> None:
+        """Returns when all that was written is in the workdir."""
         self.writer.flush()
+        self.mirror.push()
+
+    def close(self) -> None:
         self.writer.close()
+        self.mirror.close()

@@ -11,7 +11,7 @@ import pathlib
 from absl import flags
 from ml_collections import config_flags
 
-from dar_jax import cli, errors, files
+from dar_jax import cli, files
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "Experiment, and its variant: configs/digits.py:static_t")
 TOPOLOGY = flags.DEFINE_list(
@@ -27,8 +27,8 @@ TPU_FLAGS = pathlib.Path(__file__).with_name("planning") / "tpu_xla_flags.txt"
 def main(_):
     cli.require_flags(config=CONFIG.value, topology=TOPOLOGY.value)
     for flag, path in {"json": JSON.value, "plot": PLOT.value}.items():
-        if path and not pathlib.Path(path).absolute().parent.is_dir():
-            raise errors.UserError(f'--{flag} = "{path}" is in no directory; make it first.')
+        if path:
+            files.make_parent(path, f"--{flag}")
     _set_environment(TOPOLOGY.value)
     from dar_jax import planning
     from dar_jax.validate import validate

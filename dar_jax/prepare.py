@@ -74,11 +74,10 @@ def _open_source():
 
 
 def _verify():
-    import pathlib
-
+    from dar_jax import files
     from dar_jax.data.latents import check_checksums, read_manifest
 
-    path = pathlib.Path(OUT.value)
+    path = files.path(OUT.value)
     manifest = read_manifest(path)
     check_checksums(path, manifest["shards"])
     print(f"{path} is whole: {manifest['num_examples']:,} examples in {len(manifest['shards'])} shards")

@@ -93,5 +93,5 @@ check_main_flags() {
   done
   [[ $config ]] || fail "the flags after -- have no --config=FILE; write --config=configs/sit_xl_dar.py"
   [[ $workdir ]] || fail "the flags after -- have no --workdir=DIR; name a directory that all hosts share"
-  [[ $workdir != *://* ]] || fail "--workdir=$workdir is no directory: dar_jax reads mounted storage only; see --help"
+  [[ $workdir != *:/* || $workdir == gs://?* ]] || fail "--workdir=$workdir is neither a directory nor gs://BUCKET/NAME"
 }

@@ -22,19 +22,12 @@
 # --queued           asks by a queued resource, which waits for capacity, also after a preemption. Give this flag to
 #                    all commands.
 # --spot             asks for a cheaper TPU that may be preempted; best with --queued
-# --bucket=BUCKET    mounts this bucket on all hosts at /mnt/shared (gcsfuse)
-# --nfs=HOST:/SHARE  mounts this NFS share there instead, for example of Filestore in the same network
+# --nfs=HOST:/SHARE  mounts this NFS share on all hosts at /mnt/shared, for example of Filestore in the same network
 # --dry_run          prints the commands for a TPU that does not exist yet, and runs nothing
 #
-# The command "run" needs one of --bucket and --nfs. --workdir must be below /mnt/shared, and --config.data.path is best
-# placed there too. All hosts write checkpoints there, and nothing else outlives a preemption. dar_jax reads mounted
-# directories only, and no gs:// paths. A checkpoint becomes valid when its directory is renamed, so the bucket must
-# have a hierarchical namespace:
-#
-#   gcloud storage buckets create gs://BUCKET --location=REGION --uniform-bucket-level-access \
-#       --enable-hierarchical-namespace
-#
-# The service account of the TPU needs the role Storage Object User on the bucket.
+# --workdir must be in a bucket, gs://BUCKET/NAME, or with --nfs below /mnt/shared. --config.data.path, the VAE and the
+# reference are best placed there too. All hosts write checkpoints there, and nothing else outlives a preemption. The
+# service account of the TPU needs the role Storage Object User on the bucket.
 
 set -euo pipefail
 checkout=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
@@ -42,9 +35,9 @@ checkout=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 source "$checkout/launch/common.sh"
 
 commands="run status log stop delete"
-flags="name zone project type version bucket nfs"
+flags="name zone project type version nfs"
 switches="queued spot dry_run"
-name='' zone='' project='' type='' version='' bucket='' nfs='' queued='' spot='' dry_run=''
+name='' zone='' project='' type='' version='' nfs='' queued='' spot='' dry_run=''
 parse_flags "$@"
 
 pause=30 # seconds between two looks at a state
@@ -159,7 +152,7 @@ install() {
   run git -C "$checkout" archive --output="$scratch/dar_jax.tar.gz" "${commit:-HEAD}" &&
     tpus tpu-vm scp "$scratch/dar_jax.tar.gz" "$name:" --worker=all &&
     on all "rm -rf dar_jax && mkdir dar_jax && tar -xzf dar_jax.tar.gz -C dar_jax" &&
-    worker all install "${bucket:+--bucket=$bucket}${nfs:+--nfs=$nfs}"
+    worker all install ${nfs:+"--nfs=$nfs"}
 }
 
 # train: starts the run and follows it to its end, through preemptions.
@@ -209,10 +202,8 @@ need name zone
 if [[ $command == run ]]; then
   need type
   check_main_flags
-  [[ $bucket || $nfs ]] || fail "neither --bucket nor --nfs is given; the hosts need storage they share, see --help"
-  [[ -z $bucket || -z $nfs ]] || fail "--bucket=$bucket and --nfs=$nfs are both given; choose one"
-  [[ $bucket != gs://* ]] || fail "--bucket=$bucket: write the name alone, --bucket=${bucket#gs://}"
-  [[ $workdir == /mnt/shared/* ]] || fail "--workdir=$workdir is not shared by the hosts; put it below /mnt/shared"
+  [[ $workdir == gs://* || ($nfs && $workdir == /mnt/shared/*) ]] ||
+    fail "--workdir=$workdir is not shared by the hosts; write gs://BUCKET/NAME, or give --nfs and put it below /mnt/shared"
   version=${version:-$(default_version)}
 fi
 case $command in

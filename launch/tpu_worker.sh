@@ -2,7 +2,7 @@
 # tpu_pod.sh calls this script on every host of a TPU slice. In the home directory of the host, dar_jax/ is the
 # checkout, dar_jax_venv/ is its virtual environment, and dar_jax_run/ has the log and the state of the run.
 #
-#   tpu_worker.sh install [--bucket=BUCKET] [--nfs=HOST:/SHARE]   mounts /mnt/shared and installs dar_jax
+#   tpu_worker.sh install [--nfs=HOST:/SHARE]   installs dar_jax, and mounts the share at /mnt/shared
 #   tpu_worker.sh start FLAGS   starts python -m dar_jax.main FLAGS in the background, after it has killed what is left
 #                               of a broken run
 #   tpu_worker.sh follow        prints the log until the run ends
@@ -16,21 +16,6 @@ shared=/mnt/shared
 state=$HOME/dar_jax_run
 venv=$HOME/dar_jax_venv
 
-mount_bucket() {
-  if ! command -v gcsfuse >/dev/null; then
-    local key=/usr/share/keyrings/cloud.google.asc apt=https://packages.cloud.google.com/apt
-    curl -fsS "$apt/doc/apt-key.gpg" | sudo tee "$key" >/dev/null
-    echo "deb [signed-by=$key] $apt gcsfuse-$(lsb_release -cs) main" | sudo tee /etc/apt/sources.list.d/gcsfuse.list
-    sudo apt-get -qq update
-    sudo apt-get -qq install -y gcsfuse
-  fi
-  sudo chown "$(id -un)" "$shared"
-  # A host must see a checkpoint that another host has just renamed, so gcsfuse must cache nothing about files. By
-  # default it remembers for a minute that a file exists, on large machines for ever, and for some seconds that a file
-  # does not exist.
-  gcsfuse --implicit-dirs --metadata-cache-ttl-secs=0 --metadata-cache-negative-ttl-secs=0 "$1" "$shared"
-}
-
 mount_nfs() {
   sudo apt-get -qq install -y nfs-common
   sudo mount -t nfs "$1" "$shared"
@@ -38,21 +23,15 @@ mount_nfs() {
 }
 
 install() {
-  local flag
-  if ! mountpoint -q "$shared"; then
+  if [[ ${1:-} == --nfs=* ]] && ! mountpoint -q "$shared"; then
     sudo mkdir -p "$shared"
-    for flag; do
-      case $flag in
-        --bucket=*) mount_bucket "${flag#*=}" ;;
-        --nfs=*) mount_nfs "${flag#*=}" ;;
-      esac
-    done
+    mount_nfs "${1#*=}"
   fi
   # The images of the hosts bring Python 3.10. dar_jax needs 3.11, which uv fetches.
   export PATH="$HOME/.local/bin:$PATH"
   command -v uv >/dev/null || curl -LsSf https://astral.sh/uv/install.sh | sh
   [[ -e $venv ]] || uv venv --quiet --seed --python=3.11 "$venv"
-  (cd dar_jax && "$venv/bin/python" -m pip install --quiet -e ".[tpu]")
+  (cd dar_jax && "$venv/bin/python" -m pip install --quiet -e ".[tpu,gcs]")
 }
 
 # alive: succeeds if the supervisor of the latest run is running. After a reboot another process may have its number.

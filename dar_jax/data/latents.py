@@ -18,8 +18,8 @@ with moments if a VAE made them, and with the image if asked for or if there is 
     shards        name, records, bytes and sha256 of every file, in order
 """
 
+import hashlib
 import json
-import pathlib
 from collections.abc import Iterable
 from typing import Any
 
@@ -37,7 +37,7 @@ def record_dtype(fields: Iterable[tuple[str, str, Iterable[int]]]) -> np.dtype:
     return np.dtype([(name, dtype, tuple(shape)) for name, dtype, shape in fields])
 
 
-def read_manifest(path: pathlib.Path) -> dict[str, Any]:
+def read_manifest(path: files.Path) -> dict[str, Any]:
     """The manifest of the directory `path`.
 
     Raises UserError unless the set is finished, its manifest of this schema, and every shard there in its full size.
@@ -53,19 +53,20 @@ def read_manifest(path: pathlib.Path) -> dict[str, Any]:
         raise UserError(
             f'"{path}/manifest.json" has schema {manifest.get("schema")}, not {SCHEMA}; prepare the data again.'
         )
+    sizes = files.sizes(path)
     for shard in manifest["shards"]:
-        file = path / shard["name"]
-        if not file.is_file():
+        file, size = path / shard["name"], sizes.get(shard["name"])
+        if size is None:
             raise UserError(f'shard "{file}" is missing; copy it again, or prepare the data again.')
-        if file.stat().st_size != shard["bytes"]:
+        if size != shard["bytes"]:
             raise UserError(
-                f'shard "{file}" has {file.stat().st_size} bytes, not the {shard["bytes"]} of its manifest; copy it '
-                "again, or prepare the data again."
+                f'shard "{file}" has {size} bytes, not the {shard["bytes"]} of its manifest; copy it again, or prepare '
+                "the data again."
             )
     return manifest
 
 
-def check_checksums(path: pathlib.Path, shards: list[dict[str, Any]]) -> None:
+def check_checksums(path: files.Path, shards: list[dict[str, Any]]) -> None:
     """Reads `shards`, entries of the manifest, as a whole; raises UserError that names those that are damaged."""
     sums = files.checksums([path / shard["name"] for shard in shards])
     bad = [shard["name"] for shard, found in zip(shards, sums, strict=True) if found != shard["sha256"]]
@@ -76,21 +77,34 @@ def check_checksums(path: pathlib.Path, shards: list[dict[str, Any]]) -> None:
         )
 
 
+def _local(path: files.Path, manifest: dict[str, Any]) -> files.Path:
+    """`path`, or for one in a bucket, which ArrayRecord does not read, a copy in the cache of this host."""
+    if not files.is_remote(path):
+        return path
+    sums = {shard["name"]: shard["sha256"] for shard in manifest["shards"]}
+    digest = hashlib.sha256(json.dumps(sums).encode()).hexdigest()
+    directory = files.CACHE.expanduser() / digest[:16]
+    files.fetch(path, sums, directory)
+    return directory
+
+
 class LatentSource:
     """The records of a prepared directory, in the order of its source; a `sources.Source`.
 
     Attributes:
       path: the directory.
+      directory: a local one with the same shards; a copy, if `path` is in a bucket.
       manifest: its manifest.
       dtype: the record.
       scale: of the latents, None without a VAE.
     """
 
-    def __init__(self, path: pathlib.Path):
+    def __init__(self, path: files.Path):
         self.path, self.manifest = path, read_manifest(path)
+        self.directory = _local(path, self.manifest)
         self.num_classes, vae = self.manifest["num_classes"], self.manifest["vae"]
         self.scale, self.dtype = vae and vae["scale"], record_dtype(self.manifest["fields"])
-        self.records = ArrayRecordDataSource([str(path / shard["name"]) for shard in self.manifest["shards"]])
+        self.records = ArrayRecordDataSource([str(self.directory / shard["name"]) for shard in self.manifest["shards"]])
 
     def __len__(self) -> int:
         return len(self.records)

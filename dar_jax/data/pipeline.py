@@ -110,7 +110,7 @@ def _check_latents(
     if data.verify:
         # Each shard goes with one row of the batch, so that processes, whatever rows they have, check all together.
         shards = source.manifest["shards"]
-        check_checksums(source.path, [s for i, s in enumerate(shards) if i * batch_size // len(shards) in rows])
+        check_checksums(source.directory, [s for i, s in enumerate(shards) if i * batch_size // len(shards) in rows])
 
 
 def image_batches(

@@ -7,7 +7,6 @@ Workers share the shards by their numbers and need not know of each other: who f
 
 import json
 import os
-import pathlib
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -96,7 +95,7 @@ def prepare(
       UserError: `out` holds another set or cannot be written, more than max_skipped images cannot be read, or the VAE
         gives a number that the dtype cannot hold.
     """
-    directory = pathlib.Path(out)
+    directory = files.path(out)
     with files.writing(out, "--out"):
         _claim(directory, settings)
     count = -(-settings["num_source"] // settings["shard_size"])
@@ -106,7 +105,8 @@ def prepare(
         say(f"{out} is finished; --verify checks it")
         return
     mine = range(worker, count, workers)
-    done = {i: entry for i in mine if (entry := _finished(directory, names[i]))}
+    sizes = files.sizes(directory)
+    done = {i: entry for i in mine if (entry := _finished(directory, names[i], sizes))}
     todo = [i for i in mine if i not in done]
     say(f"{len(mine)} shards to write, {len(done)} of them are finished")
     if todo:
@@ -115,7 +115,8 @@ def prepare(
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             for i in todo:
                 _write_shard(directory, names[i], i, source, settings, encode, batch_size, pool, progress)
-    entries = [_finished(directory, name) for name in names]
+    sizes = files.sizes(directory)
+    entries = [_finished(directory, name, sizes) for name in names]
     if missing := entries.count(None):
         say(f"{missing} shards of other workers are not finished; the last of them writes the manifest")
         return
@@ -159,7 +160,7 @@ class _Progress:
         return str(error)
 
 
-def _claim(directory: pathlib.Path, settings: dict[str, Any]) -> None:
+def _claim(directory: files.Path, settings: dict[str, Any]) -> None:
     """Notes what is prepared in `directory`, or raises UserError if that is something else."""
     manifest, notes = directory / "manifest.json", directory / "progress" / "settings.json"
     if not manifest.exists() and not notes.exists():
@@ -174,11 +175,11 @@ def _claim(directory: pathlib.Path, settings: dict[str, Any]) -> None:
             )
 
 
-def _finished(directory: pathlib.Path, name: str) -> dict[str, Any] | None:
+def _finished(directory: files.Path, name: str, sizes: dict[str, int]) -> dict[str, Any] | None:
     """What progress/ says of a shard (name, records, bytes, sha256, skipped), if it is there in its full size."""
     try:
         entry = json.loads((directory / "progress" / f"{name}.json").read_text())
-        return entry if (directory / name).stat().st_size == entry["bytes"] else None
+        return entry if sizes.get(name) == entry["bytes"] else None
     except FileNotFoundError:
         return None
 

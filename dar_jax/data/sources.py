@@ -7,13 +7,13 @@ import gzip
 import io
 import math
 import os
-import pathlib
 import zlib
 from typing import Any, Protocol
 
 import numpy as np
 from ml_collections import ConfigDict
 
+from dar_jax import files
 from dar_jax.data.images import decode_image
 from dar_jax.errors import UserError, check_choice, check_ranges, near_miss
 
@@ -232,7 +232,9 @@ def _open_tfds(name: str, path: str, split: str) -> Source:
 def _open_latents(path: str, split: str) -> Source:
     from dar_jax.data.latents import LatentSource
 
-    return LatentSource(pathlib.Path(_subfolder(path, split)))
+    if files.is_remote(path):
+        return LatentSource(files.path(path) / split)
+    return LatentSource(files.path(_subfolder(path, split)))
 
 
 def open_source(data: ConfigDict, split: str) -> Source:
@@ -260,6 +262,11 @@ def open_source(data: ConfigDict, split: str) -> Source:
       UserError: a path, file, set or split is missing, empty or damaged.
     """
     check_choice("config.data.source", data.source, SOURCES)
+    if files.is_remote(data.path) and data.source != "latents":
+        raise UserError(
+            f'config.data.path = "{data.path}": only prepared data (config.data.source = "latents") are read from a '
+            "bucket; copy the data to a disk and prepare them with python -m dar_jax.prepare."
+        )
     source = SOURCES[data.source](data, split)
     if len(source) == 0:
         raise UserError(f'split "{split}" of config.data.source = "{data.source}" has no images; choose another.')

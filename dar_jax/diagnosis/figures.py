@@ -1,6 +1,5 @@
 """The figures of a diagnosis, as a paper would print them: PNG and PDF, legible in grey."""
 
-import pathlib
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -10,6 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure as Canvas
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
+from dar_jax import files
 from dar_jax.diagnosis.probes import over_times, relative_entropy
 
 DPI = 200
@@ -52,10 +52,10 @@ class Figure(NamedTuple):
     title: str
     caption: str
     owner: int | None
-    paths: tuple[pathlib.Path, pathlib.Path]
+    paths: tuple[files.Path, files.Path]
 
 
-def draw(results: Sequence[dict], folder: pathlib.Path) -> list[Figure]:
+def draw(results: Sequence[dict], folder: files.Path) -> list[Figure]:
     """Draws all figures of the results of `jobs.diagnose` into `folder`."""
     figures = []
     names = labels(results)
@@ -66,7 +66,8 @@ def draw(results: Sequence[dict], folder: pathlib.Path) -> list[Figure]:
             canvas = plot()
             paths = folder / f"{name}.png", folder / f"{name}.pdf"
             for path in paths:
-                canvas.savefig(path)
+                with files.replacing(path) as temporary:
+                    canvas.savefig(temporary, format=path.suffix[1:])
         figures.append(Figure(name, title, caption, owner, paths))
 
     save(
@@ -136,7 +137,7 @@ def draw(results: Sequence[dict], folder: pathlib.Path) -> list[Figure]:
 
 def labels(results: Sequence[dict]) -> list[str]:
     """A short name for each run: the last part of its workdir, numbered if two are alike."""
-    names = [pathlib.Path(result["workdir"]).absolute().name for result in results]
+    names = [files.path(result["workdir"]).name for result in results]
     return names if len(set(names)) == len(names) else [f"{name}_{i}" for i, name in enumerate(names, start=1)]
 
 

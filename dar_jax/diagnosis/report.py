@@ -2,12 +2,13 @@
 
 import base64
 import html
-import pathlib
+import io
 from collections.abc import Sequence
 
 import numpy as np
 from PIL import Image
 
+from dar_jax import files
 from dar_jax.diagnosis.figures import DPI, Figure, labels
 
 PIXELS_PER_INCH = 165  # on the page: a figure of a paper's full width fills it
@@ -39,7 +40,7 @@ SUMMARY = {
 }
 
 
-def write_report(results: Sequence[dict], figures: Sequence[Figure], folder: pathlib.Path) -> pathlib.Path:
+def write_report(results: Sequence[dict], figures: Sequence[Figure], folder: files.Path) -> files.Path:
     """Writes report.html, which needs no other file, from results of `jobs.diagnose`; returns its path."""
     names = labels(results)
     parts = [f"<h1>What routing does: {html.escape(' and '.join(names))}</h1>", _table(results, names)]
@@ -58,12 +59,13 @@ def write_report(results: Sequence[dict], figures: Sequence[Figure], folder: pat
         f"<body>{''.join(parts)}</body></html>\n"
     )
     path = folder / "report.html"
-    path.write_text(page, encoding="utf-8")
+    files.write_text(path, page)
     return path
 
 
 def _image(figure: Figure, name: str = "") -> str:
-    data, pixels = base64.b64encode(figure.paths[0].read_bytes()).decode(), Image.open(figure.paths[0]).width
+    content = figure.paths[0].read_bytes()
+    data, pixels = base64.b64encode(content).decode(), Image.open(io.BytesIO(content)).width
     width = round(pixels / DPI * PIXELS_PER_INCH)
     size = f'width="{width}"' + (' class="wide"' if width > 600 else "")
     alt = html.escape(f"{figure.title} {name}".strip())

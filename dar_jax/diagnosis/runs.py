@@ -1,7 +1,6 @@
 """Measures one or two runs, draws the figures, writes numbers and report: what the door `diagnose` does."""
 
 import json
-import pathlib
 from collections.abc import Sequence
 
 import jax
@@ -36,7 +35,7 @@ def diagnose(
     timesteps: Sequence[float] | None,
     batch_size: int | None,
     canonical: bool,
-) -> list[pathlib.Path]:
+) -> list[files.Path]:
     """Diagnoses the EMA of the latest checkpoint of each run and writes figures, diagnosis.json and report.html.
 
     Args:
@@ -66,7 +65,7 @@ def diagnose(
         if canonical:
             _check_sampling(config)
         plans.append((config, workdir, mesh, _choose(config, workdir, num_images, timesteps, batch_size)))
-    folder = pathlib.Path(out)
+    folder = files.path(out)
     with files.writing(out, "--out"):
         folder.mkdir(parents=True, exist_ok=True)
 

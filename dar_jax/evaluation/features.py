@@ -2,7 +2,6 @@
 
 import functools
 import json
-import pathlib
 import time
 import zlib
 from collections.abc import Callable
@@ -93,7 +92,7 @@ def convnet_features(
     num_classes: int,
     *,
     seed: int,
-    cache: pathlib.Path | None,
+    cache: files.Path | None,
     log: Callable[[str], None] = print,
 ) -> Features:
     """Trains a small classifier, or reads it back from `cache`; its penultimate activations are the features.
@@ -196,18 +195,18 @@ def _initial(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
     return rng.normal(0, np.sqrt(2 / np.prod(shape[:-1])), shape).astype(np.float32)
 
 
-def _write(path: pathlib.Path, identity: dict, weights: dict) -> None:
+def _write(path: files.Path, identity: dict, weights: dict) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with files.replacing(path) as temporary, open(temporary, "wb") as file:
         np.savez(file, identity=json.dumps(identity), **traverse_util.flatten_dict(weights, sep="/"))
 
 
-def _read(path: pathlib.Path, identity: dict, log: Callable[[str], None]) -> dict | None:
+def _read(path: files.Path, identity: dict, log: Callable[[str], None]) -> dict | None:
     """Returns the weights if `path` holds those of `identity`, else None."""
     if not path.exists():
         return None
     try:
-        with np.load(path) as file:
+        with path.open("rb") as content, np.load(content) as file:
             arrays = dict(file)
         if json.loads(str(arrays.pop("identity"))) != identity:
             return None

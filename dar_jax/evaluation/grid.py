@@ -1,7 +1,5 @@
 """One picture of many images."""
 
-import pathlib
-
 import numpy as np
 from PIL import Image
 
@@ -10,7 +8,7 @@ from dar_jax import files
 GAP = 2  # pixels of the picture between two images
 
 
-def save_grid(path: pathlib.Path, images: np.ndarray, columns: int, *, min_side: int = 512) -> None:
+def save_grid(path: files.Path, images: np.ndarray, columns: int, *, min_side: int = 512) -> None:
     """Writes images uint8 [N, H, W, C], C = 1 (grey) or 3 (RGB), as one PNG, row by row from the top left.
 
     Every pixel becomes a square of f x f pixels, f the smallest whole number that makes the longer side of
@@ -35,7 +33,6 @@ def save_grid(path: pathlib.Path, images: np.ndarray, columns: int, *, min_side:
     for i, image in enumerate(images):
         top, left = (i // columns) * (height + GAP), (i % columns) * (width + GAP)
         canvas[top : top + height, left : left + width] = image.repeat(factor, axis=0).repeat(factor, axis=1)
-    path = pathlib.Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    files.path(path).parent.mkdir(parents=True, exist_ok=True)
     with files.replacing(path) as temporary:
         Image.fromarray(canvas.squeeze(-1) if channels == 1 else canvas).save(temporary, format="PNG")

@@ -1,6 +1,5 @@
 """Evaluation inside a run: a sample grid of the EMA, and its distance from the reference."""
 
-import pathlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -10,7 +9,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from dar_jax import conditions
+from dar_jax import conditions, files
 from dar_jax.data.pipeline import load_images
 from dar_jax.errors import check_choice, check_ranges, require
 from dar_jax.evaluation.features import Features, convnet_features, extract_all, inception_features
@@ -36,7 +35,7 @@ def load_features(config: ConfigDict, mesh: Mesh, workdir: str, log: Callable[[s
     images, labels = load_images(
         config.data, config.data.train_split, channels=config.model.channels, limit=MAX_TRAINING_IMAGES
     )
-    cache = pathlib.Path(workdir) / "convnet.npz"
+    cache = files.path(workdir) / "convnet.npz"
     return convnet_features(images, labels, config.model.num_classes, seed=0, cache=cache, log=log)
 
 
@@ -73,7 +72,7 @@ def unfinished(config: ConfigDict, workdir: str, steps: Sequence[int]) -> list[i
     An evaluation writes the grid, then best.json, and last its line of metrics.jsonl. Says which evaluations cannot be
     made up for, because their checkpoints are gone.
     """
-    lines, folder = [line for line in read_metrics(workdir) if is_evaluation(line)], pathlib.Path(workdir)
+    lines, folder = [line for line in read_metrics(workdir) if is_evaluation(line)], files.path(workdir)
 
     def is_logged(step: int) -> bool:
         names = {name for line in lines if line["step"] == step for name in line}
@@ -113,7 +112,7 @@ class InlineEvaluation:
     """Draws the same samples (noise and conditions) at every call and compares them with the reference."""
 
     def __init__(self, config: ConfigDict, sample: Callable, mesh: Mesh, workdir: str, log: Callable[[str], None]):
-        self.config, self.mesh, self.workdir, self.log = config, mesh, pathlib.Path(workdir), log
+        self.config, self.mesh, self.workdir, self.log = config, mesh, files.path(workdir), log
         self.draw, self.kind = make_sampler(config, sample, mesh), conditions.build(config.model)
         if config.eval.num_samples:
             self.features = load_features(config, mesh, workdir, log)

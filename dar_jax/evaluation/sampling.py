@@ -1,6 +1,5 @@
 """Samples from a model on all devices: sample i depends on the seed and i alone, not on its batch."""
 
-import pathlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -139,7 +138,7 @@ def sample_to_file(
     Raises:
       UserError: a condition, file type or checkpoint does not exist.
     """
-    path = pathlib.Path(out)
+    path = files.path(out)
     if path.suffix not in (".png", ".npz"):
         raise UserError(f'--out = "{out}" must end in .png or .npz.')
     is_image = config.model.space == "pixels" or bool(config.data.vae)
@@ -163,4 +162,5 @@ def sample_to_file(
     if path.suffix == ".png":
         save_grid(path, images, columns=conditions.length(columns))
     else:
-        np.savez(path, images, condition["label"].astype(np.int64))
+        with files.replacing(path) as temporary:
+            np.savez(temporary, images, condition["label"].astype(np.int64))

@@ -3,8 +3,6 @@
 import hashlib
 import importlib.metadata
 import json
-import pathlib
-import shutil
 from collections.abc import Iterator
 from typing import Any
 
@@ -82,7 +80,7 @@ def evaluate_run(
         for scale in cfg_scales:
             config.sampler.cfg_scale = scale
             settings = _settings(config, features, workdir=workdir, step=step)
-            shards = _Shards(pathlib.Path(workdir) / "evaluation", settings, with_images=bool(samples_out))
+            shards = _Shards(files.path(workdir) / "evaluation", settings, with_images=bool(samples_out))
             draw = make_sampler(config, objectives.build(config).sample, mesh)
             samples = _sample(draw, ema, condition, features, shards, config.eval.batch_size, mesh)
             results.append({"scores": score(features, reference, samples), "settings": settings})
@@ -113,7 +111,7 @@ def evaluate_file(samples: str, reference: str, inception: str, num_samples: int
     config.eval.update(inception=inception, reference=reference, num_samples=count)
     settings = {
         "samples": samples,
-        "samples_sha256": files.sha256(samples),
+        "samples_sha256": files.sha256(files.local(samples)),
         **_files(config, features),
         "num_samples": count,
     }
@@ -191,7 +189,7 @@ def _sample(draw, ema: Any, condition: dict, features: Features, shards: "_Shard
 class _Shards:
     """Features, and on request images, of consecutive samples in files named by the first of them."""
 
-    def __init__(self, parent: pathlib.Path, settings: dict, with_images: bool):
+    def __init__(self, parent: files.Path, settings: dict, with_images: bool):
         # Samples and features depend on neither their number, the reference nor the place of the weights.
         others = ("num_samples", "reference", "reference_sha256", "workdir", "step")
         identity = {"images": with_images, **{key: value for key, value in settings.items() if key not in others}}
@@ -205,7 +203,7 @@ class _Shards:
         position = 0
         while (path := self.directory / f"{position:08d}.npz").exists():
             try:
-                with np.load(path) as file:
+                with path.open("rb") as content, np.load(content) as file:
                     arrays = dict(file)
                 count = int(arrays.pop("count"))
             except Exception as error:  # a damaged file fails in many ways, and the cure is the same for all
@@ -234,7 +232,7 @@ class _Shards:
 
     def remove(self) -> None:
         if jax.process_index() == 0:
-            shutil.rmtree(self.directory)
+            files.remove_tree(self.directory)
 
 
 def _files(config: ConfigDict, features: Features) -> dict:
@@ -243,7 +241,7 @@ def _files(config: ConfigDict, features: Features) -> dict:
     settings = {"features": features.name, "features_sha256": features.fingerprint, "versions": versions}
     for name in ("inception", "reference"):
         if path := config.eval[name]:
-            settings[name], settings[f"{name}_sha256"] = path, files.sha256(path)
+            settings[name], settings[f"{name}_sha256"] = path, files.sha256(files.local(path))
     return settings
 
 
@@ -251,7 +249,7 @@ def _settings(config: ConfigDict, features: Features, *, workdir: str, step: int
     """All that affects the scores of a run."""
     reference = {} if config.eval.reference else {"reference": {"data": config.data.to_dict()}}
     return {
-        "workdir": str(pathlib.Path(workdir).absolute()),
+        "workdir": str(files.path(workdir)),
         "step": step,
         "weights_sha256": weights_fingerprint(workdir, step),
         "num_samples": config.eval.num_samples,

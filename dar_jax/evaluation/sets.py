@@ -1,6 +1,5 @@
 """Sets of images in the ADM layout: an npz of arr_0 (uint8 images) and, of a reference, mu, sigma, mu_s, sigma_s."""
 
-import os
 import zipfile
 import zlib
 from collections.abc import Iterable, Iterator
@@ -31,7 +30,7 @@ class ImageSet(NamedTuple):
         count = self.shape[0] if limit is None else min(limit, self.shape[0])
         size = int(np.prod(self.shape[1:]))
         try:
-            with zipfile.ZipFile(self.path) as archive, archive.open("arr_0.npy") as file:
+            with zipfile.ZipFile(files.local(self.path)) as archive, archive.open("arr_0.npy") as file:
                 _read_header(file)
                 for start in range(0, count, batch_size):
                     number = min(batch_size, count - start)
@@ -51,10 +50,10 @@ def _read_header(file) -> tuple[tuple[int, ...], bool, np.dtype]:
 
 def array_names(path: str, flag: str) -> set[str]:
     """Names of the arrays of an npz. Raises UserError if there is no such file, or it is damaged."""
-    if not os.path.isfile(path):
+    if not files.local(path).is_file():
         raise UserError(f'{flag} = "{path}" is no file; name an .npz in the ADM layout.')
     try:
-        with zipfile.ZipFile(path) as archive:
+        with zipfile.ZipFile(files.local(path)) as archive:
             return {name.removesuffix(".npy") for name in archive.namelist()}
     except (OSError, zipfile.BadZipFile) as error:
         raise UserError(f'{flag} = "{path}" is no whole .npz ({error}); fetch or write it again.') from error
@@ -74,7 +73,7 @@ def open_images(path: str, flag: str) -> ImageSet:
     if "arr_0" not in keys:
         raise UserError(f'{flag} = "{path}" has no images "arr_0".{near_miss("arr_0", keys)}')
     try:
-        with zipfile.ZipFile(path) as archive, archive.open("arr_0.npy") as file:
+        with zipfile.ZipFile(files.local(path)) as archive, archive.open("arr_0.npy") as file:
             shape, fortran_order, dtype = _read_header(file)
     except _DAMAGE as error:
         raise UserError(f'{flag} = "{path}" is damaged ({error}); fetch or write it again.') from error
@@ -109,7 +108,7 @@ def read_moments(path: str, flag: str) -> dict[str, Statistics]:
         if not present:
             continue
         try:
-            with np.load(path) as file:
+            with np.load(files.local(path)) as file:
                 mean, covariance = (np.asarray(file[key], np.float64) for key in (mean_key, covariance_key))
         except Exception as error:  # a damaged array fails in many ways, and the cure is the same for all
             raise UserError(f'{flag} = "{path}" is damaged ({error}); fetch or write it again.') from error

@@ -1,5 +1,6 @@
 """Plans as text for people, and several of them as a table and a picture."""
 
+from dar_jax import files
 from dar_jax.planning.plan import Plan
 
 
@@ -104,5 +105,6 @@ def plot(groups: dict[str, list[Plan]], path: str) -> None:
         axes.grid(alpha=0.3)
     if len(groups) > 1:
         memory.legend()
-    figure.savefig(path, dpi=120)
+    with files.replacing(path) as temporary:
+        figure.savefig(temporary, dpi=120, format="png")
     pyplot.close(figure)

@@ -5,7 +5,6 @@ others average, the head has 1008 classes, and images are resized as TensorFlow 
 torchvision, in which pytorch-fid distributes the weights; `mixed_6` of the TensorFlow graph is `Mixed_6d`.
 """
 
-import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -257,10 +256,10 @@ def write_params(path: str, params: dict) -> None:
 
 def read_params(path: str) -> dict:
     """Reads what `write_params` wrote. Raises UserError if the file is missing, damaged or of another network."""
-    if not os.path.isfile(path):
+    if not files.local(path).is_file():
         raise UserError(f'Inception weights "{path}" are no file. {how_to_get()}')
     try:
-        with np.load(path) as file:
+        with np.load(files.local(path)) as file:
             leaves = dict(file)
         shapes = {name: leaf.shape for name, leaf in leaves.items()}
     except Exception as error:  # a damaged file fails in many ways, and the cure is the same for all

@@ -2,7 +2,6 @@
 
 import argparse
 import hashlib
-import pathlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,6 +10,7 @@ from flax import traverse_util
 from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
+from dar_jax import files
 from dar_jax.errors import UserError
 
 
@@ -20,20 +20,21 @@ def read_state_dict(path: str) -> dict[str, Any]:
     Of a training checkpoint, {"ema": ..., "model": ...}, it is the moving average, else the model. Raises UserError
     if the file cannot be read, holds no state dict, or needs a torch that is not installed.
     """
-    suffix = pathlib.Path(path).suffix
-    if not pathlib.Path(path).is_file():
+    file = files.local(path)
+    suffix = file.suffix
+    if not file.is_file():
         raise UserError(f'--input = "{path}" is no file; name a .pt, .npz or .safetensors of weights.')
     if suffix not in (".pt", ".pth", ".npz", ".safetensors"):
         raise UserError(f'--input = "{path}" must end in .pt, .pth, .npz or .safetensors.')
     if suffix == ".npz":
         try:
-            with np.load(path) as file:
-                return dict(file)
+            with np.load(file) as arrays:
+                return dict(arrays)
         except Exception as error:  # a damaged zip raises many things
             raise UserError(f'--input = "{path}" cannot be read as .npz: {error}') from error
     if suffix == ".safetensors":
         try:
-            return load_file(path)
+            return load_file(file)
         except (OSError, SafetensorError) as error:
             raise UserError(f'--input = "{path}" cannot be read as .safetensors: {error}') from error
     try:
@@ -42,7 +43,7 @@ def read_state_dict(path: str) -> dict[str, Any]:
         raise UserError(f'--input = "{path}" needs PyTorch to be read: pip install torch.') from error
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):  # official checkpoints keep their flags so
-            content = torch.load(path, map_location="cpu", weights_only=True)
+            content = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises what its unpickler, zip reader or an old format happens to
         reason = str(error).split("\n")[0]
         raise UserError(f'--input = "{path}" cannot be read as a PyTorch file of weights: {reason}') from error

@@ -10,7 +10,6 @@ the weights, by which latents remember who made them.
 
 import json
 import math
-import pathlib
 import re
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -227,7 +226,7 @@ def from_torch(state_dict: Mapping[str, Any]) -> Vae:
 
 def write(path: str, vae: Vae) -> None:
     """Writes the directory of a VAE. Raises UserError if there is one already or it cannot be written."""
-    directory = pathlib.Path(path).absolute()
+    directory = files.path(path)
     if (directory / "vae.json").exists():
         raise UserError(f'--output = "{path}" holds a VAE; take another.')
     content = {
@@ -248,7 +247,7 @@ def read_header(path: str, field: str) -> dict[str, Any]:
     `field` is the flag or config field of the path, for the UserError if there is no VAE.
     """
     try:
-        return json.loads((pathlib.Path(path) / "vae.json").read_text())
+        return json.loads((files.path(path) / "vae.json").read_text())
     except (OSError, ValueError) as error:
         raise UserError(
             f'{field} = "{path}" is no directory of a VAE ({error}); make one with python -m dar_jax.convert '
@@ -266,7 +265,7 @@ def load(path: str, field: str) -> Vae:
     model = AutoencoderKL(tuple(header["channels"]), header["latent_channels"])
     restore = jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), _abstract(model))
     try:
-        params = ocp.load_pytree(pathlib.Path(path).absolute() / "weights", restore)
+        params = ocp.load_pytree(files.path(path) / "weights", restore)
         damaged = fingerprint(params) != header["fingerprint"]
     except Exception as error:  # orbax raises what its readers happen to
         raise UserError(f'{field} = "{path}": the weights cannot be read ({error}); convert them again.') from error

@@ -1,13 +1,12 @@
 """Starting a run from the weights of another one: `config.init_from`."""
 
-import pathlib
 from typing import Any
 
 import jax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from dar_jax import models, objectives, sharding
+from dar_jax import files, models, objectives, sharding
 from dar_jax.checkpoint import first_difference, latest_step, load_config, restore_ema
 from dar_jax.errors import UserError
 from dar_jax.logs import say
@@ -20,7 +19,7 @@ def check_init_from(config: ConfigDict) -> ConfigDict:
     Raises UserError unless its weights suit the model of `config`: they must be of the same shapes and objective, and
     of the same routing or of none.
     """
-    path = pathlib.Path(config.init_from)
+    path = files.path(config.init_from)
     if not (path / "config.json").exists() or latest_step(config.init_from) is None:
         raise UserError(
             f'config.init_from = "{path}" has no config.json and checkpoint; name a workdir that dar_jax.main or '

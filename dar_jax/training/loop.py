@@ -12,7 +12,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from dar_jax import conditions, models, sharding
+from dar_jax import conditions, files, models, sharding
 from dar_jax.checkpoint import Checkpoints, claim_workdir, restore_ema, set_damaged_aside, writing_to
 from dar_jax.config import micro_batch
 from dar_jax.data.feed import open_batches
@@ -151,6 +151,7 @@ def _loop(config: ConfigDict, run: Setup, state: Any, batches, hooks: _Hooks, st
         evaluate = is_due(config, step)
         if evaluate or step % config.checkpoint.every_steps == 0 or step == num_steps:
             hooks.metrics.settle()
+            hooks.logs.flush()  # first, so that no metrics are missing before a checkpoint
             hooks.checkpoints.save(state, step)
             if evaluate:
                 _evaluate(hooks, state.ema, step)
@@ -235,23 +236,24 @@ class _Profile:
     """A trace of `count` steps, the first of them after step `first`, in workdir/profile."""
 
     def __init__(self, workdir: str, first: int, count: int):
-        self.path, self.first, self.count, self.is_running = f"{workdir}/profile", first, count, False
+        self.path, self.first, self.count, self.mirror = f"{workdir}/profile", first, count, None
 
     def after(self, step: int, metrics: _Metrics) -> None:
         """Starts or stops the trace, if it is time."""
         if self.count and step in (self.first, self.first + self.count):
             metrics.settle()
-            if self.is_running:
+            if self.mirror:
                 self.stop()
             else:
-                jax.profiler.start_trace(self.path)
-                self.is_running = True
+                self.mirror = files.Mirror(self.path)
+                jax.profiler.start_trace(self.mirror.directory)
 
     def stop(self) -> None:
         """Ends the trace, if one is under way."""
-        if self.is_running:
+        if self.mirror:
             jax.profiler.stop_trace()
-            self.is_running = False
+            self.mirror.close()
+            self.mirror = None
             say(f"wrote a trace to {self.path}; look at it with xprof or tensorboard --logdir={self.path}")
 
 

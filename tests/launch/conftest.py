@@ -10,7 +10,7 @@ import sys
 import pytest
 
 ROOT = pathlib.Path(__file__).parents[2]
-NAMES = ("gcloud", "sbatch", "srun", "scontrol", "sudo", "mountpoint", "gcsfuse", "uv", "sleep", "python")
+NAMES = ("gcloud", "sbatch", "srun", "scontrol", "sudo", "mountpoint", "uv", "sleep", "python")
 
 
 class World:

@@ -11,8 +11,8 @@ import pytest
 from tests.launch.conftest import World
 
 NAME = ["--name=pod", "--zone=us-west4-a"]
-TPU = [*NAME, "--type=v5litepod-16", "--bucket=mine"]
-TRAIN = ["run", "--", "--config=configs/sit_xl_dar.py", "--workdir=/mnt/shared/xl"]
+TPU = [*NAME, "--type=v5litepod-16"]
+TRAIN = ["run", "--", "--config=configs/sit_xl_dar.py", "--workdir=gs://mine/xl"]
 AWKWARD = ["--config.a=two words", '--config.b=it\'s "$HOME" `x` $(x) \\ * ; & # é', "--config.c=", "--config.d=a\nb"]
 
 
@@ -70,20 +70,9 @@ def test_uncommitted_changes_are_copied_and_untracked_files_are_not(first):
         assert not (world.folder / host / "dar_jax" / "untracked").exists()
 
 
-def test_bucket_is_mounted_on_every_host(first):
-    mount = [
-        "--implicit-dirs",
-        "--metadata-cache-ttl-secs=0",
-        "--metadata-cache-negative-ttl-secs=0",
-        "mine",
-        "/mnt/shared",
-    ]
-    assert [call["args"] for call in first[0].calls("gcsfuse")] == [mount, mount]
-
-
 def test_package_is_installed_on_every_host(first):
     installs = [call for call in first[0].calls("python") if "install" in call["args"]]
-    assert [call["args"] for call in installs] == [["-m", "pip", "install", "--quiet", "-e", ".[tpu]"]] * 2
+    assert [call["args"] for call in installs] == [["-m", "pip", "install", "--quiet", "-e", ".[tpu,gcs]"]] * 2
     assert all(call["cwd"].endswith("/dar_jax") for call in installs)
 
 
@@ -91,16 +80,18 @@ def test_package_is_installed_on_every_host(first):
 def test_software_version_follows_the_type(world, kind):
     """Google's table, https://cloud.google.com/tpu/docs/runtimes (2026-11)."""
     versions = {"v4-128": "tpu-ubuntu2204-base", "v5p-64": "v2-alpha-tpuv5", "v6e-16": "v2-alpha-tpuv6e"}
-    result = world.run("tpu_pod.sh", *NAME, f"--type={kind}", "--bucket=b", "--dry_run", *TRAIN)
+    result = world.run("tpu_pod.sh", *NAME, f"--type={kind}", "--dry_run", *TRAIN)
     assert f"--version={versions[kind]} " in result.stdout
-    result = world.run("tpu_pod.sh", *NAME, f"--type={kind}", "--bucket=b", "--dry_run", "--version=v9", *TRAIN)
+    result = world.run("tpu_pod.sh", *NAME, f"--type={kind}", "--dry_run", "--version=v9", *TRAIN)
     assert "--version=v9 " in result.stdout
 
 
 def test_tpu_that_is_there_is_used_and_a_share_mounted(world):
     world.set(state="READY")
     (world.folder / "host0").mkdir()
-    result = world.run("tpu_pod.sh", *NAME, "--type=v4-16", "--nfs=10.0.0.2:/share", *TRAIN)
+    result = world.run(
+        "tpu_pod.sh", *NAME, "--type=v4-16", "--nfs=10.0.0.2:/share", *TRAIN[:-1], "--workdir=/mnt/shared/x"
+    )
     assert result.returncode == 0, result.stderr
     assert verbs(world) == [] and len(world.trained()) == 1
     mounts = [call["args"] for call in world.calls("sudo") if call["args"][0] == "mount"]
@@ -216,18 +207,16 @@ def test_dry_run_prints_what_a_run_does(first):
         (["--name=", "--zone=z", "status"], ["--name has no value"]),
         ([*NAME, "--spot=yes", "status"], ["--spot=yes", "write --spot"]),
         (["--zone=z", "status"], ["--name is required"]),
-        ([*NAME, "--bucket=b", *TRAIN], ["--type is required"]),
+        ([*NAME, *TRAIN], ["--type is required"]),
         (NAME, ["run, status, log, stop, delete"]),
         ([*NAME, "begin"], ['"begin"']),
         ([*NAME, "stop", "delete"], ['"delete"', '"stop"']),
         ([*TPU, "run"], ["--config"]),
         ([*TPU, "run", "--", "--config=c.py"], ["--workdir"]),
-        ([*TPU, "run", "--", "--config=c.py", "--workdir=gs://b/x"], ["gs://b/x"]),
-        ([*TPU, "run", "--", "--config=c.py", "--workdir=runs/x"], ["--workdir=runs/x", "/mnt/shared"]),
+        ([*TPU, "run", "--", "--config=c.py", "--workdir=s3://b/x"], ["s3://b/x", "gs://BUCKET/NAME"]),
+        ([*TPU, "run", "--", "--config=c.py", "--workdir=runs/x"], ["--workdir=runs/x", "gs://BUCKET/NAME"]),
+        ([*TPU, "run", "--", "--config=c.py", "--workdir=/mnt/shared/x"], ["--workdir=/mnt/shared/x", "--nfs"]),
         ([*TPU, *TRAIN, "--distributed=off"], ["--distributed=off"]),
-        ([*TPU, "--nfs=h:/s", *TRAIN], ["--bucket=mine", "--nfs=h:/s"]),
-        ([*NAME, "--type=v4-8", *TRAIN], ["--bucket", "--nfs"]),
-        ([*NAME, "--type=v4-8", "--bucket=gs://b", *TRAIN], ["gs://b", "--bucket=b"]),
     ],
     ids=lambda words: " ".join(words)[:60],
 )
