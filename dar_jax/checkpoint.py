@@ -3,7 +3,7 @@
 A checkpoint holds two items: "ema", the weights that samples come from, and "train", the other fields of the state.
 A checkpoint of converted weights holds "ema" alone. The data need no third item, because a batch is a function of the
 step. A step's directory appears under its final name only when it is whole, so a crash while saving leaves the last
-good one. In it, checksums.json has the SHA-256 of every file, and nothing is restored that differs from them.
+good one. In it, checksums.json has the SHA-256 of every file of the items, and nothing that differs is restored.
 workdir/best.json names the checkpoint with the lowest score.
 """
 
@@ -33,7 +33,7 @@ FORMAT = 2
 
 CHECKSUMS = "checksums.json"
 UNREADABLE = "cannot be read"
-METADATA = "_CHECKPOINT_METADATA"  # of orbax: the items, and when the save began and ended
+METADATA = "_CHECKPOINT_METADATA"  # of orbax: names and types of the items, and when the save began and ended
 
 # What a run keeps for life: its function, its randomness, and what makes a batch of a step.
 FIXED = ("model", "diffusion", "seed", "data.source", "data.name", "data.train_split", "train.batch_size")
@@ -107,7 +107,8 @@ class Checkpoints:
             self._checkpointer.save_checkpointables_async(step, items)
 
     def note_score(self, step: int, metric: str, value: float) -> None:
-        """Keeps the checkpoint of `step` for good if its score is the lowest yet of this metric."""
+        """Keeps the checkpoint of `step` for good if its score is the lowest yet of this metric. Waits for its save."""
+        self.wait()
         self._best.note(step, self.steps, metric, value)
 
     def restore(self, abstract):
@@ -171,17 +172,12 @@ def saved_steps(workdir: str) -> list[int]:
 
 def _checksums(path: files.Path, names: list[str]) -> dict[str, str]:
     """SHA-256 of the files of a step directory by name."""
-    sums = dict(zip(names, files.checksums([path / name for name in names]), strict=True))
-    if METADATA in sums:  # the time of the commit is added after the checksums were written
-        content = json.loads((path / METADATA).read_text())
-        if isinstance(content.get("commit_timestamp_nsecs"), int | None):
-            content["commit_timestamp_nsecs"] = None
-        sums[METADATA] = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-    return sums
+    return dict(zip(names, files.checksums([path / name for name in names]), strict=True))
 
 
 def _file_names(path: files.Path) -> list[str]:
-    return sorted(str(file.relative_to(path)) for file in path.rglob("*") if file.is_file())
+    """Of the items. The files beside them are orbax's notes, which it still writes when the items are whole."""
+    return sorted(str(file.relative_to(path)) for file in path.glob("*/**/*") if file.is_file())
 
 
 def _write_checksums(path: files.Path) -> None:

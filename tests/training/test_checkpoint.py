@@ -149,7 +149,7 @@ def test_no_flipped_bit_is_restored(tmp_path, flips, capsys):
         flip(workdir / name, rng)
         ema, step = restore_ema(str(workdir), abstract(make_state(0).ema))
         state = restore(workdir)
-        if name.name != METADATA:  # the time of the commit, which it holds, may be any
+        if name.name != METADATA:  # of which orbax needs no more than the names of the items
             assert state.step == 3, name
             assert step == (3 if "ema" in name.parts else 5) or len(name.parts) == 3, name
             assert re.search(r"5 is damaged \(.*\): renamed to damaged-5-\d+ and not used", capsys.readouterr().out)
