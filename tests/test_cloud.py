@@ -108,6 +108,15 @@ def test_a_file_that_is_not_finished_does_not_appear(server, place):
     assert names(server, place) == {"a"}
 
 
+@pytest.mark.parametrize("fault", [None, 503, "lose"])
+def test_of_two_that_create_a_file_one_does(server, place, tmp_path, fault):
+    server.faults = faulty(fault)
+    for lock in (f"{place}/lock", tmp_path / "lock"):
+        assert files.create(lock, "mine")
+        assert not files.create(lock, "yours")
+        assert files.path(lock).read_text() == "mine"
+
+
 def test_a_copy_never_grows_old_and_is_made_once(server, place):
     files.write_text(f"{place}/weights.npz", "old")
     old = files.local(f"{place}/weights.npz")
