@@ -30,6 +30,7 @@ os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
 Path = pathlib.PurePath  # what `path` returns is one, and has the methods of pathlib.Path
 CACHE = pathlib.Path("~/.cache/dar_jax/gs")  # copies of what libraries can read from a local file only
 PUSH_SECONDS = 30  # between two copies of the logs to a bucket
+REPORT_SECONDS = 15  # between two lines about copies
 _THREADS = 8  # files that are copied at the same time
 
 
@@ -104,6 +105,24 @@ def write_text(location: str | os.PathLike, text: str) -> None:
     """Writes a text file through `replacing`."""
     with replacing(location) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+def create(location: str | os.PathLike, text: str) -> bool:
+    """Makes a text file, unless there is one. Returns whether it did.
+
+    Of several callers, each with a text of its own, one makes it.
+    """
+    target = path(location)
+    try:
+        if is_remote(target):
+            _filesystem().pipe_file(str(target), text.encode(), mode="create")
+        else:
+            with open(target, "x", encoding="utf-8") as file:
+                file.write(text)
+    except FileExistsError:
+        # An answer may have been lost and the request repeated, so that it met its own file.
+        return is_remote(target) and target.read_text() == text
+    return True
 
 
 def write_json(location: str | os.PathLike, content: Any, indent: int | None = None) -> None:
@@ -187,12 +206,13 @@ def fetch(source: Path, sums: dict[str, str | None], directory: pathlib.Path) ->
                 if sums[name] not in (None, sha256(temporary)):
                     raise UserError(f'"{source / name}" is damaged (checksum); copy it again, or make it again.')
 
-        start = time.monotonic()
-        for i, _ in enumerate(concurrent.futures.as_completed(pool.submit(copy, name) for name in todo)):
-            _.result()
-            if i + 1 == len(todo) or time.monotonic() - start > PUSH_SECONDS:
-                start = time.monotonic()
-                print(f"copied {i + 1} of {len(todo)} files from {source} to {directory}", flush=True)
+        reported = time.monotonic()
+        copies = [pool.submit(copy, name) for name in todo]
+        for count, done in enumerate(concurrent.futures.as_completed(copies), start=1):
+            done.result()
+            if count == len(todo) or time.monotonic() - reported > REPORT_SECONDS:
+                reported = time.monotonic()
+                print(f"copied {count} of {len(todo)} files from {source} to {directory}", flush=True)
 
 
 class Mirror:
@@ -204,7 +224,7 @@ class Mirror:
 
     def __init__(self, location: str | os.PathLike):
         self.directory = self._target = path(location)
-        self._pool, self._running, self._pushed, self._last = None, None, {}, time.monotonic()
+        self._pool, self._pushed, self._last = None, {}, time.monotonic()
         if is_remote(self._target):
             self.directory = pathlib.Path(tempfile.mkdtemp(prefix="dar_jax_"))
             self._pool = concurrent.futures.ThreadPoolExecutor(1)

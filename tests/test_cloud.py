@@ -24,6 +24,7 @@ from dar_jax.pretrained import vae
 from dar_jax.pretrained.state_dict import read_state_dict
 from dar_jax.training.loop import train
 from tests import gcs
+from tests.integration.doors import Doors, kill
 from tests.training import tiny
 from tests.training.test_checkpoint import make_state, restore, save
 
@@ -105,6 +106,15 @@ def test_a_file_that_is_not_finished_does_not_appear(server, place):
         raise RuntimeError
     assert (files.path(place) / "a").read_text() == "old"
     assert names(server, place) == {"a"}
+
+
+@pytest.mark.parametrize("fault", [None, 503, "lose"])
+def test_of_two_that_create_a_file_one_does(server, place, tmp_path, fault):
+    server.faults = faulty(fault)
+    for lock in (f"{place}/lock", tmp_path / "lock"):
+        assert files.create(lock, "mine")
+        assert not files.create(lock, "yours")
+        assert files.path(lock).read_text() == "mine"
 
 
 def test_a_copy_never_grows_old_and_is_made_once(server, place):
@@ -292,3 +302,18 @@ def test_all_doors_take_a_bucket(server, place, tmp_path):
     } <= written
     assert any("run/profile/" in name for name in written)
     assert not any("tmp" in name for name in written)
+
+
+@pytest.mark.slow
+def test_two_processes_killed_in_a_bucket_go_on_and_equal_one_on_a_disk(server, place, tmp_path):
+    doors = [Doors(tmp_path, tmp_path / "cache") for _ in range(2)]
+    doors[0].run("--config.mesh.fsdp=2")
+    doors[1].workdir = files.path(place)
+    started = doors[1].start("--config.mesh.fsdp=2", processes=2, devices=2, send=(1, "SIGKILL,7,4"))
+    output = started[1].communicate(timeout=500)[0]
+    assert started[1].returncode == -9, output
+    kill(started[:1])
+    text = doors[1].run("--config.mesh.fsdp=2", "--distributed=on", processes=2, devices=2)
+    assert "resumed at step 4" in text
+    ours, theirs = (list(door.metrics().values()) for door in doors)
+    np.testing.assert_allclose(ours, theirs, rtol=1e-5)

@@ -162,5 +162,5 @@ def sample_to_file(
     if path.suffix == ".png":
         save_grid(path, images, columns=conditions.length(columns))
     else:
-        with files.replacing(path) as temporary:
-            np.savez(temporary, images, condition["label"].astype(np.int64))
+        with files.replacing(path) as temporary, open(temporary, "wb") as file:
+            np.savez(file, images, condition["label"].astype(np.int64))

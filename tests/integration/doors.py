@@ -19,7 +19,7 @@ def get_config():
 # for a disk that fills up: from then on no file may grow beyond 8 KiB.
 DOOR = """
 import os, resource, signal, time
-from dar_jax import cli, main
+from dar_jax import cli, files, main
 from dar_jax.logs import Logs
 
 number, step, saved = os.environ["SEND"].split(",")
@@ -28,7 +28,7 @@ progress = Logs.progress
 def progress_and_signal(self, logged, scalars):
     progress(self, logged, scalars)
     if logged == int(step):
-        while not os.path.exists(os.path.join(main.WORKDIR.value, "checkpoints", saved)):
+        while not (files.path(main.WORKDIR.value) / "checkpoints" / saved / "commit_success.txt").exists():
             time.sleep(0.01)
         if number == "FULL":
             resource.setrlimit(resource.RLIMIT_FSIZE, (8192, 8192))
