@@ -11,6 +11,7 @@ import dataclasses
 import json
 import pathlib
 import re
+import tempfile
 import time
 from collections.abc import Iterable
 from typing import Any
@@ -20,7 +21,7 @@ import orbax.checkpoint.experimental.v1 as ocp
 from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
-from dar_jax import files
+from dar_jax import files, lock
 from dar_jax.config import default
 from dar_jax.errors import UserError
 from dar_jax.logs import say
@@ -182,6 +183,14 @@ def load_config(workdir: str) -> ConfigDict:
     return config.lock()
 
 
+def holding_workdir(workdir: str) -> contextlib.AbstractContextManager[lock.Lock]:
+    """The lock of those who write checkpoints: workdir/run.lock. Raises UserError as `lock.holding`."""
+    if not workdir.strip():
+        raise UserError("the workdir is empty; name a directory with --workdir.")
+    path = pathlib.Path(workdir) / "run.lock"
+    return lock.holding(path, f'workdir "{workdir}"', "wait for its end, or take another directory")
+
+
 def claim_workdir(workdir: str, config: ConfigDict) -> None:
     """Writes config.json, or raises UserError if the workdir holds a run that `config` cannot continue.
 
@@ -198,9 +207,12 @@ def claim_workdir(workdir: str, config: ConfigDict) -> None:
             raise UserError(
                 f'workdir "{workdir}" holds a run with {difference}; take another --workdir, or the config of that run.'
             )
+    with files.writing(_directory(workdir), "--workdir"):
+        _directory(workdir).mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=_directory(workdir)):  # every process saves its part there
+            pass
     if jax.process_index() == 0:
         with files.writing(workdir, "--workdir"):
-            path.mkdir(parents=True, exist_ok=True)
             files.write_json(path / "config.json", {"format": FORMAT, **json.loads(config.to_json())}, indent=2)
 
 
@@ -209,10 +221,11 @@ def write_weights(workdir: str, config: ConfigDict, params: dict) -> None:
 
     Raises UserError if the workdir holds checkpoints or cannot be written.
     """
-    if _steps(workdir):
-        raise UserError(f'--output = "{workdir}" holds checkpoints; take another.')
-    claim_workdir(workdir, config)
-    ocp.save_checkpointables(_directory(workdir) / "0", {"ema": params})
+    with holding_workdir(workdir):
+        if _steps(workdir):
+            raise UserError(f'--output = "{workdir}" holds checkpoints; take another.')
+        claim_workdir(workdir, config)
+        ocp.save_checkpointables(_directory(workdir) / "0", {"ema": params})
 
 
 @contextlib.contextmanager

@@ -1,7 +1,9 @@
 """What a run says: TensorBoard (clu), workdir/metrics.jsonl and a progress line."""
 
 import json
+import os
 import pathlib
+import sys
 import time
 
 import jax
@@ -13,7 +15,10 @@ from dar_jax.models.flops import peak_flops
 def say(message: str) -> None:
     """Prints one line on the first process, at once."""
     if jax.process_index() == 0:
-        print(message, flush=True)
+        try:
+            print(message, flush=True)
+        except OSError:  # a terminal or a pipe that is gone is no reason to end a run
+            sys.stdout = open(os.devnull, "w")  # noqa: SIM115
 
 
 class Logs:

@@ -195,7 +195,6 @@ def _initial(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
 
 
 def _write(path: pathlib.Path, identity: dict, weights: dict) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
     with files.replacing(path) as temporary, open(temporary, "wb") as file:
         np.savez(file, identity=json.dumps(identity), **traverse_util.flatten_dict(weights, sep="/"))
 
