@@ -23,7 +23,7 @@ import orbax.checkpoint.experimental.v1 as ocp
 from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
-from dar_jax import files
+from dar_jax import files, lock
 from dar_jax.config import default
 from dar_jax.errors import UserError
 from dar_jax.logs import say
@@ -311,6 +311,14 @@ def load_config(workdir: str) -> ConfigDict:
     return config.lock()
 
 
+def holding_workdir(workdir: str) -> contextlib.AbstractContextManager[lock.Lock]:
+    """The lock of those who write checkpoints: workdir/run.lock. Raises UserError as `lock.holding`."""
+    if not workdir.strip():
+        raise UserError("the workdir is empty; name a directory with --workdir.")
+    path = files.path(workdir) / "run.lock"
+    return lock.holding(path, f'workdir "{workdir}"', "wait for its end, or take another directory")
+
+
 def claim_workdir(workdir: str, config: ConfigDict) -> None:
     """Writes config.json, or raises UserError if the workdir holds a run that `config` cannot continue.
 
@@ -327,9 +335,10 @@ def claim_workdir(workdir: str, config: ConfigDict) -> None:
             raise UserError(
                 f'workdir "{workdir}" holds a run with {difference}; take another --workdir, or the config of that run.'
             )
+    with files.writing(_directory(workdir), "--workdir"):
+        files.check_directory(_directory(workdir))  # every process saves its part there
     if jax.process_index() == 0:
         with files.writing(workdir, "--workdir"):
-            path.mkdir(parents=True, exist_ok=True)
             files.write_json(path / "config.json", {"format": FORMAT, **json.loads(config.to_json())}, indent=2)
 
 
@@ -338,11 +347,12 @@ def write_weights(workdir: str, config: ConfigDict, params: dict) -> None:
 
     Raises UserError if the workdir holds checkpoints or cannot be written.
     """
-    if _steps(workdir):
-        raise UserError(f'--output = "{workdir}" holds checkpoints; take another.')
-    claim_workdir(workdir, config)
-    with contextlib.closing(Checkpoints(workdir, keep=1)) as checkpoints:
-        checkpoints.save_items({"ema": params}, 0)
+    with holding_workdir(workdir):
+        if _steps(workdir):
+            raise UserError(f'--output = "{workdir}" holds checkpoints; take another.')
+        claim_workdir(workdir, config)
+        with contextlib.closing(Checkpoints(workdir, keep=1)) as checkpoints:
+            checkpoints.save_items({"ema": params}, 0)
 
 
 @contextlib.contextmanager

@@ -4,11 +4,13 @@ import contextlib
 import os
 import re
 import sys
+import time
+import traceback
 from collections.abc import Callable
 
 from ml_collections import ConfigDict
 
-from dar_jax import files
+from dar_jax import files, hosts
 from dar_jax.config import check_key, default
 from dar_jax.errors import UserError
 
@@ -51,12 +53,16 @@ def run(main: Callable) -> None:
 
     def guarded(argv):
         try:
+            _check_empty_flags()
             main(argv)
+            hosts.finish()
         except UserError as error:
             _exit(error)
-        except Exception as error:
+        except BaseException as error:
             if reason := files.failure(error):
                 _exit(UserError(f"a bucket cannot be used: {reason}; see docs/scale.md."))
+            if hosts.is_joined():
+                _end_job(error)
             raise
 
     app.run(guarded, flags_parser=parse)
@@ -78,6 +84,16 @@ def _check_config_flags(args: list[str]) -> None:
                 schema, prefix = schema[key], f"{prefix}.{key}"
 
 
+def _check_empty_flags() -> None:
+    """Raises UserError for a flag that is given as an empty text, as --workdir= by an unset variable of a shell."""
+    from absl import flags
+
+    for name in flags.FLAGS:
+        flag = flags.FLAGS[name]
+        if flag.present and flag.default is None and isinstance(flag.value, str) and not flag.value.strip():
+            raise UserError(f'--{name} = "{flag.value}" is empty; give it a value, or leave it out.')
+
+
 def _exit(error: Exception) -> None:
     if "Traceback" in str(error):  # ml_collections hides what a config file raised in the text of another error
         while error.__cause__ or error.__context__:
@@ -85,5 +101,17 @@ def _exit(error: Exception) -> None:
     while error.args and isinstance(error.args[0], Exception):
         error = error.args[0]
     text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
-    print(f"error: {' '.join(text.split())}", file=sys.stderr, flush=True)
+    message = " ".join(text.split())
+    if hosts.is_joined():
+        hosts.fail(message)
+    print(f"error: {message}", file=sys.stderr, flush=True)
     sys.exit(2)
+
+
+def _end_job(error: BaseException) -> None:
+    """Ends all processes of the job for an error of this one that is no user's mistake."""
+    if isinstance(error, SystemExit):
+        hosts.fail("stopped by a signal", code=int(error.code or 0), say=False)
+    time.sleep(2)  # a process that is lost breaks what jax does with it, and its loss makes the better line
+    traceback.print_exception(error)
+    hosts.fail(f"{type(error).__name__}: {' '.join(str(error).split())}"[:500], code=1, say=False)

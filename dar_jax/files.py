@@ -117,12 +117,36 @@ def create(location: str | os.PathLike, text: str) -> bool:
         if is_remote(target):
             _filesystem().pipe_file(str(target), text.encode(), mode="create")
         else:
-            with open(target, "x", encoding="utf-8") as file:
-                file.write(text)
+            _create_local(target, text)
     except FileExistsError:
         # An answer may have been lost and the request repeated, so that it met its own file.
         return is_remote(target) and target.read_text() == text
     return True
+
+
+def _create_local(target: pathlib.Path, text: str) -> None:
+    """`create` on a disk: nobody sees the file without its text."""
+    temporary = target.with_name(f"{target.name}.{uuid.uuid4().hex}")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        try:
+            os.link(temporary, target)
+        except FileExistsError:
+            raise
+        except OSError:  # a file system without hard links
+            with open(target, "x", encoding="utf-8") as file:
+                file.write(text)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def check_directory(location: str | os.PathLike) -> None:
+    """Makes a directory if it is missing. Raises OSError if no file can be written there."""
+    directory = path(location)
+    directory.mkdir(parents=True, exist_ok=True)
+    if not is_remote(directory):
+        with tempfile.TemporaryFile(dir=directory):
+            pass
 
 
 def write_json(location: str | os.PathLike, content: Any, indent: int | None = None) -> None:

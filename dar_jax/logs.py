@@ -2,6 +2,8 @@
 
 import contextlib
 import json
+import os
+import sys
 import time
 from collections.abc import Callable
 from typing import Any
@@ -15,7 +17,10 @@ from dar_jax.models.flops import peak_flops
 def say(message: str) -> None:
     """Prints one line on the first process, at once."""
     if jax.process_index() == 0:
-        print(message, flush=True)
+        try:
+            print(message, flush=True)
+        except OSError:  # a terminal or a pipe that is gone is no reason to end a run
+            sys.stdout = open(os.devnull, "w")  # noqa: SIM115
 
 
 def read_metrics(workdir: str) -> list[dict[str, Any]]:

@@ -21,14 +21,20 @@ WORKDIR = flags.DEFINE_string("workdir", None, "Directory of checkpoints, sample
 
 def main(_):
     cli.require_flags(config=CONFIG.value, workdir=WORKDIR.value)
-    signal.signal(signal.SIGTERM, _stop)  # the imports take seconds, and only then does the loop listen
+    _listen(signal.SIGTERM, signal.SIGHUP)  # the imports take seconds, and only then does the loop listen
     if runtime.start() == 1:  # with several processes, jax.distributed listens and tells all of them
-        signal.signal(signal.SIGTERM, _stop)
+        _listen(signal.SIGTERM)
     from dar_jax.training.loop import train
     from dar_jax.validate import validate
 
     validate(CONFIG.value)
     train(CONFIG.value, WORKDIR.value, PROFILE.value)
+
+
+def _listen(*signals):
+    for number in signals:
+        if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup does with SIGHUP
+            signal.signal(number, _stop)
 
 
 def _stop(*_):

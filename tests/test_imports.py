@@ -8,7 +8,9 @@ PACKAGE = pathlib.Path(__file__).parents[1] / "dar_jax"
 # other. A room is a folder or a file of dar_jax.
 ORDER = (
     {"errors"},
+    {"hosts"},
     {"config", "files", "conditions", "sharding", "routing"},
+    {"lock"},
     {"models", "diffusion"},
     {"pretrained"},
     {"objectives"},

@@ -5,7 +5,7 @@ import pytest
 from absl import flags
 from absl.testing import flagsaver
 
-from dar_jax import runtime
+from dar_jax import hosts, runtime
 from dar_jax.errors import UserError
 
 BY_HAND = {"JAX_COORDINATOR_ADDRESS": "localhost:1", "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "1"}
@@ -13,39 +13,33 @@ BY_HAND = {"JAX_COORDINATOR_ADDRESS": "localhost:1", "JAX_NUM_PROCESSES": "2", "
 
 @pytest.fixture
 def start(monkeypatch):
-    """Calls runtime.start in an environment; returns the arguments of jax.distributed.initialize, or None."""
+    """Calls runtime.start in an environment; returns the arguments of hosts.join and jax.distributed.initialize."""
     if not flags.FLAGS.is_parsed():
         flags.FLAGS.mark_as_parsed()
 
-    def call(mode, environment, found=True):
+    def call(mode, environment):
         calls = []
-
-        def initialize(**arguments):
-            calls.append(arguments)
-            if not found:
-                raise ValueError("coordinator_address should be defined.")
-
         for name in BY_HAND:
             monkeypatch.delenv(name, raising=False)
         for name, value in environment.items():
             monkeypatch.setenv(name, value)
         monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "")
-        monkeypatch.setattr(jax.distributed, "initialize", initialize)
+        monkeypatch.setattr(jax.distributed, "initialize", lambda *job, **_: calls.append(job))
+        monkeypatch.setattr(hosts, "join", lambda *job: calls.append(job))
         with flagsaver.flagsaver(distributed=mode):
             runtime.start()
-        return calls[0] if calls else None
+        return calls
 
     return call
 
 
 def test_modes(start):
-    assert start("off", BY_HAND) is None
-    assert start("auto", {}) == {}
-    assert start("auto", {}, found=False) == {}  # no job: the process runs alone
-    assert start("on", BY_HAND) == {"num_processes": 2, "process_id": 1}
+    assert start("off", BY_HAND) == []
+    assert start("auto", {}) == []  # no job: the process runs alone
+    assert start("on", BY_HAND) == [("localhost:1", 2, 1, 300), ("localhost:1", 2, 1)]
     for mode, environment in (("on", {}), ("auto", {"JAX_COORDINATOR_ADDRESS": "localhost:1"})):
-        with pytest.raises(UserError, match=rf"--distributed={mode}: no job of several processes was found .* launch/"):
-            start(mode, environment, found=False)
+        with pytest.raises(UserError, match=rf"--distributed={mode}: no job of several processes was found.* launch/"):
+            start(mode, environment)
 
 
 @pytest.mark.parametrize("missing", BY_HAND)
@@ -57,6 +51,10 @@ def test_half_an_environment_is_an_error(start, missing):
 def test_an_environment_that_makes_no_sense_is_an_error(start):
     with pytest.raises(UserError, match='JAX_PROCESS_ID = "one" in the environment is no number'):
         start("auto", {**BY_HAND, "JAX_PROCESS_ID": "one"})
+    with pytest.raises(UserError, match=r"JAX_PROCESS_ID = 2 .* less than JAX_NUM_PROCESSES = 2"):
+        start("auto", {**BY_HAND, "JAX_PROCESS_ID": "2"})
+    with pytest.raises(UserError, match=r'JAX_COORDINATOR_ADDRESS = "node1" .* must be HOST:PORT'):
+        start("auto", {**BY_HAND, "JAX_COORDINATOR_ADDRESS": "node1"})
 
 
 def test_compiled_programs_are_kept_unless_told_where(start, monkeypatch):

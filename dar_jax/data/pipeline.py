@@ -1,8 +1,10 @@
 """Batches: endless, shuffled and sharded for training, a function of the step; whole arrays for evaluation."""
 
 import functools
+import multiprocessing
 import os
 import sys
+import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -94,8 +96,20 @@ def train_iterator(
     if data.num_workers:
         if not flags.FLAGS.is_parsed():  # as in a notebook; grain's workers inherit flags
             flags.FLAGS.mark_as_parsed()
-        batches = batches.mp_prefetch(grain.MultiprocessingOptions(num_workers=data.num_workers))
+        options = grain.MultiprocessingOptions(num_workers=data.num_workers)
+        batches = batches.mp_prefetch(options, worker_init_fn=_end_with_the_run)
     return iter(batches)
+
+
+def _end_with_the_run(worker: int, workers: int) -> None:
+    """In a worker process: ends it when the run ends, however that is killed."""
+    run = multiprocessing.parent_process()
+
+    def watch() -> None:
+        run.join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def _check_latents(

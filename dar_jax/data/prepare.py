@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from array_record.python.array_record_module import ArrayRecordWriter
 
-from dar_jax import files
+from dar_jax import files, lock
 from dar_jax.data.images import center_crop, to_channels
 from dar_jax.data.latents import SCHEMA, read_manifest, record_dtype
 from dar_jax.data.sources import Source
@@ -114,7 +114,12 @@ def prepare(
         encode, batch_size = _make_encode(vae) if vae else (None, _BATCH)
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             for i in todo:
-                _write_shard(directory, names[i], i, source, settings, encode, batch_size, pool, progress)
+                with lock.holding(
+                    directory / "progress" / f"{names[i]}.lock",
+                    f'shard {i} of --out = "{out}"',
+                    "give each worker another number with --worker=i/n, or wait",
+                ):
+                    _write_shard(directory, names[i], i, source, settings, encode, batch_size, pool, progress)
     sizes = files.sizes(directory)
     entries = [_finished(directory, name, sizes) for name in names]
     if missing := entries.count(None):

@@ -196,7 +196,6 @@ def _initial(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
 
 
 def _write(path: files.Path, identity: dict, weights: dict) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
     with files.replacing(path) as temporary, open(temporary, "wb") as file:
         np.savez(file, identity=json.dumps(identity), **traverse_util.flatten_dict(weights, sep="/"))
 

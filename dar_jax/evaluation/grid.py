@@ -33,6 +33,6 @@ def save_grid(path: files.Path, images: np.ndarray, columns: int, *, min_side: i
     for i, image in enumerate(images):
         top, left = (i // columns) * (height + GAP), (i % columns) * (width + GAP)
         canvas[top : top + height, left : left + width] = image.repeat(factor, axis=0).repeat(factor, axis=1)
-    files.path(path).parent.mkdir(parents=True, exist_ok=True)
+    files.path(path).parent.mkdir(exist_ok=True)  # no parents: a workdir that was removed stays so
     with files.replacing(path) as temporary:
         Image.fromarray(canvas.squeeze(-1) if channels == 1 else canvas).save(temporary, format="PNG")

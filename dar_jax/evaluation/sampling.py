@@ -11,8 +11,8 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from dar_jax import conditions, files, objectives, sharding
-from dar_jax.checkpoint import restore_ema
+from dar_jax import conditions, files, hosts, objectives, sharding
+from dar_jax.checkpoint import restore_ema, saved_steps
 from dar_jax.errors import UserError
 from dar_jax.evaluation.grid import save_grid
 from dar_jax.pretrained.vae import AutoencoderKL, make_decoder, read_header
@@ -67,7 +67,12 @@ def image_shape(config: ConfigDict) -> tuple[int, int, int]:
 
 
 def restore(config: ConfigDict, workdir: str, mesh: Mesh, step: int | None) -> tuple[Any, int]:
-    """The EMA weights of a run's checkpoint on `mesh`, and its step. Raises UserError as `checkpoint.restore_ema`."""
+    """The EMA weights of a run's checkpoint on `mesh`, and its step.
+
+    Raises UserError as `checkpoint.restore_ema`, and if the processes of the job see another run or other checkpoints.
+    """
+    facts = {f'the config of "{workdir}"': config.to_json(), f'the steps of "{workdir}"': saved_steps(workdir)}
+    hosts.agree(facts, "the checkpoint")
     objective = objectives.build(config)
     return restore_ema(workdir, sharding.abstract(mesh, lambda: objective.init(jax.random.key(config.seed))), step)
 

@@ -1,5 +1,6 @@
 """Scores a run or a file of samples, and writes a reference: what the door `evaluate` does."""
 
+import contextlib
 import hashlib
 import importlib.metadata
 import json
@@ -12,7 +13,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from dar_jax import conditions, files, objectives, sharding
+from dar_jax import conditions, files, lock, objectives, sharding
 from dar_jax.checkpoint import weights_fingerprint
 from dar_jax.config import default
 from dar_jax.data.pipeline import image_batches
@@ -82,12 +83,13 @@ def evaluate_run(
             settings = _settings(config, features, workdir=workdir, step=step)
             shards = _Shards(files.path(workdir) / "evaluation", settings, with_images=bool(samples_out))
             draw = make_sampler(config, objectives.build(config).sample, mesh)
-            samples = _sample(draw, ema, condition, features, shards, config.eval.batch_size, mesh)
-            results.append({"scores": score(features, reference, samples), "settings": settings})
-            if samples_out and jax.process_index() == 0:
-                count, others = config.eval.num_samples, {"arr_1": condition["label"].astype(np.int64)}
-                write_set(samples_out, (count, *image_shape(config)), shards.images(count), others, "--samples_out")
-            shards.remove()
+            with shards.holding():
+                samples = _sample(draw, ema, condition, features, shards, config.eval.batch_size, mesh)
+                results.append({"scores": score(features, reference, samples), "settings": settings})
+                if samples_out and jax.process_index() == 0:
+                    count, others = config.eval.num_samples, {"arr_1": condition["label"].astype(np.int64)}
+                    write_set(samples_out, (count, *image_shape(config)), shards.images(count), others, "--samples_out")
+                shards.remove()
     return results
 
 
@@ -195,8 +197,11 @@ class _Shards:
         identity = {"images": with_images, **{key: value for key, value in settings.items() if key not in others}}
         digest = hashlib.sha256(json.dumps(identity, sort_keys=True, default=str).encode()).hexdigest()
         self.directory, self.with_images = parent / digest[:16], with_images
-        if jax.process_index() == 0:
-            self.directory.mkdir(parents=True, exist_ok=True)
+
+    def holding(self) -> contextlib.AbstractContextManager:
+        """The lock of these files. Raises UserError if the same evaluation is under way elsewhere."""
+        path = self.directory.with_suffix(".lock")
+        return lock.holding(path, f"evaluation {self.directory}", "wait for its end, or take another seed")
 
     def _parts(self) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
         """The first sample and the arrays of each file, up to the first file that is missing or damaged."""
@@ -225,6 +230,7 @@ class _Shards:
 
     def write(self, position: int, features: dict[str, np.ndarray], images: np.ndarray) -> None:
         if jax.process_index() == 0:
+            self.directory.mkdir(exist_ok=True)
             arrays = {**features, "count": np.int64(len(images)), **({"images": images} if self.with_images else {})}
             path = self.directory / f"{position:08d}.npz"
             with files.replacing(path, only_writer=True) as temporary, open(temporary, "wb") as file:

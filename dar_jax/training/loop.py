@@ -1,6 +1,7 @@
 """The run: set everything up, then step, log, evaluate and save until done or told to stop."""
 
 import math
+import os
 import signal
 import threading
 from contextlib import closing
@@ -12,14 +13,22 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from dar_jax import conditions, files, models, sharding
-from dar_jax.checkpoint import Checkpoints, claim_workdir, restore_ema, set_damaged_aside, writing_to
+from dar_jax import conditions, files, hosts, models, sharding
+from dar_jax.checkpoint import (
+    Checkpoints,
+    claim_workdir,
+    holding_workdir,
+    restore_ema,
+    set_damaged_aside,
+    writing_to,
+)
 from dar_jax.config import micro_batch
 from dar_jax.data.feed import open_batches
 from dar_jax.data.sources import open_source
 from dar_jax.diagnosis.curves import InlineDiagnosis
 from dar_jax.errors import UserError, check_ranges, require
 from dar_jax.evaluation.in_training import InlineEvaluation, is_due, is_evaluation, unfinished
+from dar_jax.lock import Lock
 from dar_jax.logs import Logs, say
 from dar_jax.models.flops import forward_flops
 from dar_jax.training.init_from import check_init_from, restore_initial
@@ -44,8 +53,8 @@ def check(train: ConfigDict, checkpoint: ConfigDict, diagnosis: ConfigDict) -> N
 def train(config: ConfigDict, workdir: str, profile_steps: int = 0) -> None:
     """Trains to config.train.num_steps in `workdir`, from its latest checkpoint, else from config.init_from, if given.
 
-    SIGTERM, on any host, and in a single process Ctrl-C save and return. With `profile_steps` a trace of so many
-    steps, of fewer at the end of the run, is written to workdir/profile. `config` has passed `validate`. Raises
+    SIGTERM and SIGHUP, on any host, and in a single process Ctrl-C save and return. With `profile_steps` a trace of so
+    many steps, of fewer at the end of the run, is written to workdir/profile. `config` has passed `validate`. Raises
     UserError, before anything is compiled, for what cannot work here, and later when the loss, the gradient or the
     weights are no longer finite.
     """
@@ -54,34 +63,31 @@ def train(config: ConfigDict, workdir: str, profile_steps: int = 0) -> None:
     sharding.check_batch(mesh, "config.train.batch_size / accumulate_steps", micro_batch(config))
     if config.diagnosis.every_steps:
         sharding.check_batch(mesh, "config.diagnosis.num_images", config.diagnosis.num_images)
-    conditions.build(config.model).check_data(open_source(config.data, config.data.train_split).num_classes)
-    latest_step = set_damaged_aside(workdir)
-    first_step = latest_step or 0
-    feed = open_batches(config, mesh, batch_size=config.train.batch_size, first_step=first_step)
-    with sharding.use(mesh), feed as batches, writing_to(workdir), _StopSignal() as stop:
-        if config.init_from and latest_step is None:
-            check_init_from(config)
-        claim_workdir(workdir, config)
-        with closing(Checkpoints(workdir, config.checkpoint.keep)) as checkpoints:
-            run = set_up(config, build_algorithm(config), mesh)
-            state = _first_state(config, workdir, mesh, run, checkpoints)
-            if int(state.step) != first_step:
-                raise UserError(
-                    f'the latest checkpoint in "{workdir}" was of step {first_step}, which the data follow, and is now '
-                    f"of step {int(state.step)}: another run writes there, or the hosts do not see the same directory."
-                )
-            evaluations = unfinished(config, workdir, checkpoints.steps)
-            if first_step >= config.train.num_steps and not evaluations:
-                say(
-                    f"nothing to do: {workdir} is at step {first_step} of {config.train.num_steps}; raise "
-                    "--config.train.num_steps to go on"
-                )
-                return
-            hooks = _Hooks.start(config, workdir, mesh, run, first_step, profile_steps, checkpoints)
-            with closing(hooks.logs):
-                _make_up(evaluations, run, state, hooks)
-                if first_step < config.train.num_steps:
-                    _loop(config, run, state, batches, hooks, stop)
+    source = open_source(config.data, config.data.train_split)
+    conditions.build(config.model).check_data(source.num_classes)
+    with sharding.use(mesh), holding_workdir(workdir) as lock, writing_to(workdir), _StopSignal() as stop:
+        latest = set_damaged_aside(workdir)
+        hosts.agree({"the latest checkpoint": latest, "the number of examples": len(source)}, "the first step")
+        first_step = latest or 0
+        with open_batches(config, mesh, batch_size=config.train.batch_size, first_step=first_step) as batches:
+            if config.init_from and latest is None:
+                check_init_from(config)
+            claim_workdir(workdir, config)
+            with closing(Checkpoints(workdir, config.checkpoint.keep)) as checkpoints:
+                run = set_up(config, build_algorithm(config), mesh)
+                state = _first_state(config, workdir, mesh, run, checkpoints)
+                evaluations = unfinished(config, workdir, checkpoints.steps)
+                if first_step >= config.train.num_steps and not evaluations:
+                    say(
+                        f"nothing to do: {workdir} is at step {first_step} of {config.train.num_steps}; raise "
+                        "--config.train.num_steps to go on"
+                    )
+                    return
+                hooks = _Hooks.start(config, workdir, mesh, run, first_step, profile_steps, checkpoints)
+                with closing(hooks.logs):
+                    _make_up(evaluations, run, state, hooks)
+                    if first_step < config.train.num_steps:
+                        _loop(config, run, state, batches, hooks, stop, lock)
 
 
 def _first_state(config: ConfigDict, workdir: str, mesh: Mesh, run: Setup, checkpoints: Checkpoints) -> Any:
@@ -135,8 +141,8 @@ def _make_up(steps: list[int], run: Setup, state: Any, hooks: _Hooks) -> None:
         _evaluate(hooks, ema, step)
 
 
-def _loop(config: ConfigDict, run: Setup, state: Any, batches, hooks: _Hooks, stop: "_StopSignal") -> None:
-    """Takes the steps that are left, and saves where the run ends or is stopped."""
+def _loop(config: ConfigDict, run: Setup, state: Any, batches, hooks: _Hooks, stop: "_StopSignal", lock: Lock) -> None:
+    """Takes the steps that are left, and saves where the run ends or is stopped, as long as `lock` is held."""
     step, num_steps, frozen = int(state.step), config.train.num_steps, run.load_frozen()
     say("compiling the train step")
     while step < num_steps and not stop(step):
@@ -151,6 +157,7 @@ def _loop(config: ConfigDict, run: Setup, state: Any, batches, hooks: _Hooks, st
         evaluate = is_due(config, step)
         if evaluate or step % config.checkpoint.every_steps == 0 or step == num_steps:
             hooks.metrics.settle()
+            lock.check()
             hooks.logs.flush()  # first, so that no metrics are missing before a checkpoint
             hooks.checkpoints.save(state, step)
             if evaluate:
@@ -159,6 +166,7 @@ def _loop(config: ConfigDict, run: Setup, state: Any, batches, hooks: _Hooks, st
     hooks.metrics.settle()
     hooks.profile.stop()
     if step < num_steps:
+        lock.check()
         hooks.checkpoints.save(state, step)
         hooks.checkpoints.wait()
         say(f"stopped by a signal at step {step}, saved; the same command goes on from here")
@@ -268,15 +276,17 @@ def _describe(params) -> None:
 
 
 class _StopSignal:
-    """Within its context SIGTERM and SIGINT ask the loop to stop; calling it says whether they did."""
+    """Within its context SIGTERM, SIGHUP and SIGINT ask the loop to stop; calling it says whether they did."""
 
     def __enter__(self):
         self.asked = False
         self.previous = {}
-        # With several processes jax.distributed listens for SIGTERM, and a handler here would silence it.
-        if jax.process_count() == 1 and threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGTERM, signal.SIGINT):
-                self.previous[number] = signal.signal(number, self._ask)
+        if threading.current_thread() is threading.main_thread():
+            # With several processes jax.distributed listens for SIGTERM, and a handler here would silence it.
+            alone = jax.process_count() == 1
+            for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT) if alone else (signal.SIGHUP,):
+                if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup does with SIGHUP
+                    self.previous[number] = signal.signal(number, self._ask if alone else self._pass_on)
         return self
 
     def __exit__(self, *_):
@@ -286,6 +296,9 @@ class _StopSignal:
     def _ask(self, number, frame):
         self.asked = True
         signal.signal(signal.SIGINT, signal.default_int_handler)  # a second Ctrl-C interrupts at once
+
+    def _pass_on(self, number, frame):
+        os.kill(os.getpid(), signal.SIGTERM)
 
     def __call__(self, step: int) -> bool:
         if jax.process_count() > 1:  # all hosts must stop at the same step

@@ -1,6 +1,11 @@
 """Order, sharding, flips and resumption of training batches; evaluation arrays."""
 
+import pathlib
 import struct
+import subprocess
+import sys
+import tempfile
+import time
 
 import jax
 import numpy as np
@@ -182,3 +187,34 @@ def test_load_images_crops_the_middle(tmp_path):
     assert (images == [[[[200, 100, 50]]]]).all() and labels.tolist() == [0]
     grey, _ = load_images(data, "test", channels=1)
     assert (grey == round(0.299 * 200 + 0.587 * 100 + 0.114 * 50)).all()
+
+
+def test_worker_processes_end_with_a_killed_run():
+    code = """
+import multiprocessing
+from dar_jax import config
+from dar_jax.data.pipeline import train_iterator
+
+if __name__ == "__main__":
+    data = config.default().data
+    data.num_workers = 2
+    batches = train_iterator(data, space="pixels", channels=1, batch_size=8, seed=0)
+    for _ in range(4):
+        next(batches)
+    print(*[child.pid for child in multiprocessing.active_children()], flush=True)
+    input()
+"""
+    with tempfile.NamedTemporaryFile("w", suffix=".py") as script:
+        script.write(code)
+        script.flush()
+        command = [sys.executable, script.name]
+        run = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+        workers = [pathlib.Path("/proc", pid) for pid in run.stdout.readline().decode().split()]
+        were_alive = [worker.exists() for worker in workers]
+        run.kill()
+        run.wait()
+    assert were_alive == [True, True]
+    deadline = time.monotonic() + 10
+    while any(worker.exists() for worker in workers) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not [worker for worker in workers if worker.exists()]

@@ -35,7 +35,7 @@ def digits():
 @pytest.fixture(scope="module")
 def trained(digits, tmp_path_factory):
     """The features of the digits, their cache and the lines logged."""
-    cache, lines = tmp_path_factory.mktemp("run") / "features" / "convnet.npz", []
+    cache, lines = tmp_path_factory.mktemp("run") / "convnet.npz", []
     features = convnet_features(digits[0], digits[1], 10, seed=0, cache=cache, log=lines.append)
     return features, cache, lines
 

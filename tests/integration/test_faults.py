@@ -2,8 +2,12 @@
 
 import contextlib
 import json
+import os
 import random
 import re
+import shutil
+import signal
+import sys
 import time
 
 import numpy as np
@@ -12,6 +16,7 @@ import pytest
 from dar_jax.checkpoint import latest_step
 from dar_jax.data.feed import open_batches
 from dar_jax.errors import UserError
+from dar_jax.logs import Logs
 from dar_jax.training import loop
 from tests.integration.doors import Doors, kill
 from tests.training import tiny
@@ -111,3 +116,58 @@ def test_too_many_in_a_row_end_the_run(in_process, monkeypatch, tmp_path):
     assert latest_step(str(tmp_path)) == 4
     run_with_bad_steps(monkeypatch, tmp_path, {5, 6, 7}, max_skipped=3)
     assert latest_step(str(tmp_path)) == 12
+
+
+def run_and_do_at(monkeypatch, workdir, step, action):
+    """Twelve steps; `action` happens when the metrics of `step` are logged."""
+    progress = Logs.progress
+
+    def progress_and_act(self, logged, scalars):
+        progress(self, logged, scalars)
+        if logged == step:
+            action()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Logs, "progress", progress_and_act)
+        loop.train(tiny.make_config(), str(workdir))
+
+
+@pytest.mark.parametrize("step", [2, 7])
+def test_workdir_removed_while_running_is_an_error_and_stays_removed(in_process, monkeypatch, tmp_path, step):
+    """Before the first save, and between two."""
+    workdir = tmp_path / "run"
+    with pytest.raises(UserError, match=rf'workdir "{workdir}" was removed while this run was writing there'):
+        run_and_do_at(monkeypatch, workdir, step, lambda: shutil.rmtree(workdir))
+    assert not workdir.exists()
+
+
+def test_a_second_run_is_refused_and_the_first_goes_on(in_process, monkeypatch, tmp_path):
+    def start_another():
+        with pytest.raises(UserError, match=rf'workdir "{tmp_path}" is in use by process {os.getpid()} on'):
+            loop.train(tiny.make_config(), str(tmp_path))
+
+    run_and_do_at(monkeypatch, tmp_path, 5, start_another)
+    assert latest_step(str(tmp_path)) == 12
+    assert [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == [
+        *range(1, 13)
+    ]
+
+
+def test_checkpoints_that_cannot_be_written_are_found_before_the_first_step(in_process, tmp_path):
+    (tmp_path / "checkpoints").touch()
+    with pytest.raises(UserError, match=r'--workdir = ".*/checkpoints" cannot be written: '):
+        loop.train(tiny.make_config(), str(tmp_path))
+    assert not (tmp_path / "metrics.jsonl").exists()
+
+
+def test_hangup_saves_and_no_output_is_no_error(in_process, monkeypatch, tmp_path):
+    """As when a terminal is closed: SIGHUP comes, and nobody reads what the run prints."""
+
+    def hang_up():
+        monkeypatch.setattr(sys, "stdout", open("/dev/full", "w"))  # noqa: SIM115
+        os.kill(os.getpid(), signal.SIGHUP)
+
+    before = signal.getsignal(signal.SIGHUP)
+    run_and_do_at(monkeypatch, tmp_path, 6, hang_up)
+    assert latest_step(str(tmp_path)) in (6, 7)
+    assert signal.getsignal(signal.SIGHUP) == before

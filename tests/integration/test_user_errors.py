@@ -45,6 +45,7 @@ def door(*args, code=None):
         (["main"], ["--config is required"]),
         (["sample"], ["--workdir is required"]),
         (["sample", "--num_per_label=0"], ["num_per_label=0"]),
+        (["evaluate", "--samples=x.npz", "--reference= "], ["--reference", "is empty"]),
     ],
     ids=lambda value: value[-1] if isinstance(value, list) else None,
 )
