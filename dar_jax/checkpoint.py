@@ -298,7 +298,9 @@ def load_config(workdir: str) -> ConfigDict:
     """The config a workdir was trained with. Raises UserError if there is none, or one of a later format."""
     path = files.path(workdir) / "config.json"
     if not path.exists():
-        raise UserError(f'"{path}" does not exist; --workdir must be a directory that python -m dar_jax.main wrote.')
+        raise UserError(
+            f'"{workdir}/config.json" does not exist; --workdir must be a directory that python -m dar_jax.main wrote.'
+        )
     stored = json.loads(path.read_text())
     number = stored.pop("format", 1)
     if number > FORMAT:

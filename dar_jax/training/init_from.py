@@ -19,8 +19,8 @@ def check_init_from(config: ConfigDict) -> ConfigDict:
     Raises UserError unless its weights suit the model of `config`: they must be of the same shapes and objective, and
     of the same routing or of none.
     """
-    path = files.path(config.init_from)
-    if not (path / "config.json").exists() or latest_step(config.init_from) is None:
+    path = config.init_from
+    if not (files.path(path) / "config.json").exists() or latest_step(path) is None:
         raise UserError(
             f'config.init_from = "{path}" has no config.json and checkpoint; name a workdir that dar_jax.main or '
             "dar_jax.convert wrote."
