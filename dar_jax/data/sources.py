@@ -15,7 +15,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from dar_jax.data.images import decode_image
-from dar_jax.errors import UserError, check_choice, check_ranges, near_miss
+from dar_jax.errors import UserError, check_choice, near_miss
 
 _EXTENSIONS = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 
@@ -269,7 +269,6 @@ def open_source(data: ConfigDict, split: str) -> Source:
 def check(data: ConfigDict) -> None:
     """Raises UserError for the first field of `config.data` that cannot work, without a look at any file."""
     check_choice("config.data.source", data.source, SOURCES)
-    check_ranges("config.data", data, image_size="[1, inf)", num_workers="[0, inf)")
 
 
 SOURCES = {
