@@ -21,12 +21,15 @@ from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
 from dar_jax import files
-from dar_jax.config import default
+from dar_jax.config import check_fields, default
 from dar_jax.errors import UserError
 from dar_jax.logs import say
 
 # The layout of config.json. 1: it had no number, and config.model had no field `space`.
 FORMAT = 2
+
+BEST = {"step": int, "metric": str, "value": int | float}  # the form of best.json
+REMOVE_BEST = "remove it, and the next evaluation writes it again"
 
 # What a run keeps for life: its function, its randomness, and what makes a batch of a step.
 FIXED = ("model", "diffusion", "seed", "data.source", "data.name", "data.train_split", "train.batch_size")
@@ -46,7 +49,7 @@ class _Best:
 
     def __init__(self, workdir: str):
         self.path = pathlib.Path(workdir) / "best.json"
-        self.record = json.loads(self.path.read_text()) if self.path.exists() else None
+        self.record = files.read_json(self.path, BEST, REMOVE_BEST) if self.path.exists() else None
 
     def note(self, step: int, steps: list[int], metric: str, value: float) -> None:
         best = self.record
@@ -166,19 +169,23 @@ def restore_ema(workdir: str, abstract_params, step: int | None = None) -> tuple
 
 
 def load_config(workdir: str) -> ConfigDict:
-    """The config a workdir was trained with. Raises UserError if there is none, or one of a later format."""
+    """The config a workdir was trained with. Raises UserError if there is none, it is damaged or of a later format."""
     path = pathlib.Path(workdir) / "config.json"
     if not path.exists():
         raise UserError(f'"{path}" does not exist; --workdir must be a directory that python -m dar_jax.main wrote.')
-    stored = json.loads(path.read_text())
+    stored = files.read_json(path, dict, "copy it again")
     number = stored.pop("format", 1)
-    if number > FORMAT:
+    if number not in range(1, FORMAT + 1):
         raise UserError(f'"{path}" has format {number}, but this version reads up to {FORMAT}; update dar_jax.')
-    if number == 1:
-        stored["model"]["space"] = "pixels" if stored["model"]["channels"] in (1, 3) else "latents"
     config = default()
-    with config.unlocked():
-        config.update(stored)
+    try:
+        if number == 1:
+            stored["model"]["space"] = "pixels" if stored["model"]["channels"] in (1, 3) else "latents"
+        with config.unlocked():
+            config.update(stored)
+        check_fields(config)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:  # of contents that no run has written
+        raise UserError(f'"{path}" cannot be read ({error}); copy it again.') from error
     return config.lock()
 
 

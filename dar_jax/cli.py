@@ -4,8 +4,10 @@ import contextlib
 import os
 import re
 import sys
+import traceback
 from collections.abc import Callable
 
+from absl import flags
 from ml_collections import ConfigDict
 
 from dar_jax.config import check_key, default
@@ -13,23 +15,23 @@ from dar_jax.errors import UserError
 
 
 def require_flags(**values) -> None:
-    """Raises UserError for a flag that was not given."""
+    """Raises UserError for a flag that was not given, or is empty."""
     for name, value in values.items():
-        if value is None:
+        if not value:
             raise UserError(f"--{name} is required; see --help.")
 
 
 def parse_numbers(flag: str, words: list[str]) -> list[float]:
-    """The numbers of a list flag. Raises UserError if a word is none."""
+    """The numbers of a list flag. Raises UserError if a word is none, or there are no words."""
     try:
-        return [float(word) for word in words]
+        return [float(word) for word in words or [""]]
     except ValueError as error:
         raise UserError(f"--{flag} = {','.join(words)} must be numbers: 0,0.5,1.") from error
 
 
 def run(main: Callable) -> None:
     """Runs the `main` of a door under absl."""
-    from absl import app, flags, logging
+    from absl import app, logging
 
     os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")  # else tensorflow, which clu imports, greets on stderr
     logging.set_verbosity(logging.FATAL)  # orbax describes its every move, and every error that it raises anyway
@@ -39,26 +41,34 @@ def run(main: Callable) -> None:
             with contextlib.suppress(SystemExit):  # absl leaves with 1
                 flags.FLAGS(argv)
             sys.exit(0)
+        path = ""
         try:
-            _check_config_flags(argv[1:])
+            path = _check_config_flags(argv[1:])
             rest = flags.FLAGS(argv)[1:]
             if rest:
                 raise UserError(f'"{rest[0]}" is not understood; a flag is written --name=value, see --help.')
+            config = flags.FLAGS["config"].value if path else None
+            if path and not isinstance(config, ConfigDict):  # ml_collections keeps an OSError of the file for later
+                raise getattr(config, "_error", None) or UserError(f'get_config of "{path}" must return a ConfigDict.')
             return argv[:1]
-        except (flags.Error, OSError, AttributeError, KeyError, TypeError, ValueError) as error:
-            _exit(error)
+        except (Exception, SystemExit) as error:  # a config file is a program, which raises what it likes
+            _exit(_describe(error, path))
 
     def guarded(argv):
         try:
             main(argv)
-        except UserError as error:
-            _exit(error)
+        except (UserError, OSError) as error:  # OSError: a file or disk that no check before has found
+            _exit(str(error))
 
     app.run(guarded, flags_parser=parse)
 
 
-def _check_config_flags(args: list[str]) -> None:
-    """Raises UserError for a --config file that does not exist and for a --config.x.y that is no field."""
+def _check_config_flags(args: list[str]) -> str:
+    """Returns the file of --config, "" if there is none.
+
+    Raises UserError if the file does not exist, or a --config.x.y is no field.
+    """
+    path = ""
     for arg, following in zip(args, [*args, ""][1:], strict=True):
         if match := re.match(r"--?config(?:=(.*))?$", arg):
             path = (following if match[1] is None else match[1]).split(":")[0]
@@ -71,14 +81,23 @@ def _check_config_flags(args: list[str]) -> None:
                     raise UserError(f'flag "{arg}": {prefix} is a value, not a section.')
                 check_key(key, schema, prefix)
                 schema, prefix = schema[key], f"{prefix}.{key}"
+    return path
 
 
-def _exit(error: Exception) -> None:
-    if "Traceback" in str(error):  # ml_collections hides what a config file raised in the text of another error
-        while error.__cause__ or error.__context__:
-            error = error.__cause__ or error.__context__
+def _describe(error: BaseException, path: str) -> str:
+    """What is wrong with the flags, or the kind of error, with its line, that the config file at `path` raised."""
+    # ml_collections hides what a config file raised in the text of another error.
+    while "Traceback" in str(error) and (error.__cause__ or error.__context__):
+        error = error.__cause__ or error.__context__
     while error.args and isinstance(error.args[0], Exception):
         error = error.args[0]
-    text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
+    if isinstance(error, UserError | flags.Error):
+        return str(error)
+    lines = [call.lineno for call in traceback.extract_tb(error.__traceback__) if call.filename == path]
+    where = f'--config = "{path}"' + (f", line {lines[-1]}" if lines else "")
+    return f"{where}: {type(error).__name__}: {error.args[0] if isinstance(error, KeyError) else error}"
+
+
+def _exit(text: str) -> None:
     print(f"error: {' '.join(text.split())}", file=sys.stderr, flush=True)
     sys.exit(2)

@@ -4,7 +4,7 @@ A config with a key that is not here is an error that names the near miss. Which
 fields suit each other, is checked by the package that reads them, and by `dar_jax.validate` for all of them.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
@@ -37,9 +37,10 @@ def default() -> ConfigDict:
     return _defaults(schema()).lock()
 
 
-def _defaults(section: ConfigDict) -> ConfigDict:
-    values = {name: field.default if isinstance(field, Number) else field for name, field in section.items()}
-    return ConfigDict({k: _defaults(v) if isinstance(v, ConfigDict) else v for k, v in values.items()})
+def _defaults(field: Any) -> Any:
+    if isinstance(field, ConfigDict):
+        return ConfigDict({name: _defaults(inner) for name, inner in field.items()})
+    return field.default if isinstance(field, Number) else field
 
 
 def schema() -> ConfigDict:

@@ -54,7 +54,72 @@ def writing(path: str | pathlib.Path, flag: str) -> Iterator[None]:
         raise UserError(f'{flag} = "{path}" cannot be written: {error.strerror}; take another.') from error
 
 
-def make_parent(path: str | pathlib.Path, flag: str) -> None:
-    """Makes the directory of an output file. Raises UserError if it cannot."""
+def check_output(path: str | pathlib.Path, flag: str, *suffixes: str) -> None:
+    """Makes the directory of an output file, before the work that fills the file.
+
+    Raises UserError if `path` ends in none of `suffixes`, is a directory or a device, or cannot be written.
+    """
+    if suffixes and not str(path).endswith(suffixes):
+        raise UserError(f'{flag} = "{path}" must end in {" or ".join(suffixes)}.')
+    path = pathlib.Path(path)
     with writing(path, flag):
-        pathlib.Path(path).absolute().parent.mkdir(parents=True, exist_ok=True)
+        if path.exists() and not path.is_file():
+            raise UserError(f'{flag} = "{path}" is no file, and cannot become one; take another.')
+        path.absolute().parent.mkdir(parents=True, exist_ok=True)
+        _try_to_write(path)
+
+
+def check_directory(path: str | pathlib.Path, flag: str) -> None:
+    """Raises UserError unless files can be written in the directory `path`, or where it would be made."""
+    path = pathlib.Path(path).absolute()
+    with writing(path, flag):
+        _try_to_write(next(folder for folder in (path, *path.parents) if folder.exists()) / "test")
+
+
+def _try_to_write(path: pathlib.Path) -> None:
+    """Raises OSError if no file can be written beside `path`."""
+    temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
+    temporary.write_text("\n")
+    temporary.unlink()
+
+
+def read_json(path: str | pathlib.Path, form: Any, fix: str) -> Any:
+    """The content of a JSON file.
+
+    Args:
+      path: the file.
+      form: what the content must be: a type; a number, which it must equal; {key: form}, an object with these keys and
+        perhaps others; [form], a list of such entries; or (form,), that or null.
+      fix: what the user should do if the file is damaged.
+
+    Raises:
+      UserError: the file is missing, no regular file, not readable, no JSON, or not of this form.
+    """
+    try:
+        if os.path.exists(path) and not os.path.isfile(path):  # a pipe would be waited for
+            raise ValueError("not a regular file")
+        content = json.loads(pathlib.Path(path).read_text())
+        _check_form(content, form, "the whole")
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f'"{path}" cannot be read ({getattr(error, "strerror", None) or error}); {fix}.') from error
+    return content
+
+
+def _check_form(content: Any, form: Any, name: str) -> None:
+    if isinstance(form, tuple):
+        (form,) = form
+        if content is None:
+            return
+    kind = type(form) if isinstance(form, dict | list | int | float) else form
+    if not isinstance(content, kind):
+        raise ValueError(f"{name} is of type {type(content).__name__}")
+    if isinstance(form, int | float) and content != form:
+        raise ValueError(f"{name} is {content}, not {form}")
+    if isinstance(form, list):
+        for entry in content:
+            _check_form(entry, form[0], f"an entry of {name}")
+    elif isinstance(form, dict):
+        for key, inner in form.items():
+            if key not in content:
+                raise ValueError(f'"{key}" is missing')
+            _check_form(content[key], inner, f'"{key}"')

@@ -1,8 +1,10 @@
 """What a run says: TensorBoard (clu), workdir/metrics.jsonl and a progress line."""
 
 import json
+import math
 import pathlib
 import time
+from typing import Any
 
 import jax
 
@@ -27,18 +29,19 @@ class Logs:
     """
 
     def __init__(self, workdir: str, first_step: int, num_steps: int, batch_size: int, flops_per_step: float):
-        # clu's writers import tensorflow (seconds), so only a run pays for it.
-        from clu import metric_writers
-
         is_first = jax.process_index() == 0
-        self.writer = metric_writers.create_default_writer(workdir, just_logging=not is_first)
+        self.writer = _open_tensorboard(workdir) if is_first else None
         self.path = pathlib.Path(workdir) / "metrics.jsonl" if is_first else None
         self.num_steps, self.batch_size, self.flops_per_step = num_steps, batch_size, flops_per_step
         peak = peak_flops(jax.devices()[0].device_kind)
         self.peak_flops = peak and peak * jax.device_count()
         self.start_window(first_step)
-        if is_first and self.path.exists():
-            kept = [line for line in self.path.read_text().splitlines() if _step(line) <= first_step]
+        if is_first:
+            lines = self.path.read_text(errors="replace").splitlines() if self.path.is_file() else []
+            kept = [line for line in lines if _step(line) <= first_step]
+            damaged = sum(math.isnan(_step(line)) for line in lines[:-1])  # a crash may have cut the last one
+            if damaged:
+                say(f"{self.path}: {damaged} damaged lines are left out")
             files.write_text(self.path, "".join(f"{line}\n" for line in kept))
 
     def start_window(self, step: int) -> None:
@@ -46,7 +49,8 @@ class Logs:
         self.window_step, self.window_time = step, time.monotonic()
 
     def write(self, step: int, scalars: dict[str, float]) -> None:
-        self.writer.write_scalars(step, scalars)
+        if self.writer is not None:
+            self.writer.write_scalars(step, scalars)
         if self.path is not None:
             with open(self.path, "a") as file:
                 file.write(json.dumps({"step": step, **scalars}) + "\n")
@@ -74,12 +78,25 @@ class Logs:
         self.start_window(step)
 
     def close(self) -> None:
-        self.writer.flush()
-        self.writer.close()
+        if self.writer is not None:
+            self.writer.flush()
+            self.writer.close()
+
+
+def _open_tensorboard(workdir: str) -> Any:
+    """A writer of clu, or None and a line that says why there is none."""
+    try:  # here, because it imports tensorflow, which takes seconds
+        from clu import metric_writers
+    except Exception as error:  # it is missing, or does not fit the rest, which it says in many ways
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        say(f"TensorBoard is off, and metrics.jsonl has all numbers ({reason})")
+        return None
+    return metric_writers.create_default_writer(workdir)
 
 
 def _step(line: str) -> float:
+    """The step of a line of metrics.jsonl, NaN if the line is damaged."""
     try:
-        return json.loads(line)["step"]
-    except (ValueError, KeyError):  # a line cut short by a crash
-        return float("inf")
+        return float(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return math.nan

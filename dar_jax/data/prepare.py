@@ -5,7 +5,6 @@ is written under a temporary name, renamed, and recorded in progress/; one that 
 Workers share the shards by their numbers and need not know of each other: who finds all recorded writes the manifest.
 """
 
-import json
 import os
 import pathlib
 import time
@@ -19,8 +18,8 @@ from array_record.python.array_record_module import ArrayRecordWriter
 
 from dar_jax import files
 from dar_jax.data.images import center_crop, to_channels
-from dar_jax.data.latents import SCHEMA, read_manifest, record_dtype
-from dar_jax.data.sources import Source
+from dar_jax.data.latents import SCHEMA, SHARD, LatentSource, check_checksums, read_manifest, record_dtype
+from dar_jax.data.sources import Source, read
 from dar_jax.errors import UserError
 
 if TYPE_CHECKING:
@@ -93,8 +92,8 @@ def prepare(
       say: takes lines of progress.
 
     Raises:
-      UserError: `out` holds another set or cannot be written, more than max_skipped images cannot be read, or the VAE
-        gives a number that the dtype cannot hold.
+      UserError: `out` holds another set or cannot be written, more than max_skipped images cannot be read, or all, or
+        the VAE gives a number that the dtype cannot hold.
     """
     directory = pathlib.Path(out)
     with files.writing(out, "--out"):
@@ -125,12 +124,27 @@ def prepare(
         "skipped": [line for entry in entries for line in entry.pop("skipped")],
         "shards": entries,
     }
+    if not manifest["num_examples"]:
+        raise UserError(f"none of the {manifest['num_source']} images could be read: {manifest['skipped'][0]}")
     files.write_json(directory / "manifest.json", manifest, indent=1)
     size = sum(entry["bytes"] for entry in entries)
     say(
         f"wrote {out}: {manifest['num_examples']:,} examples in {count} shards, {size / 1e9:.3g} GB, "
         f"{len(manifest['skipped'])} images skipped"
     )
+
+
+def verify(path: pathlib.Path) -> dict[str, Any]:
+    """Reads all of a prepared directory, and returns its manifest.
+
+    Raises UserError unless every shard has the checksum and the number of records of the manifest, every record has all
+    fields, and every label is a class.
+    """
+    check_checksums(path, read_manifest(path)["shards"])
+    source = LatentSource(path)
+    for index in range(len(source)):
+        read(source, index)
+    return source.manifest
 
 
 class _Progress:
@@ -165,7 +179,7 @@ def _claim(directory: pathlib.Path, settings: dict[str, Any]) -> None:
     if not manifest.exists() and not notes.exists():
         notes.parent.mkdir(parents=True, exist_ok=True)
         files.write_json(notes, settings, indent=1)
-    stored = json.loads((manifest if manifest.exists() else notes).read_text())
+    stored = files.read_json(manifest if manifest.exists() else notes, dict, "take another --out")
     for key, value in settings.items():
         if stored.get(key) != value:
             raise UserError(
@@ -175,11 +189,11 @@ def _claim(directory: pathlib.Path, settings: dict[str, Any]) -> None:
 
 
 def _finished(directory: pathlib.Path, name: str) -> dict[str, Any] | None:
-    """What progress/ says of a shard (name, records, bytes, sha256, skipped), if it is there in its full size."""
+    """What progress/ says of a shard, if it is whole and the shard is there in its full size."""
     try:
-        entry = json.loads((directory / "progress" / f"{name}.json").read_text())
+        entry = files.read_json(directory / "progress" / f"{name}.json", {**SHARD, "skipped": [str]}, "")
         return entry if (directory / name).stat().st_size == entry["bytes"] else None
-    except FileNotFoundError:
+    except (UserError, FileNotFoundError):
         return None
 
 
@@ -246,7 +260,7 @@ def _batches(
 
     def load(index: int) -> tuple[int, np.ndarray] | UserError:
         try:
-            example = source[index]
+            example = read(source, index)
         except UserError as error:
             return error
         return example["label"], center_crop(to_channels(example["image"], 3), image_size)

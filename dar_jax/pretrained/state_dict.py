@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
 from dar_jax.errors import UserError
@@ -18,6 +17,15 @@ def read_state_dict(path: str) -> dict[str, Any]:
     Of a training checkpoint, {"ema": ..., "model": ...}, it is the moving average, else the model. Raises UserError
     if the file cannot be read, holds no state dict, or needs a torch that is not installed.
     """
+    state_dict = _read(path)
+    for name, x in state_dict.items():
+        kind = getattr(getattr(x, "dtype", None), "kind", "f" if hasattr(x, "detach") else "")  # torch's have no kind
+        if not isinstance(name, str) or kind not in "fiub" or not hasattr(x, "shape"):
+            raise UserError(f'--input = "{path}" holds "{name}", which is no array of real numbers.')
+    return state_dict
+
+
+def _read(path: str) -> dict[str, Any]:
     suffix = pathlib.Path(path).suffix
     if not pathlib.Path(path).is_file():
         raise UserError(f'--input = "{path}" is no file; name a .pt, .npz or .safetensors of weights.')
@@ -32,7 +40,7 @@ def read_state_dict(path: str) -> dict[str, Any]:
     if suffix == ".safetensors":
         try:
             return load_file(path)
-        except (OSError, SafetensorError) as error:
+        except Exception as error:  # a damaged file raises many things
             raise UserError(f'--input = "{path}" cannot be read as .safetensors: {error}') from error
     try:
         import torch

@@ -9,7 +9,6 @@ the weights, by which latents remember who made them.
 """
 
 import hashlib
-import json
 import math
 import pathlib
 import re
@@ -246,15 +245,11 @@ def write(path: str, vae: Vae) -> None:
 def read_header(path: str, field: str) -> dict[str, Any]:
     """channels, latent_channels, scale and fingerprint of the directory `path`, without its weights.
 
-    `field` is the flag or config field of the path, for the UserError if there is no VAE.
+    `field` is the flag or config field of the path, for the UserError if there is no VAE, or vae.json is damaged.
     """
-    try:
-        return json.loads((pathlib.Path(path) / "vae.json").read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f'{field} = "{path}" is no directory of a VAE ({error}); make one with python -m dar_jax.convert '
-            "--kind=vae."
-        ) from error
+    form = {"channels": [int], "latent_channels": int, "scale": SCALE, "fingerprint": str}
+    fix = f"{field} must be a directory that python -m dar_jax.convert --kind=vae has made"
+    return files.read_json(pathlib.Path(path) / "vae.json", form, fix)
 
 
 def load(path: str, field: str) -> Vae:
@@ -265,8 +260,8 @@ def load(path: str, field: str) -> Vae:
     """
     header = read_header(path, field)
     model = AutoencoderKL(tuple(header["channels"]), header["latent_channels"])
-    restore = jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), _abstract(model))
     try:
+        restore = jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), _abstract(model))
         params = ocp.load_pytree(pathlib.Path(path).absolute() / "weights", restore)
         damaged = _fingerprint(params) != header["fingerprint"]
     except Exception as error:  # orbax raises what its readers happen to

@@ -239,9 +239,12 @@ def _format(scalars: dict[str, float]) -> str:
 
 
 def _describe(params) -> None:
-    from clu import parameter_overview
-
-    say(parameter_overview.get_parameter_overview(params, include_stats=False))
+    try:
+        from clu import parameter_overview
+    except ImportError:
+        say(f"{sum(x.size for x in jax.tree.leaves(params)):,} parameters")
+    else:
+        say(parameter_overview.get_parameter_overview(params, include_stats=False))
 
 
 class _StopSignal:

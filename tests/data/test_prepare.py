@@ -184,6 +184,25 @@ def test_images_that_cannot_be_read_are_reported_and_left_out(tmp_path):
         prepare_folder(tmp_path / "images", tmp_path / "few", shard=5, skip=5)
 
 
+def test_no_image_at_all_is_an_error(tmp_path):
+    write_folder(tmp_path / "images", 4, damaged=range(4))
+    with pytest.raises(UserError, match=r"none of the 4 images could be read: .*0000\.png"):
+        prepare_folder(tmp_path / "images", tmp_path / "out", skip=10)
+    assert not (tmp_path / "out" / "manifest.json").exists()
+
+
+def test_damaged_progress_is_made_up_for(tmp_path):
+    """A shard whose record of progress cannot be read is written again."""
+    write_folder(tmp_path / "images", 6)
+    prepare_folder(tmp_path / "images", tmp_path / "out")
+    expected = shards(tmp_path / "out")
+    (tmp_path / "out" / "manifest.json").unlink()
+    for number, content in enumerate(["", '{"bytes": "x"}']):
+        (tmp_path / "out" / "progress" / f"shard-{number:05}-of-00002.array_record.json").write_text(content)
+    prepare_folder(tmp_path / "images", tmp_path / "out")
+    assert shards(tmp_path / "out") == expected
+
+
 def test_another_command_cannot_go_on(tmp_path):
     write_folder(tmp_path / "images", 6)
     images, out = tmp_path / "images", tmp_path / "out"
