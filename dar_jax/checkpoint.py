@@ -31,6 +31,9 @@ FORMAT = 2
 BEST = {"step": int, "metric": str, "value": int | float}  # the form of best.json
 REMOVE_BEST = "remove it, and the next evaluation writes it again"
 
+# What a run and its evaluations write to, tried before the run starts.
+FOLDERS = ("checkpoints", "samples", "profile", "evaluation")
+
 # What a run keeps for life: its function, its randomness, and what makes a batch of a step.
 FIXED = ("model", "diffusion", "seed", "data.source", "data.name", "data.train_split", "train.batch_size")
 
@@ -206,6 +209,8 @@ def claim_workdir(workdir: str, config: ConfigDict) -> None:
                 f'workdir "{workdir}" holds a run with {difference}; take another --workdir, or the config of that run.'
             )
     if jax.process_index() == 0:
+        for name in FOLDERS:
+            files.check_directory(path / name, "--workdir")
         with files.writing(workdir, "--workdir"):
             path.mkdir(parents=True, exist_ok=True)
             files.write_json(path / "config.json", {"format": FORMAT, **json.loads(config.to_json())}, indent=2)

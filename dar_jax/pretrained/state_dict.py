@@ -19,8 +19,9 @@ def read_state_dict(path: str) -> dict[str, Any]:
     """
     state_dict = _read(path)
     for name, x in state_dict.items():
-        kind = getattr(getattr(x, "dtype", None), "kind", "f" if hasattr(x, "detach") else "")  # torch's have no kind
-        if not isinstance(name, str) or kind not in "fiub" or not hasattr(x, "shape"):
+        is_tensor = hasattr(x, "detach") and not x.is_complex()
+        is_array = isinstance(x, np.ndarray) and (x.dtype.kind in "fiub" or x.dtype.name == "bfloat16")
+        if not (isinstance(name, str) and (is_tensor or is_array)):
             raise UserError(f'--input = "{path}" holds "{name}", which is no array of real numbers.')
     return state_dict
 

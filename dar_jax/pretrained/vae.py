@@ -312,14 +312,14 @@ def _abstract(model: AutoencoderKL) -> dict:
 def _infer_model(state_dict: Mapping[str, Any]) -> AutoencoderKL:
     channels = []
     while (key := f"encoder.down_blocks.{len(channels)}.resnets.0.conv1.weight") in state_dict:
-        channels.append(state_dict[key].shape[0])
+        channels.append(len(state_dict[key]) if len(state_dict[key].shape) == 4 else 0)
     latents = state_dict.get("post_quant_conv.bias")
-    if not channels or latents is None:
+    if not channels or latents is None or 0 in latents.shape:
         key = "post_quant_conv.bias" if channels else key
         raise UserError(f'the weights lack the key "{key}" of AutoencoderKL in diffusers.')
-    if bad := [width for width in channels if width % GROUPS]:
+    if bad := [width for width in channels if width < 1 or width % GROUPS]:
         raise UserError(f"the weights have a layer of {bad[0]} channels, which {GROUPS} groups do not divide.")
-    return AutoencoderKL(tuple(channels), len(latents))
+    return AutoencoderKL(tuple(channels), math.prod(latents.shape))
 
 
 def _fingerprint(params: dict) -> str:
