@@ -123,7 +123,7 @@ def _parts(path: pathlib.Path) -> set[str]:
     """The items of a step directory, as its metadata lists them; empty unless all of them are there."""
     try:
         names = set(json.loads((path / "_CHECKPOINT_METADATA").read_text())["item_handlers"])
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError, TypeError):
         return set()
     return names if all((path / name).exists() for name in names) else set()
 

@@ -24,6 +24,9 @@ def replacing(path: str | pathlib.Path, *, only_writer: bool = False) -> Iterato
     try:
         yield temporary
         os.replace(temporary, path)
+    except OSError as error:
+        error.filename = error.filename or str(path)  # a full disk has no name of its own
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 

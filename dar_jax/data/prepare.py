@@ -5,8 +5,11 @@ is written under a temporary name, renamed, and recorded in progress/; one that 
 Workers share the shards by their numbers and need not know of each other: who finds all recorded writes the manifest.
 """
 
+import contextlib
+import errno
 import os
 import pathlib
+import re
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -111,7 +114,7 @@ def prepare(
     if todo:
         progress = _Progress(todo, settings, say, max_skipped, sum(len(entry["skipped"]) for entry in done.values()))
         encode, batch_size = _make_encode(vae) if vae else (None, _BATCH)
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
+        with files.writing(out, "--out"), _naming_full_disks(), ThreadPoolExecutor(os.cpu_count()) as pool:
             for i in todo:
                 _write_shard(directory, names[i], i, source, settings, encode, batch_size, pool, progress)
     entries = [_finished(directory, name) for name in names]
@@ -132,6 +135,17 @@ def prepare(
         f"wrote {out}: {manifest['num_examples']:,} examples in {count} shards, {size / 1e9:.3g} GB, "
         f"{len(manifest['skipped'])} images skipped"
     )
+
+
+@contextlib.contextmanager
+def _naming_full_disks() -> Iterator[None]:
+    """Makes an OSError of the RuntimeError with which ArrayRecord reports one."""
+    try:
+        yield
+    except RuntimeError as error:
+        if found := re.search(r"(?:write|close|open)\(\) failed: ([^;]*)", str(error)):
+            raise OSError(errno.EIO, found[1]) from error
+        raise
 
 
 def verify(path: pathlib.Path) -> dict[str, Any]:
