@@ -139,7 +139,7 @@ def source_mask(depth: int, layout: Layout | None) -> np.ndarray:
         step = layout.num_steps - 1 if is_head else reader // per_step
         mask[reader] = False
         mask[reader, rows[: layout.num_final_rows if is_head else layout.count(step)]] = True
-        if not (is_head and layout.final == "summaries"):
+        if layout.final_set.sees_outputs or not is_head:
             mask[reader, step * per_step + 1 : reader + 1] = True
     return mask
 

@@ -12,6 +12,12 @@ from dar_jax.routing import QUERIES, Layout
 # but for the routing, which comes as `layout`, `query` and `implementation`.
 MODELS = {"sit": SiT}
 
+# How sublayers read what others wrote: over the residual stream, or as a layout says.
+ROUTINGS = {
+    "residual": lambda depth, routing: None,
+    "dar": lambda depth, routing: Layout(depth, routing.chunk_size, routing.summary, routing.final),
+}
+
 
 def build(model: ConfigDict, *, plain: bool = False) -> SiT:
     """Returns the module that `config.model` describes (fields in dar_jax/config.py).
@@ -20,11 +26,10 @@ def build(model: ConfigDict, *, plain: bool = False) -> SiT:
     plain autodiff (plain_stack.py).
     """
     routing = model.routing
-    routed = routing.kind == "dar"
     fields = {
         **model,
         "dtype": jnp.dtype(model.dtype),
-        "layout": Layout(model.depth, routing.chunk_size, routing.summary, routing.final) if routed else None,
+        "layout": ROUTINGS[routing.kind](model.depth, routing),
         "query": QUERIES[routing.query],
         "implementation": routing.implementation,
         "plain": plain,

@@ -3,6 +3,8 @@
 from ml_collections import ConfigDict
 
 from dar_jax.errors import check_choice, require
+from dar_jax.models.build import MODELS, ROUTINGS
+from dar_jax.routing import FINALS, IMPLEMENTATIONS, QUERIES, SUMMARIES
 
 SPACES = ("pixels", "latents")
 IMAGE_CHANNELS = (1, 3)  # grey and RGB
@@ -10,6 +12,7 @@ IMAGE_CHANNELS = (1, 3)  # grey and RGB
 
 def check(model: ConfigDict) -> None:
     """Raises UserError for the first field of `config.model` that cannot work."""
+    check_choice("config.model.family", model.family, MODELS)
     check_choice("config.model.space", model.space, SPACES)
     check_choice("config.model.dtype", model.dtype, ("float32", "bfloat16"))
     check_choice("config.model.remat", model.remat, ("dense", "block"))
@@ -30,11 +33,11 @@ def check(model: ConfigDict) -> None:
 
 
 def _check_routing(routing: ConfigDict, sublayers: int) -> None:
-    check_choice("config.model.routing.kind", routing.kind, ("residual", "dar"))
-    check_choice("config.model.routing.query", routing.query, ("static", "static_t", "dynamic"))
-    check_choice("config.model.routing.summary", routing.summary, ("last", "sum"))
-    check_choice("config.model.routing.final", routing.final, ("dedicated", "shared", "summaries"))
-    check_choice("config.model.routing.implementation", routing.implementation, ("auto", "xla", "pallas"))
+    check_choice("config.model.routing.kind", routing.kind, ROUTINGS)
+    check_choice("config.model.routing.query", routing.query, QUERIES)
+    check_choice("config.model.routing.summary", routing.summary, SUMMARIES)
+    check_choice("config.model.routing.final", routing.final, FINALS)
+    check_choice("config.model.routing.implementation", routing.implementation, IMPLEMENTATIONS)
     divisors = [1] + [s for s in range(2, sublayers + 1, 2) if sublayers % s == 0]
     require(
         routing.kind == "residual" or routing.chunk_size in divisors,

@@ -1,8 +1,6 @@
 """How much a forward pass computes, by formula, and what chips could do: the two sides of MFU."""
 
-from ml_collections import ConfigDict
-
-from dar_jax.routing import QUERIES, Layout
+from dar_jax.models.sit import SiT
 
 # bfloat16 FLOP/s of one jax device (of TPU v4 and v5p, two cores), without sparsity, as published; by the start of
 # its `device_kind`.
@@ -26,8 +24,8 @@ def peak_flops(device_kind: str) -> float | None:
     return PEAK_FLOPS[max(names, key=len)] if names else None
 
 
-def forward_flops(model: ConfigDict) -> float:
-    """FLOPs of the forward pass of `config.model` for one image: its matmuls, two for a multiply-add.
+def forward_flops(model: SiT) -> float:
+    """FLOPs of the forward pass of a model for one image: its matmuls, two for a multiply-add.
 
     An aggregator adds its query, the scores and the weighted sum of its sources. A train step counts as three
     forward passes, whatever it recomputes.
@@ -38,9 +36,8 @@ def forward_flops(model: ConfigDict) -> float:
     hidden = int(d * model.mlp_ratio)
     per_token = pixels * d + depth * (4 * d * d + 2 * tokens * d + 2 * d * hidden)
     per_token += d * pixels * (2 if model.learn_sigma else 1)
-    if model.routing.kind == "dar":
-        layout = Layout(depth, model.routing.chunk_size, model.routing.summary, model.routing.final)
-        counts = layout.source_counts()
-        per_token += 2 * d * sum(counts) + len(counts) * QUERIES[model.routing.query].multiply_adds(d)
+    if model.layout is not None:
+        counts = model.layout.source_counts()
+        per_token += 2 * d * sum(counts) + len(counts) * model.query.multiply_adds(d)
     per_image = 256 * d + d * d + depth * 6 * d * d + 2 * d * d
     return 2.0 * (tokens * per_token + per_image)

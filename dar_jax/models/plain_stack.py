@@ -28,46 +28,57 @@ def show(module: nn.Module, reader: int, state: Array) -> Array:
 
 
 class ResidualStep(nn.Module):
-    """One block of the ordinary residual stream."""
+    """One block of the ordinary residual stream; it also returns the stream as an output if `emits`."""
 
     block: Callable[..., nn.Module]
+    emits: bool
 
     @nn.compact
-    def __call__(self, h: Array, condition: Array) -> tuple[Array, None]:
+    def __call__(self, h: Array, condition: Array) -> tuple[Array, Array | None]:
         block = self.block(name="block_0")
         for j, (branch, shift, scale, gate) in enumerate(block.branches(condition)):
             output = branch(modulated_norm(show(self, j, h), shift, scale), gate)
             self.sow("intermediates", "outputs", output)
             h = constrain(h + output)
-        return h, None
+        return h, h if self.emits else None
 
 
 class ResidualStack(nn.Module):
-    """`depth` blocks on a residual stream: `[B, T, D]` and condition `[B, D]` -> what the head reads, `[B, T, D]`."""
+    """`depth` blocks on a residual stream: `[B, T, D]` and condition `[B, D]` -> what the head reads, `[B, T, D]`.
+
+    Also returns the stream after block `hidden_at`, `[B, T, D]`, or None.
+    """
 
     block: Callable[..., nn.Module]
     depth: int
     remat: str
 
     @nn.compact
-    def __call__(self, v_0: Array, condition: Array, e_t: Array, shift: Array, scale: Array) -> Array:
+    def __call__(
+        self, v_0: Array, condition: Array, e_t: Array, shift: Array, scale: Array, hidden_at: int | None = None
+    ) -> tuple[Array, Array | None]:
         del e_t
+        emits = hidden_at is not None
         step = nn.remat(ResidualStep, prevent_cse=False) if self.remat == "block" else ResidualStep
-        h, _ = scan_steps(step, self.depth, in_axes=nn.broadcast)(self.block, name="steps")(v_0, condition)
+        h, stream = scan_steps(step, self.depth, nn.broadcast)(self.block, emits, name="steps")(v_0, condition)
         self.sow("intermediates", "outputs", v_0)
-        return modulated_norm(show(self, 0, h), shift, scale)
+        return modulated_norm(show(self, 0, h), shift, scale), stream[hidden_at - 1] if emits else None
 
 
 class PlainRoutedStep(nn.Module):
-    """P sublayers, each fed by its own aggregator over the history and the recent outputs of this step."""
+    """P sublayers, each fed by its own aggregator over the history and the recent outputs of this step.
+
+    It also returns what they read, P times `[B, T, D]`, as an output if `emits`.
+    """
 
     block: Callable[..., nn.Module]
     layout: Layout
     query: type[Query]
+    emits: bool
 
     @nn.compact
     def __call__(self, carry, index: Array, fixed: Array | None, condition: Array, e_t: Array):
-        rows, layout, recent = carry[0], self.layout, ()
+        rows, layout, recent, states = carry[0], self.layout, (), []
         count = layout.count(index)
         for i in range(layout.sublayers_per_step // 2):
             block = self.block(name=f"block_{i}")
@@ -75,14 +86,18 @@ class PlainRoutedStep(nn.Module):
                 newest = recent[-1] if recent else rows[count - 1]
                 u = self.query(name=f"query_{j}")(e_t, newest)
                 h, weights = aggregate(layout, u, rows, count, recent, index, None if fixed is None else fixed[j])
+                states.append(h)
                 recent += (constrain(branch(modulated_norm(show(self, j, h), shift, scale), gate)),)
                 self.sow("intermediates", "outputs", recent[-1])
                 self.sow("intermediates", "weights", weights)
-        return (jax.lax.dynamic_update_slice_in_dim(rows, layout.rows(recent), count, axis=0), recent), None
+        rows = jax.lax.dynamic_update_slice_in_dim(rows, layout.rows(recent), count, axis=0)
+        return (rows, recent), states if self.emits else None
 
 
 class PlainRoutedStack(nn.Module):
     """`layout.depth` blocks routed by DAR and the final aggregator: `[B, T, D]` -> what the head reads, `[B, T, D]`.
+
+    Also returns what the block after block `hidden_at` reads, `[B, T, D]`, or None.
 
     frozen_weights: None, or `[A, A, B or 1]`: the weights of sources for each of the A = 2 * depth + 1 readers, both
       by position (`aggregate`), which stand in place of the softmax. Those of a reader sum to 1.
@@ -94,28 +109,35 @@ class PlainRoutedStack(nn.Module):
     frozen_weights: Array | None
 
     @nn.compact
-    def __call__(self, v_0: Array, condition: Array, e_t: Array, shift: Array, scale: Array) -> Array:
-        layout, steps = self.layout, plain_steps(self)
+    def __call__(
+        self, v_0: Array, condition: Array, e_t: Array, shift: Array, scale: Array, hidden_at: int | None = None
+    ) -> tuple[Array, Array | None]:
+        layout, steps = self.layout, plain_steps(self, emits=hidden_at is not None)
         start, indices, _ = first_inputs(layout, v_0)
         fixed, last_fixed = None, None
         if self.frozen_weights is not None:
-            by_step = layout.num_steps, layout.sublayers_per_step, *self.frozen_weights.shape[1:]
-            fixed, last_fixed = self.frozen_weights[:-1].reshape(by_step), self.frozen_weights[-1]
-        (rows, recent), _ = steps(start, indices, fixed, condition, e_t)
+            weights = jnp.asarray(self.frozen_weights)
+            by_step = layout.num_steps, layout.sublayers_per_step, *weights.shape[1:]
+            fixed, last_fixed = weights[:-1].reshape(by_step), weights[-1]
+        (rows, recent), states = steps(start, indices, fixed, condition, e_t)
 
-        recent = () if layout.final == "summaries" else recent
+        recent = recent if layout.final_set.sees_outputs else ()
         u = final_query(self, steps)(e_t, recent[-1] if recent else rows[-1])
         h, weights = aggregate(layout, u, rows, layout.num_final_rows, recent, layout.num_steps - 1, last_fixed)
         self.sow("intermediates", "outputs", v_0)
         self.sow("intermediates", "weights", weights)
-        return modulated_norm(show(self, 0, h), shift, scale)
+        x = modulated_norm(show(self, 0, h), shift, scale)
+        if hidden_at is None:
+            return x, None
+        step, position = divmod(2 * hidden_at, layout.sublayers_per_step)
+        return x, states[position][step]
 
 
-def plain_steps(stack: nn.Module) -> nn.Module:
+def plain_steps(stack: nn.Module, *, emits: bool = False) -> nn.Module:
     """The scanned steps of a plain or fused stack, which hold its parameters."""
     step = nn.remat(PlainRoutedStep, prevent_cse=False)
     steps = scan_steps(step, stack.layout.num_steps, (0, 0, nn.broadcast, nn.broadcast))
-    return steps(stack.block, stack.layout, stack.query, name="steps")
+    return steps(stack.block, stack.layout, stack.query, emits, name="steps")
 
 
 def first_inputs(layout: Layout, v_0: Array) -> tuple:
@@ -126,10 +148,15 @@ def first_inputs(layout: Layout, v_0: Array) -> tuple:
 
 def final_query(stack: nn.Module, steps: nn.Module) -> Callable[[Array, Array], Array]:
     """The query of the head's aggregator: one of its own, or that of the last sublayer of the scanned `steps`."""
-    if stack.layout.final != "shared":
+    if stack.layout.final_set.has_query:
         return stack.query(name="final_query")
-    name = f"query_{stack.layout.sublayers_per_step - 1}"
-    params = jax.tree.map(lambda p: p[-1], nn.meta.unbox(steps.variables["params"][name]))
+    return sublayer_query(stack, steps, 2 * stack.layout.depth - 1)
+
+
+def sublayer_query(stack: nn.Module, steps: nn.Module, sublayer: int) -> Callable[[Array, Array], Array]:
+    """The query of a sublayer's aggregator (0-based)."""
+    step, position = divmod(sublayer, stack.layout.sublayers_per_step)
+    params = jax.tree.map(lambda p: p[step], nn.meta.unbox(steps.variables["params"][f"query_{position}"]))
     return stack.query(parent=None).bind({"params": params})
 
 

@@ -19,7 +19,7 @@ class Output(NamedTuple):
 
     Attributes:
       prediction: of the velocity, or of what else the model is trained to predict, float32 `[B, H, W, C]`.
-      hidden: None.
+      hidden: the state that was asked for, `[B, T, D]` in the type of the activations, or None.
     """
 
     prediction: Array
@@ -31,6 +31,9 @@ class SiT(nn.Module):
 
     Labels are 0 to num_classes; the last is the null label (dar_jax/conditions.py). The fields are those of
     `config.model` (dar_jax/config.py), with the routing as `layout` (None: residual), `query` and `implementation`.
+
+    `hidden_at` = k, of 1 to depth - 1, asks for the state that enters block k + 1, before its norm: the residual stream
+    after block k, or what the first aggregator of block k + 1 hands on.
 
     A `plain` model computes the same from the same parameters. It has derivatives of all modes and orders and shows its
     states (plain_stack.py), but trains more slowly and in more memory. `frozen_weights` are of `PlainRoutedStack`.
@@ -54,7 +57,9 @@ class SiT(nn.Module):
     frozen_weights: Array | None = None  # of a plain routed stack
 
     @nn.compact
-    def __call__(self, x_t: Array, t: Array, condition: Condition) -> Output:
+    def __call__(self, x_t: Array, t: Array, condition: Condition, *, hidden_at: int | None = None) -> Output:
+        if hidden_at is not None and not 0 < hidden_at < self.depth:
+            raise ValueError(f"hidden_at = {hidden_at} must be in 1 to {self.depth - 1}, the depth less one.")
         size, dtype = self.hidden_size, self.dtype
         arithmetic = numerics.Arithmetic(dtype, numerics.plain_matmul if self.plain else numerics.matmul)
         starts_at_zero = self.layout is not None and self.query.adds_time
@@ -76,6 +81,6 @@ class SiT(nn.Module):
             stack = RoutedStack(block, self.layout, self.query, self.implementation, self.remat, name="stack")
         out_channels = self.channels * (2 if self.learn_sigma else 1)
         head = layers.Head(size, self.patch_size**2 * out_channels, arithmetic, name="head")
-        out = head(stack(v_0, modulation, e_t, *head.modulation(modulation)))
-        prediction = layers.unpatchify(out, self.patch_size, grid)[..., : self.channels]
-        return Output(prediction.astype(jnp.promote_types(dtype, jnp.float32)))
+        x, hidden = stack(v_0, modulation, e_t, *head.modulation(modulation), hidden_at)
+        prediction = layers.unpatchify(head(x), self.patch_size, grid)[..., : self.channels]
+        return Output(prediction.astype(jnp.promote_types(dtype, jnp.float32)), hidden)

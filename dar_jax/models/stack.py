@@ -16,8 +16,18 @@ import jax.numpy as jnp
 from jax import Array
 
 from dar_jax.models.layers import constrain
-from dar_jax.models.plain_stack import final_query, first_inputs, plain_steps
-from dar_jax.routing import Execution, Layout, Query, add_cotangent, inverse_rms, read, statistics_dtype, sublayer_input
+from dar_jax.models.plain_stack import final_query, first_inputs, plain_steps, sublayer_query
+from dar_jax.routing import (
+    Execution,
+    Layout,
+    Query,
+    add_cotangent,
+    inverse_rms,
+    read,
+    state,
+    statistics_dtype,
+    sublayer_input,
+)
 
 
 def execution(implementation: str, mean_count: float) -> Execution:
@@ -36,25 +46,33 @@ class History(NamedTuple):
       sources: the buffer, `[K, B, T, D]`; rows not yet appended mean nothing.
       inv_rms: 1 / rms of every row, `[K, B, T]` float32.
       recent: all outputs of the latest step, P times `[B, T, D]`: the final aggregator reads them in full.
+      kept: the first outputs of one step, which a hidden state is made of, or none.
     """
 
     sources: Array
     inv_rms: Array
     recent: tuple[Array, ...]
+    kept: tuple[Array, ...]
 
     @classmethod
-    def start(cls, layout: Layout, v_0: Array, implementation: str) -> "History":
+    def start(cls, layout: Layout, v_0: Array, implementation: str, num_kept: int) -> "History":
         # Kernels do not read rows that are not filled. XLA multiplies them by zero, so they must be finite.
         new = jnp.zeros if implementation == "xla" else jax.lax.empty
         sources = constrain(new((layout.num_rows, *v_0.shape), v_0.dtype))
         inv_rms = jnp.zeros(sources.shape[:-1], statistics_dtype(v_0))
-        return cls(sources, inv_rms, layout.sublayers_per_step * (jnp.zeros_like(v_0),)).append(0, v_0[None], None)
+        outputs = layout.sublayers_per_step * (jnp.zeros_like(v_0),)
+        return cls(sources, inv_rms, outputs, outputs[:num_kept]).append(0, v_0[None])
 
-    def append(self, count: Array, rows: Array, recent: tuple[Array, ...] | None) -> "History":
-        """The history with `rows` from row `count` on, and the outputs of the latest step (None: as they are)."""
+    def append(self, count: Array, rows: Array) -> "History":
+        """The history with `rows` from row `count` on."""
         sources = jax.lax.dynamic_update_slice_in_dim(self.sources, rows, count, axis=0)
         inv_rms = jax.lax.dynamic_update_slice_in_dim(self.inv_rms, inverse_rms(rows), count, axis=0)
-        return History(sources, inv_rms, recent or self.recent)
+        return self._replace(sources=sources, inv_rms=inv_rms)
+
+    def after(self, layout: Layout, index: Array, outputs: tuple[Array, ...], kept_step: int) -> "History":
+        """The history after step `index`; the outputs of step `kept_step` are kept."""
+        kept = tuple(jnp.where(index == kept_step, new, old) for new, old in zip(outputs, self.kept, strict=False))
+        return self.append(layout.count(index), layout.rows(outputs))._replace(recent=outputs, kept=kept)
 
 
 class RoutedStep(nn.Module):
@@ -103,7 +121,10 @@ class RoutedStep(nn.Module):
 
 
 class RoutedStack(nn.Module):
-    """`layout.depth` blocks routed by DAR and the final aggregator: `[B, T, D]` -> what the head reads, `[B, T, D]`."""
+    """`layout.depth` blocks routed by DAR and the final aggregator: `[B, T, D]` -> what the head reads, `[B, T, D]`.
+
+    Also returns what the block after block `hidden_at` reads, `[B, T, D]`, or None.
+    """
 
     block: Callable[..., nn.Module]
     layout: Layout
@@ -112,52 +133,76 @@ class RoutedStack(nn.Module):
     remat: str
 
     @nn.compact
-    def __call__(self, v_0: Array, condition: Array, e_t: Array, shift: Array, scale: Array) -> Array:
-        layout = self.layout
-        steps = plain_steps(self)
+    def __call__(
+        self, v_0: Array, condition: Array, e_t: Array, shift: Array, scale: Array, hidden_at: int | None = None
+    ) -> tuple[Array, Array | None]:
+        layout, steps = self.layout, plain_steps(self)
+        count, kept_step, num_kept = layout.sources_of(2 * hidden_at) if hidden_at else (0, 0, 0)
         if self.is_initializing():  # the plain steps make the parameters
             steps(*first_inputs(layout, v_0), condition, e_t)
-            history = History.start(layout, v_0, self.implementation)
+            history = History.start(layout, v_0, self.implementation, num_kept)
         else:
             step = RoutedStep(self.block, layout, self.query, self.implementation, parent=None)
-            history = run_steps(step, self.remat, steps.variables["params"], v_0, condition, e_t)
+            run = Run(step, self.remat, kept_step, num_kept)
+            history = run_steps(run, steps.variables["params"], v_0, condition, e_t)
 
-        recent = () if layout.final == "summaries" else history.recent
-        u = final_query(self, steps)(e_t, recent[-1] if recent else history.sources[-1])
-        how = execution(self.implementation, layout.num_final_rows)
-        count = jnp.int32(layout.num_final_rows)
-        (aggregate,), (log_sum,) = read(how, (u,), history.sources, history.inv_rms, count)
-        norms = tuple(inverse_rms(v) for v in recent)
-        return constrain(sublayer_input(how, u, aggregate, log_sum, recent, norms, shift, scale)[0])
+        def read_history(query, recent, count):
+            u = query(e_t, recent[-1] if recent else history.sources[count - 1])
+            how = execution(self.implementation, count)
+            (aggregate,), (log_sum,) = read(how, (u,), history.sources, history.inv_rms, jnp.int32(count))
+            return how, u, aggregate, log_sum, recent, tuple(inverse_rms(v) for v in recent)
+
+        recent = history.recent if layout.final_set.sees_outputs else ()
+        read_by_head = read_history(final_query(self, steps), recent, layout.num_final_rows)
+        x = constrain(sublayer_input(*read_by_head, shift, scale)[0])
+        if hidden_at is None:
+            return x, None
+        read_by_block = read_history(sublayer_query(self, steps, 2 * hidden_at), history.kept, count)
+        return x, constrain(state(*read_by_block[1:]))
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def run_steps(step: RoutedStep, remat: str, params: dict, v_0: Array, condition: Array, e_t: Array) -> History:
+class Run(NamedTuple):
+    """How `run_steps` runs.
+
+    Attributes:
+      step: as a pure function.
+      remat: "block" or "dense".
+      kept_step, num_kept: `History.kept` are so many outputs of this step.
+    """
+
+    step: RoutedStep
+    remat: str
+    kept_step: int
+    num_kept: int
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def run_steps(run: Run, params: dict, v_0: Array, condition: Array, e_t: Array) -> History:
     """All steps on the history that starts with v_0; `params` of `step` have a leading axis of steps."""
-    return _run_steps_forward(step, "block", params, v_0, condition, e_t)[0]
+    return _run_steps_forward(run._replace(remat="block"), params, v_0, condition, e_t)[0]
 
 
-def _run_steps_forward(step, remat, params, v_0, condition, e_t):
-    layout = step.layout
+def _run_steps_forward(run, params, v_0, condition, e_t):
+    step, layout = run.step, run.step.layout
 
     def advance(history, inputs):
         index, step_params = inputs
         known = history, step_params, condition, e_t
-        if remat == "block":
+        if run.remat == "block":
             newest = history.sources[layout.count(index) - 1]
             outputs, saved = step.apply({"params": step_params}, history, index, newest, condition, e_t)[0], None
         else:
             outputs, linear = _linearize(step, index, *known)
             saved = _save(linear, known)
-        return history.append(layout.count(index), layout.rows(outputs), outputs), saved
+        return history.after(layout, index, outputs, run.kept_step), saved
 
-    start = History.start(layout, v_0, step.implementation)
+    start = History.start(layout, v_0, step.implementation, run.num_kept)
     history, saved = jax.lax.scan(advance, start, (jnp.arange(layout.num_steps), params))
     return history, (params, history, condition, e_t, saved)
 
 
-def _run_steps_backward(step, remat, residuals, d_final: History):
-    layout = step.layout
+def _run_steps_backward(run, residuals, d_final: History):
+    step, layout = run.step, run.step.layout
     params, history, condition, e_t, saved = residuals
     how = execution(step.implementation, layout.mean_count)
 
@@ -167,7 +212,7 @@ def _run_steps_backward(step, remat, residuals, d_final: History):
         # The final buffer stands for the one this step saw: a step reads only rows that were filled before it.
         known = history, step_params, condition, e_t
         vjp, reads = _linearize(step, index, *known)[1] if saved is None else saved(known)
-        d_params, d_newest, d_c, d_e, d_taps = vjp(_output_cotangents(layout, index, d_sources, d_final.recent))
+        d_params, d_newest, d_c, d_e, d_taps = vjp(_output_cotangents(run, index, d_sources, d_final))
 
         count = layout.count(index)
         u, log_sum = _join(reads)
@@ -197,18 +242,19 @@ def _linearize(step: RoutedStep, index: Array, history: History, params: dict, c
     return values, (vjp, reads)
 
 
-def _output_cotangents(
-    layout: Layout, index: Array, d_sources: Array, d_recent: tuple[Array, ...]
-) -> tuple[Array, ...]:  # fmt: skip
-    """Of the outputs of step `index`, from that of the rows it appended.
+def _output_cotangents(run: Run, index: Array, d_sources: Array, d_final: History) -> tuple[Array, ...]:
+    """Of the outputs of step `index`: from the rows it appended, and from what outside the scan reads the outputs.
 
-    Outside the scan the final aggregator reads the outputs of the last step, and no others: their cotangent is
-    `d_recent`.
+    The final aggregator reads those of the last step, a hidden state those that are kept.
     """
+    layout = run.step.layout
     d_rows = jax.lax.dynamic_slice_in_dim(d_sources, layout.count(index), layout.rows_per_step)
-    (d_outputs,) = jax.linear_transpose(layout.rows, d_recent)(d_rows)
-    is_last = index == layout.num_steps - 1
-    return tuple(d + jnp.where(is_last, r, 0) for d, r in zip(d_outputs, d_recent, strict=True))
+    (d_outputs,) = jax.linear_transpose(layout.rows, d_final.recent)(d_rows)
+    is_last, is_kept = index == layout.num_steps - 1, index == run.kept_step
+    d_outputs = [d + jnp.where(is_last, r, 0) for d, r in zip(d_outputs, d_final.recent, strict=True)]
+    for i, d_kept in enumerate(d_final.kept):
+        d_outputs[i] += jnp.where(is_kept, d_kept, 0)
+    return tuple(d_outputs)
 
 
 def _save(tree, known) -> jax.tree_util.Partial:

@@ -164,7 +164,7 @@ def make_plan(config: ConfigDict, topology: str) -> Plan:
     seconds = schedule.cycles / chip.clock + kernel_seconds if chip and compiled else None
     fields = {field.name: _bytes_per_device(getattr(run.state, field.name)) for field in dataclasses.fields(run.state)}
     params, ema = fields.pop("params"), fields.pop("ema")
-    model_flops = 3 * config.train.batch_size * forward_flops(config.model)
+    model_flops = 3 * config.train.batch_size * forward_flops(models.build(config.model))
     collectives = schedule.collectives if schedule else {}
     traffic = sum((2 if kind == "all-reduce" else 1) * entry["bytes"] for kind, entry in collectives.items())
     memory_bytes = {

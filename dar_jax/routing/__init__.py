@@ -1,13 +1,24 @@
 """Diffusion-Adaptive Routing for any transformer: sources, queries and the softmax over depth. Knows arrays only."""
 
-from dar_jax.routing.aggregate import Execution, add_cotangent, inverse_rms, read, sublayer_input
+from dar_jax.routing.aggregate import (
+    IMPLEMENTATIONS,
+    Execution,
+    add_cotangent,
+    inverse_rms,
+    read,
+    state,
+    sublayer_input,
+)
 from dar_jax.routing.kernels.xla import statistics_dtype
 from dar_jax.routing.queries import QUERIES, Query
-from dar_jax.routing.sources import Layout
+from dar_jax.routing.sources import FINALS, SUMMARIES, Layout
 from dar_jax.routing.warm_start import keeps_function, warm_start
 
 __all__ = [
+    "FINALS",
+    "IMPLEMENTATIONS",
     "QUERIES",
+    "SUMMARIES",
     "Execution",
     "Layout",
     "Query",
@@ -15,6 +26,7 @@ __all__ = [
     "inverse_rms",
     "keeps_function",
     "read",
+    "state",
     "statistics_dtype",
     "sublayer_input",
     "warm_start",

@@ -12,13 +12,16 @@ added for all reads of a step at once.
 import dataclasses
 import functools
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jax.sharding import PartitionSpec
+from jax.sharding import PartitionSpec as P
 
 from dar_jax.routing.kernels import gpu, tpu, xla
+
+IMPLEMENTATIONS = ("auto", "xla", "pallas")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,46 +40,40 @@ class Execution:
     token_axes: tuple[str, ...] = ()
     mean_count: float | None = None
 
-    def run(self, name: str, *args, **declared):
-        """The function `name` of a module in kernels/; `declared` is what only the cost of the TPU's depends on.
+    def run(
+        self, passes: tuple[Callable, Callable, Callable], args: tuple, arg_axes: tuple[P, ...], result_axes, **declared
+    ):
+        """Runs a pass over arrays `[..., B, T, D]` on every device that holds a part of them.
 
-        Samples and tokens are axes 0 and 1 of arrays in groups (tuples of arrays), where one token may stand for all,
-        and axes 1 and 2 of other arrays.
+        Args:
+          passes: the pass for XLA, TPU and GPU.
+          args: arrays, tuples of them, or None.
+          arg_axes, result_axes: `P` of the leading axes of each argument and result, which says what are "samples" and
+            "tokens"; all arrays of a tuple are alike. A result without tokens is a sum over them.
+          declared: what only the cost of the TPU's pass depends on.
         """
-        plain = getattr(xla, name)
+        plain, on_tpu, on_gpu = passes
         if self.implementation == "xla" or jax.tree.leaves(args)[0].dtype == jnp.float64:
             return plain(*args)
-        on_tpu = functools.partial(getattr(tpu, name), **declared)
+        on_tpu = functools.partial(on_tpu, **declared)
         elsewhere = plain if self.implementation == "auto" else functools.partial(on_tpu, interpret=True)
+        choose = functools.partial(jax.lax.platform_dependent, tpu=on_tpu, cuda=on_gpu, default=elsewhere)
 
-        def choose(*args):
-            return jax.lax.platform_dependent(*args, tpu=on_tpu, cuda=getattr(gpu, name), default=elsewhere)
-
-        grouped = [x for group in args if isinstance(group, tuple) for x in group]
-        batch_axes = self._dividing(self.batch_axes, len(grouped[0]))
-        token_axes = self._dividing(self.token_axes, max(x.shape[1] for x in grouped))
-        if not batch_axes + token_axes:
+        mesh_axes = {"samples": self.batch_axes, "tokens": self.token_axes, None: ()}
+        for axes, group in zip(arg_axes, args, strict=True):
+            for array in jax.tree.leaves(group):
+                for axis, size in zip(axes, array.shape, strict=False):
+                    mesh_axes[axis] = self._dividing(mesh_axes[axis], size)
+        if not any(mesh_axes.values()):
             return choose(*args)
 
-        each, shared = PartitionSpec(batch_axes, token_axes), PartitionSpec(batch_axes)
-        rows = PartitionSpec(None, batch_axes, token_axes)
-
-        def is_group(x):
-            return isinstance(x, tuple) and all(hasattr(y, "ndim") for y in x)
-
-        def spec(x):
-            if is_group(x):
-                return tuple(each if y.shape[1] > 1 else shared for y in x)
-            return rows if getattr(x, "ndim", 0) else PartitionSpec()
-
-        in_specs = tuple(spec(x) for x in args)
-        out_specs = jax.tree.map(spec, jax.eval_shape(plain, *args), is_leaf=is_group)
-
         def local(*args):
-            """The part of one device; what is shared by all tokens is a sum over them."""
-            add_up = lambda x, spec: jax.lax.psum(x, token_axes) if token_axes and spec == shared else x  # noqa: E731
-            return jax.tree.map(add_up, choose(*args), out_specs)
+            """The part of one device."""
+            add_up = lambda axes, x: jax.lax.psum(x, mesh_axes["tokens"]) if axes == SHARED else x  # noqa: E731
+            results = choose(*args)
+            return jax.tree.map(add_up, result_axes, results) if mesh_axes["tokens"] else results
 
+        in_specs, out_specs = jax.tree.map(lambda axes: P(*(mesh_axes[a] for a in axes)), (arg_axes, result_axes))
         return jax.shard_map(local, in_specs=in_specs, out_specs=out_specs, check_vma=False)(*args)
 
     @staticmethod
@@ -84,6 +81,17 @@ class Execution:
         """The axes, or none where they do not divide `size` or there is nothing to divide."""
         parts = math.prod(jax.sharding.get_abstract_mesh().shape[a] for a in axes)
         return axes if parts > 1 and size % parts == 0 else ()
+
+
+# Leading axes of what passes take and return (`Execution.run`).
+EACH = P("samples", "tokens")
+SHARED = P("samples")  # one for all tokens of a sample
+ROWS = P(None, "samples", "tokens")
+WHOLE = P()
+
+
+def _axes_of_queries(u: tuple[Array, ...]) -> P:
+    return EACH if u and u[0].shape[1] > 1 else SHARED
 
 
 def inverse_rms(v: Array) -> Array:
@@ -120,7 +128,9 @@ def _like(sources: Array, u: tuple[Array, ...]) -> tuple[Array, ...]:
 
 
 def _read_forward(how, u, sources, inv_rms, count, tap):
-    result = how.run("forward", _like(sources, u), sources, inv_rms, count, mean_count=how.mean_count)
+    passes = xla.forward, tpu.forward, gpu.forward
+    args, axes = (_like(sources, u), sources, inv_rms, count), (_axes_of_queries(u), ROWS, ROWS, WHOLE)
+    result = how.run(passes, args, axes, (EACH, ROWS), mean_count=how.mean_count)
     has_tap = None if tap is None else ()
     return result, (u, sources, inv_rms, count, has_tap, *result)
 
@@ -128,8 +138,11 @@ def _read_forward(how, u, sources, inv_rms, count, tap):
 def _read_backward(how, residuals, cotangents):
     u, sources, inv_rms, count, has_tap, aggregates, log_sum = residuals
     g, l = cotangents
-    arguments = _like(sources, u), sources, inv_rms, count, aggregates, log_sum, g, l
-    d_u, l = how.run("query_cotangent", *arguments, mean_count=how.mean_count)
+    passes = xla.query_cotangent, tpu.query_cotangent, gpu.query_cotangent
+    args = _like(sources, u), sources, inv_rms, count, aggregates, log_sum, g, l
+    per_query = _axes_of_queries(u)
+    axes = per_query, ROWS, ROWS, WHOLE, EACH, ROWS, EACH, ROWS
+    d_u, l = how.run(passes, args, axes, (per_query, ROWS), mean_count=how.mean_count)
     d_u = tuple(d.astype(u_q.dtype) for d, u_q in zip(d_u, u, strict=True))
     if has_tap is not None:
         return d_u, None, None, None, (g, l)
@@ -148,8 +161,17 @@ def add_cotangent(how, d_sources, u, sources, inv_rms, count, log_sum, g, l) -> 
       u, log_sum: queries and log sums of the reads, Q times `[B, 1 or T, D]` and `[Q, B, T]`.
       g, l: cotangents of their taps, Q times `[B, T, D]` and `[Q, B, T]`.
     """
-    arguments = d_sources, _like(sources, u), sources, inv_rms, count, log_sum, g, l
-    return how.run("add_source_cotangent", *arguments, mean_count=how.mean_count)
+    passes = xla.add_source_cotangent, tpu.add_source_cotangent, gpu.add_source_cotangent
+    args = d_sources, _like(sources, u), sources, inv_rms, count, log_sum, g, l
+    axes = ROWS, _axes_of_queries(u), ROWS, ROWS, WHOLE, ROWS, EACH, ROWS
+    return how.run(passes, args, axes, ROWS, mean_count=how.mean_count)
+
+
+def state(u: Array, aggregate: Array, log_sum: Array, recent: tuple[Array, ...], inv_rms: tuple[Array, ...]) -> Array:
+    """The state h `[B, T, D]` that `sublayer_input` normalises, by plain autodiff, from the same arguments."""
+    scores = [jnp.sum(u * v, axis=-1) * r for v, r in zip(recent, inv_rms, strict=True)]
+    weights = jax.nn.softmax(jnp.stack([log_sum, *scores]), axis=0)[..., None]
+    return sum(w * v for w, v in zip(weights, (aggregate, *recent), strict=True)).astype(aggregate.dtype)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -178,17 +200,21 @@ def sublayer_input(
 
 def _sublayer_input_forward(how, u, aggregate, log_sum, recent, inv_rms, shift, scale):
     queries = _like(aggregate, (u,)) if recent else ()
-    arguments = queries, (aggregate, *recent), (log_sum, *inv_rms), (shift, scale)
-    (x,) = how.run("sublayer_input", *arguments)
-    return (x, recent), (u, arguments)
+    passes = xla.sublayer_input, tpu.sublayer_input, gpu.sublayer_input
+    args = queries, (aggregate, *recent), (log_sum, *inv_rms), (shift, scale)
+    (x,) = how.run(passes, args, (_axes_of_queries(queries), EACH, EACH, SHARED), (EACH,))
+    return (x, recent), (u, args)
 
 
 def _sublayer_input_backward(how, residuals, cotangents):
-    u, arguments = residuals
+    u, args = residuals
     g, d_recent = cotangents
-    d_u, d_values, d_log_sum, d_modulation = how.run("sublayer_input_cotangents", *arguments, (g,), d_recent)
+    passes = xla.sublayer_input_cotangents, tpu.sublayer_input_cotangents, gpu.sublayer_input_cotangents
+    per_query = _axes_of_queries(args[0])
+    axes, result_axes = (per_query, EACH, EACH, SHARED, EACH, EACH), (per_query, EACH, EACH, SHARED)
+    d_u, d_values, d_log_sum, d_modulation = how.run(passes, (*args, (g,), d_recent), axes, result_axes)
     d_u = d_u[0].astype(u.dtype) if d_u else jnp.zeros_like(u)
-    d_modulation = (d.astype(m.dtype) for d, m in zip(d_modulation, arguments[-1], strict=True))
+    d_modulation = (d.astype(m.dtype) for d, m in zip(d_modulation, args[-1], strict=True))
     return d_u, d_values[0], *d_log_sum, d_values[1:], None, *d_modulation
 
 

@@ -6,9 +6,46 @@ Sublayers are numbered 1..L as in the paper, `v_0` is the embedded input. The st
 """
 
 import dataclasses
+from collections.abc import Callable
+from typing import NamedTuple
 
 import jax.numpy as jnp
 from jax import Array
+
+
+class Summary(NamedTuple):
+    """What a finished chunk leaves behind.
+
+    Attributes:
+      of: the sublayer outputs of a chunk, `[B, T, D]` each -> the summary `[B, T, D]`.
+      is_complete: whether every output of the chunk is in it.
+    """
+
+    of: Callable[[tuple[Array, ...]], Array]
+    is_complete: bool
+
+
+def _sum(outputs: tuple[Array, ...]) -> Array:
+    wide = jnp.promote_types(outputs[0].dtype, jnp.float32)
+    return sum(output.astype(wide) for output in outputs).astype(outputs[0].dtype)
+
+
+SUMMARIES = {"last": Summary(lambda outputs: outputs[-1], False), "sum": Summary(_sum, True)}
+
+
+class Final(NamedTuple):
+    """What the head's aggregator reads, and with which parameters.
+
+    Attributes:
+      sees_outputs: whether it sees {c_0..c_{N-1}} and the outputs of the last chunk, or {c_0..c_N}.
+      has_query: whether it has parameters of its own, or those of the last sublayer's aggregator.
+    """
+
+    sees_outputs: bool
+    has_query: bool
+
+
+FINALS = {"dedicated": Final(True, True), "shared": Final(True, False), "summaries": Final(False, True)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,9 +55,8 @@ class Layout:
     Attributes:
       depth: blocks; L = 2 * depth sublayers.
       chunk_size: S sublayers per chunk; 1 (dense: every output is its own summary) or an even divisor of L.
-      summary: "last" (a chunk is summarised by its last output) or "sum" (by the sum of its outputs).
-      final: sources of the head's aggregator: "dedicated" and "shared" see {c_0..c_{N-1}} and the last chunk in
-        full, "summaries" sees {c_0..c_N}. "shared" reuses the parameters of the last sublayer's aggregator.
+      summary: one of `SUMMARIES`: a chunk is summarised by its last output or by the sum of its outputs.
+      final: one of `FINALS`: the sources of the head's aggregator.
     """
 
     depth: int
@@ -31,6 +67,15 @@ class Layout:
     def __post_init__(self):
         if self.chunk_size != 1 and (self.chunk_size % 2 or 2 * self.depth % self.chunk_size):
             raise ValueError(f"chunk_size = {self.chunk_size} is neither 1 nor an even divisor of {2 * self.depth}")
+
+    @property
+    def final_set(self) -> Final:
+        return FINALS[self.final]
+
+    @property
+    def keeps_outputs(self) -> bool:
+        """Whether every output of a finished chunk is still among the sources, alone or in a sum."""
+        return self.chunk_size == 1 or SUMMARIES[self.summary].is_complete
 
     @property
     def sublayers_per_step(self) -> int:
@@ -53,11 +98,16 @@ class Layout:
     @property
     def num_final_rows(self) -> int:
         """Rows the final aggregator reads from the buffer; the rest of its sources are recent."""
-        return self.num_rows if self.final == "summaries" else self.num_rows - self.rows_per_step
+        return self.num_rows - self.rows_per_step if self.final_set.sees_outputs else self.num_rows
 
     def count(self, step):
         """Filled rows when `step` (0-based, int or traced) starts."""
         return 1 + step * self.rows_per_step
+
+    def sources_of(self, sublayer: int) -> tuple[int, int, int]:
+        """Where the sources of a sublayer's aggregator are (0-based): (filled rows, its step, recent outputs of it)."""
+        step, position = divmod(sublayer, self.sublayers_per_step)
+        return (1 + sublayer, step, 0) if self.chunk_size == 1 else (self.count(step), step, position)
 
     @property
     def mean_count(self) -> float:
@@ -68,13 +118,10 @@ class Layout:
         """Sources of every aggregator: of the L sublayers in order, and of the final one."""
         size = self.chunk_size
         counts = [1 + i // size + i % size for i in range(2 * self.depth)]
-        return [*counts, self.num_rows if self.final == "summaries" else 2 * self.depth // size + size]
+        return [*counts, 2 * self.depth // size + size if self.final_set.sees_outputs else self.num_rows]
 
     def rows(self, outputs: tuple[Array, ...]) -> Array:
         """The rows a step appends, `[rows_per_step, B, T, D]`, from its P sublayer outputs `[B, T, D]`."""
         if self.chunk_size == 1:
             return jnp.stack(outputs)
-        if self.summary == "sum":
-            wide = jnp.promote_types(outputs[0].dtype, jnp.float32)
-            return sum(output.astype(wide) for output in outputs).astype(outputs[0].dtype)[None]
-        return outputs[-1][None]
+        return SUMMARIES[self.summary].of(outputs)[None]

@@ -25,8 +25,7 @@ def keeps_function(layout: Layout) -> bool:
     It is for S = 1 and for sums. Last outputs forget the rest of a finished chunk; with one chunk none is finished
     before the final aggregator, which then must see the chunk in full.
     """
-    single = layout.num_steps == 1 and layout.final != "summaries"
-    return layout.chunk_size == 1 or layout.summary == "sum" or single
+    return layout.keeps_outputs or (layout.num_steps == 1 and layout.final_set.sees_outputs)
 
 
 def warm_start(params: dict, layout: Layout, query: type[Query]) -> dict:
@@ -55,5 +54,5 @@ def warm_start(params: dict, layout: Layout, query: type[Query]) -> dict:
 
     steps = {f"block_{i}": block(i) for i in range(blocks_per_step)}
     steps |= {f"query_{j}": stacked_uniform for j in range(layout.sublayers_per_step)}
-    stack = {"steps": steps} | ({} if layout.final == "shared" else {"final_query": uniform})
+    stack = {"steps": steps} | ({"final_query": uniform} if layout.final_set.has_query else {})
     return {**params, "stack": stack}

@@ -103,12 +103,12 @@ class _Hooks(NamedTuple):
 
     @classmethod
     def start(cls, config, workdir, mesh, run, first_step, profile_steps, checkpoints) -> "_Hooks":
-        evaluation = diagnosis = None
+        model, evaluation, diagnosis = models.build(config.model), None, None
         if config.eval.every_steps:
             evaluation = InlineEvaluation(config, run.algorithm.sample, mesh, workdir, say)
         if config.diagnosis.every_steps:
-            diagnosis = InlineDiagnosis(config, models.build(config.model), mesh)
-        flops_per_step = 3 * config.train.batch_size * forward_flops(config.model)
+            diagnosis = InlineDiagnosis(config, model, mesh)
+        flops_per_step = 3 * config.train.batch_size * forward_flops(model)
         logs = Logs(workdir, first_step, config.train.num_steps, config.train.batch_size, flops_per_step)
         metrics = _Metrics(config, workdir, logs, checkpoints, first_step)
         profile = _Profile(workdir, first_step + PROFILE_AFTER, profile_steps)

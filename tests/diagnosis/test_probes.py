@@ -39,18 +39,18 @@ class Setting:
         self.model = models.build(self.config.model).clone(dtype=dtype)
         rng = np.random.default_rng(0)
         self.batch = {
-            "image": rng.uniform(-1, 1, (BATCH, 8, 8, 1)).astype(np.float32),
-            "label": rng.integers(0, 10, BATCH, dtype=np.int32),
+            "x1": rng.uniform(-1, 1, (BATCH, 8, 8, 1)).astype(np.float32),
+            "condition": {"label": rng.integers(0, 10, BATCH, dtype=np.int32)},
             "index": np.arange(7, 7 + BATCH, dtype=np.int32),
             "weight": np.array(WEIGHT, np.float32),
         }
-        inputs = self.batch["image"], np.zeros(BATCH, np.float32), {"label": self.batch["label"]}
+        inputs = self.batch["x1"], np.zeros(BATCH, np.float32), self.batch["condition"]
         shapes = nn.meta.unbox(jax.eval_shape(self.model.init, jax.random.key(0), *inputs)["params"])
         self.params = jax.tree.map(lambda p: jnp.asarray(rng.normal(size=p.shape) * 0.2, dtype), shapes)
         keys = [jax.random.fold_in(jax.random.key(self.config.seed), i) for i in self.batch["index"]]
         noise = np.stack([jax.random.normal(key, (8, 8, 1), jnp.float32) for key in keys])
-        self.x_t = TIME * self.batch["image"] + (1 - TIME) * noise
-        self.velocity = self.batch["image"] - noise
+        self.x_t = TIME * self.batch["x1"] + (1 - TIME) * noise
+        self.velocity = self.batch["x1"] - noise
 
     def measure(self):
         measure = jax.jit(probes.make_measure(self.config, self.model))
@@ -61,7 +61,7 @@ class Setting:
         chosen = np.flatnonzero(WEIGHT)
         to = lambda x: torch.tensor(np.asarray(x), dtype=dtype)  # noqa: E731
         t = torch.full((len(chosen),), TIME, dtype=dtype)
-        y = torch.tensor(self.batch["label"][chosen], dtype=torch.long)
+        y = torch.tensor(self.batch["condition"]["label"][chosen], dtype=torch.long)
         return jax.tree.map(to, self.params), to(self.x_t[chosen]), t, y, to(self.velocity[chosen])
 
     def unrolled(self, gates=None, dtype=torch.float32):
@@ -166,7 +166,7 @@ def test_gate_gradients_equal_finite_differences():
 def test_prediction_is_the_models(case):
     with jax.enable_x64(True):
         setting = Setting(case, jnp.float64)
-        inputs = setting.params, setting.x_t, np.full(BATCH, TIME), {"label": setting.batch["label"]}
+        inputs = setting.params, setting.x_t, np.full(BATCH, TIME), setting.batch["condition"]
         opened, _ = jax.jit(lambda params, *inputs: forward(setting.model, params, *inputs))(*inputs)
         plain = jax.jit(lambda params, *inputs: setting.model.apply({"params": params}, *inputs).prediction)(*inputs)
     close(opened, plain, 1e-6)  # a model returns float32
@@ -180,7 +180,11 @@ def test_frozen_routing_mixes_with_the_given_weights():
     weights = mask * rng.uniform(size=mask.shape)
     weights = (weights / weights.sum(axis=1, keepdims=True)).astype(np.float32)
     chosen = np.flatnonzero(WEIGHT)
-    inputs = setting.x_t[chosen], np.full(len(chosen), TIME, np.float32), {"label": setting.batch["label"][chosen]}
+    inputs = (
+        setting.x_t[chosen],
+        np.full(len(chosen), TIME, np.float32),
+        {"label": setting.batch["condition"]["label"][chosen]},
+    )
     model = setting.model.clone(plain=True, frozen_weights=weights[..., None])
     frozen = model.apply({"params": setting.params}, *inputs).prediction
 

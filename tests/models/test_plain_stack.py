@@ -10,6 +10,7 @@ import pytest
 
 from dar_jax import config as config_lib
 from dar_jax import models
+from dar_jax.diagnosis.forward import forward
 from dar_jax.routing import QUERIES, Query
 
 
@@ -43,34 +44,39 @@ def make(query, plain, monkeypatch, depth=4, **routing):
     return model, params, inputs
 
 
-CASES = [
-    ("static", {"chunk_size": 1}, "dense"),
-    ("static", {"chunk_size": 2, "summary": "sum", "final": "summaries"}, "block"),
-    ("static_t", {"chunk_size": 2, "summary": "sum"}, "dense"),
-    ("static_t", {"chunk_size": 4, "final": "shared"}, "block"),
-    ("dynamic", {"chunk_size": 1, "final": "shared"}, "block"),
-    ("dynamic", {"chunk_size": 4, "summary": "sum"}, "dense"),
-    ("timed_dynamic", {"chunk_size": 1, "final": "summaries"}, "dense"),
-    ("timed_dynamic", {"chunk_size": 2}, "block"),
+CASES = [  # query, structure, remat, hidden_at: at the start of a chunk and within one
+    ("residual", {}, "dense", 2),
+    ("static", {"chunk_size": 1}, "dense", 3),
+    ("static", {"chunk_size": 2, "summary": "sum", "final": "summaries"}, "block", None),
+    ("static_t", {"chunk_size": 2, "summary": "sum"}, "dense", 1),
+    ("static_t", {"chunk_size": 4, "final": "shared"}, "block", 1),
+    ("dynamic", {"chunk_size": 1, "final": "shared"}, "block", 2),
+    ("dynamic", {"chunk_size": 4, "summary": "sum"}, "dense", 3),
+    ("timed_dynamic", {"chunk_size": 1, "final": "summaries"}, "dense", 1),
+    ("timed_dynamic", {"chunk_size": 2}, "block", None),
 ]
 
 
-@pytest.mark.parametrize(("query", "structure", "remat"), CASES, ids=str)
-def test_fused_equals_plain(query, structure, remat, monkeypatch):
-    """Prediction, and gradients of all parameters and of x_t and t."""
+@pytest.mark.parametrize(("query", "structure", "remat", "hidden_at"), CASES, ids=str)
+def test_fused_equals_plain(query, structure, remat, hidden_at, monkeypatch):
+    """Prediction and hidden state, and gradients of all parameters and of x_t and t."""
     with jax.enable_x64(True):
         plain, params, inputs = make(query, True, monkeypatch, **structure)
         fused = make(query, False, monkeypatch, **structure)[0].clone(remat=remat)
         probe = jnp.asarray(np.random.default_rng(1).normal(size=inputs[0].shape))
 
         def loss(model, params, x_t, t):
-            prediction = model.apply({"params": params}, x_t, t, inputs[2]).prediction
-            return jnp.sum(prediction * probe), prediction
+            output = model.apply({"params": params}, x_t, t, inputs[2], hidden_at=hidden_at)
+            extra = 0 if hidden_at is None else jnp.sum(jnp.sin(output.hidden))
+            return jnp.sum(output.prediction * probe) + extra, output
 
         def gradients(model):
             return jax.jit(jax.grad(functools.partial(loss, model), (0, 1, 2), has_aux=True))(params, *inputs[:2])
 
         found, expected = gradients(fused), gradients(plain)
+        states = jax.jit(functools.partial(forward, plain))(params, *inputs)[1].states
+    if hidden_at is not None:
+        np.testing.assert_allclose(found[1].hidden, states[2 * hidden_at], rtol=1e-10, atol=1e-12)
     whole = np.sqrt(sum(np.sum(np.square(b)) for b in jax.tree.leaves(expected)))
     for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(found), jax.tree.leaves(expected), strict=True):
         # With one source a query has no effect: its gradient is zero, up to rounding of terms that are not.
@@ -95,7 +101,7 @@ def test_forward_mode_agrees_with_central_differences(query, monkeypatch):
         @functools.partial(jax.value_and_grad, has_aux=True)
         def loss(primals):
             prediction, tangent = jax.jvp(predict, primals, direction)
-            return jnp.sum(jnp.sin(tangent)), (prediction, tangent)
+            return jnp.sum(jnp.cos(jnp.arange(tangent.size)) * tangent.ravel()), (prediction, tangent)
 
         def at(step):
             return loss(jax.tree.map(lambda a, d: a + step * d, (params, x_t, t), direction))
@@ -105,9 +111,10 @@ def test_forward_mode_agrees_with_central_differences(query, monkeypatch):
         (high, (above, _)), _ = at(step)
         (low, (below, _)), _ = at(-step)
         difference = (above - below) / (2 * step)
-        assert np.linalg.norm(tangent - difference) < 1e-7 * np.linalg.norm(difference)
+        error = np.linalg.norm(tangent - difference) / np.linalg.norm(difference)
+        assert error < 1e-6
         slope = sum(np.vdot(g, d) for g, d in zip(jax.tree.leaves(gradient), jax.tree.leaves(direction), strict=True))
-        assert slope == pytest.approx((high - low) / (2 * step), rel=1e-6)
+        assert slope == pytest.approx(float(high - low) / (2 * step), rel=1e-5)
 
 
 @pytest.mark.parametrize("query", ["residual", *QUERIES])

@@ -38,7 +38,7 @@ def routed(layout, query, dtype=jnp.float32, remat="block"):
 
 def value_and_gradients(stack, params, inputs, probe):
     def loss(params, inputs):
-        h = stack.apply({"params": params}, *inputs)
+        h, _ = stack.apply({"params": params}, *inputs)
         return jnp.sum(h * probe), h
 
     gradients, h = jax.jit(jax.grad(loss, argnums=(0, 1), has_aux=True))(params, inputs)
@@ -141,7 +141,7 @@ def test_sublayer_reads_only_its_sources(chunk_size, summary):
         sources = torch_stack.source_sets(depth, chunk_size, final)[-1]
 
         def final_state(params):
-            return stack.apply({"params": params}, *inputs)  # noqa: B023
+            return stack.apply({"params": params}, *inputs)[0]  # noqa: B023
 
         closed = jax.tree.map(jnp.asarray, params)
         for i in range(per_step // 2):
@@ -169,7 +169,7 @@ def temp_bytes(depth, chunk_size, remat, query="static_t"):
     shapes = (8, 64, 64), (8, 64), (8, 64), (8, 1, 64), (8, 1, 64)
     inputs = [jax.ShapeDtypeStruct(s, jnp.float32) for s in shapes]
     params = nn.meta.unbox(jax.eval_shape(stack.init, jax.random.key(0), *inputs)["params"])
-    loss = lambda p, *i: jnp.sum(stack.apply({"params": p}, *i))  # noqa: E731
+    loss = lambda p, *i: jnp.sum(stack.apply({"params": p}, *i)[0])  # noqa: E731
     return jax.jit(jax.grad(loss)).lower(params, *inputs).compile().memory_analysis().temp_size_in_bytes
 
 

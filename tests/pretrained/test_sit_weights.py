@@ -172,7 +172,7 @@ def test_files_are_read(tmp_path, monkeypatch):
     for name, message in {
         "broken.npz": "cannot be read as .npz", "none.pt": "is no file", "broken.pt": "cannot be read",
         "list.pt": "holds a list", "weights.bin": "must end in", "broken.safetensors": "cannot be read as .safetensors",
-        **dict.fromkeys(("nested.pt", "complex.pt", "words.npz", "text.npz"), "\"a\", which is no array of real numbers"),
+        **dict.fromkeys(("nested.pt", "complex.pt", "words.npz", "text.npz"), ".a., which is no array of real numbers"),
     }.items():  # fmt: skip
         with pytest.raises(UserError, match=message):
             read_state_dict(str(tmp_path / name))

@@ -224,7 +224,7 @@ def test_stack_with_kernels_equals_the_plain_one(query, shape):
         abstract = nn.meta.unbox(jax.eval_shape(stack.init, jax.random.key(1), *inputs)["params"])
         rng = np.random.default_rng(1)
         params = jax.tree.map(lambda p: jnp.asarray(rng.normal(size=p.shape) * 0.4, jnp.float32), abstract)
-        loss = lambda p, *x: jnp.sum(jnp.sin(stack.apply({"params": p}, *x)))  # noqa: E731
+        loss = lambda p, *x: jnp.sum(jnp.sin(stack.apply({"params": p}, *x)[0]))  # noqa: E731
         with jax.set_mesh(mesh), nn.logical_axis_rules(RULES):
             lowered = jax.jit(jax.grad(loss, argnums=(0, 1, 2, 3))).lower(params, *inputs)
             return lowered.compile()(params, *inputs), lowered.as_text()
