@@ -82,8 +82,10 @@ def check_directory(path: str | pathlib.Path, flag: str) -> None:
 def _try_to_write(path: pathlib.Path) -> None:
     """Raises OSError if no file can be written beside `path`."""
     temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
-    temporary.write_text("\n")
-    temporary.unlink()
+    try:
+        temporary.write_text("\n")
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def read_json(path: str | pathlib.Path, form: Any, fix: str) -> Any:

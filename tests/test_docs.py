@@ -10,7 +10,8 @@ import pytest
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from dar_jax.config import VARIANTS, default, validate
+from dar_jax.config import VARIANTS, default
+from dar_jax.validate import validate
 
 ROOT = pathlib.Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]

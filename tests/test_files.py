@@ -63,7 +63,7 @@ def test_damaged_json_is_one_line(name, damage, tmp_path):
         ("manifest.json", MANIFEST | {"shards": {}}, '"shards" is of type dict'),
         ("config.json", {"format": 2, "model": 3}, "config.json"),
         ("config.json", {"format": 1}, "'model'"),
-        ("config.json", {"format": "2"}, "has format 2, but this version reads up to 2"),
+        ("config.json", {"format": "2"}, "has format '2', but this version reads up to 2"),
         ("config.json", {"format": 2, "optimizer": {"ema_decay": 2.0}}, "ema_decay = 2.0 must be in"),
         ("config.json", {"format": 2, "optimizer": {"lr": 2.0}}, '"config.optimizer.lr" is unknown'),
     ],

@@ -25,8 +25,9 @@ def decode_image(file: str | BinaryIO, name: str) -> np.ndarray:
     """
     try:
         with Image.open(file) as image:
-            is_deep = any(";16" in str(tile.args) for tile in getattr(image, "tile", []))
-            if is_deep or image.mode.startswith(("I", "F")):  # PIL would cut or clip these
+            if ";16" in str(getattr(image, "tile", "")) or image.mode.startswith(
+                ("I", "F")
+            ):  # PIL would cut or clip these
                 raise ValueError(f"{image.mode} of more than 8 bits per channel; save it with 8")
             grey = Image.getmodebase(image.mode) == "L"
             pixels = np.asarray(image.convert("L" if grey else "RGB"))

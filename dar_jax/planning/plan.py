@@ -19,8 +19,8 @@ from dar_jax.models.flops import forward_flops
 from dar_jax.planning.schedule import CHIPS, RESERVED_HBM, count_flops, read_schedule
 from dar_jax.training.setup import build_algorithm, set_up
 
-# By whether they are threads of this host: more start too slowly, and more chips nobody has.
-MAX_DEVICES = {False: 65_536, True: 512}
+MAX_CHIPS = 65_536  # nobody has more
+MAX_HOST_DEVICES = 512  # more take minutes to start
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,10 +92,10 @@ def parse_topology(topology: str) -> tuple[str, tuple[int, ...], int]:
             "v5e:4x4, v6e:4x4, v4:4x4x4, v5p:2x4x4, v5e:16x16*2 (slices) and cpu:8."
         )
     shape, slices = tuple(int(n) for n in size.split("x")), int(slices or 1)
-    if math.prod(shape) * slices > MAX_DEVICES[kind == "cpu"]:
+    if math.prod(shape) * slices > (MAX_HOST_DEVICES if kind == "cpu" else MAX_CHIPS):
         raise UserError(
-            f'--topology = "{topology}" is too large; at most {MAX_DEVICES[False]} chips or {MAX_DEVICES[True]} host '
-            "devices can be planned for."
+            f'--topology = "{topology}" is too large; at most {MAX_CHIPS} chips or {MAX_HOST_DEVICES} host devices can '
+            "be planned for."
         )
     return kind, shape, slices
 
