@@ -24,7 +24,7 @@ from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
 from dar_jax import files, lock
-from dar_jax.config import default
+from dar_jax.config import check_fields, default
 from dar_jax.errors import UserError
 from dar_jax.logs import say
 
@@ -34,6 +34,12 @@ FORMAT = 2
 CHECKSUMS = "checksums.json"
 UNREADABLE = "cannot be read"
 METADATA = "_CHECKPOINT_METADATA"  # of orbax: names and types of the items, and when the save began and ended
+
+BEST = {"step": int, "metric": str, "value": int | float}  # the form of best.json
+REMOVE_BEST = "remove it, and the next evaluation writes it again"
+
+# What a run and its evaluations write to, tried before the run starts.
+FOLDERS = ("checkpoints", "samples", "profile", "evaluation")
 
 # What a run keeps for life: its function, its randomness, and what makes a batch of a step.
 FIXED = ("model", "diffusion", "seed", "data.source", "data.name", "data.train_split", "train.batch_size")
@@ -53,7 +59,7 @@ class _Best:
 
     def __init__(self, workdir: str):
         self.path = files.path(workdir) / "best.json"
-        self.record = json.loads(self.path.read_text()) if self.path.exists() else None
+        self.record = files.read_json(self.path, BEST, REMOVE_BEST) if self.path.exists() else None
 
     def note(self, step: int, steps: list[int], metric: str, value: float) -> None:
         best = self.record
@@ -295,21 +301,25 @@ def weights_fingerprint(workdir: str, step: int) -> str:
 
 
 def load_config(workdir: str) -> ConfigDict:
-    """The config a workdir was trained with. Raises UserError if there is none, or one of a later format."""
+    """The config a workdir was trained with. Raises UserError if there is none, it is damaged or of a later format."""
     path = files.path(workdir) / "config.json"
     if not path.exists():
         raise UserError(
             f'"{workdir}/config.json" does not exist; --workdir must be a directory that python -m dar_jax.main wrote.'
         )
-    stored = json.loads(path.read_text())
+    stored = files.read_json(path, dict, "copy it again")
     number = stored.pop("format", 1)
-    if number > FORMAT:
-        raise UserError(f'"{path}" has format {number}, but this version reads up to {FORMAT}; update dar_jax.')
-    if number == 1:
-        stored["model"]["space"] = "pixels" if stored["model"]["channels"] in (1, 3) else "latents"
+    if number not in range(1, FORMAT + 1):
+        raise UserError(f'"{path}" has format {number!r}, but this version reads up to {FORMAT}; update dar_jax.')
     config = default()
-    with config.unlocked():
-        config.update(stored)
+    try:
+        if number == 1:
+            stored["model"]["space"] = "pixels" if stored["model"]["channels"] in (1, 3) else "latents"
+        with config.unlocked():
+            config.update(stored)
+        check_fields(config)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:  # of contents that no run has written
+        raise UserError(f'"{path}" cannot be read ({error}); copy it again.') from error
     return config.lock()
 
 
@@ -337,8 +347,8 @@ def claim_workdir(workdir: str, config: ConfigDict) -> None:
             raise UserError(
                 f'workdir "{workdir}" holds a run with {difference}; take another --workdir, or the config of that run.'
             )
-    with files.writing(_directory(workdir), "--workdir"):
-        files.check_directory(_directory(workdir))  # every process saves its part there
+    for name in FOLDERS if jax.process_index() == 0 else FOLDERS[:1]:  # every process saves its part
+        files.check_directory(path / name, "--workdir")
     if jax.process_index() == 0:
         with files.writing(workdir, "--workdir"):
             files.write_json(path / "config.json", {"format": FORMAT, **json.loads(config.to_json())}, indent=2)

@@ -8,6 +8,7 @@ import time
 import traceback
 from collections.abc import Callable
 
+from absl import flags
 from ml_collections import ConfigDict
 
 from dar_jax import files, hosts
@@ -16,23 +17,23 @@ from dar_jax.errors import UserError
 
 
 def require_flags(**values) -> None:
-    """Raises UserError for a flag that was not given."""
+    """Raises UserError for a flag that was not given, or is empty."""
     for name, value in values.items():
-        if value is None:
+        if not value:
             raise UserError(f"--{name} is required; see --help.")
 
 
 def parse_numbers(flag: str, words: list[str]) -> list[float]:
-    """The numbers of a list flag. Raises UserError if a word is none."""
+    """The numbers of a list flag. Raises UserError if a word is none, or there are no words."""
     try:
-        return [float(word) for word in words]
+        return [float(word) for word in words or [""]]
     except ValueError as error:
         raise UserError(f"--{flag} = {','.join(words)} must be numbers: 0,0.5,1.") from error
 
 
 def run(main: Callable) -> None:
     """Runs the `main` of a door under absl."""
-    from absl import app, flags, logging
+    from absl import app, logging
 
     os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")  # else tensorflow, which clu imports, greets on stderr
     logging.set_verbosity(logging.FATAL)  # orbax describes its every move, and every error that it raises anyway
@@ -42,14 +43,18 @@ def run(main: Callable) -> None:
             with contextlib.suppress(SystemExit):  # absl leaves with 1
                 flags.FLAGS(argv)
             sys.exit(0)
+        path = ""
         try:
-            _check_config_flags(argv[1:])
+            path = _check_config_flags(argv[1:])
             rest = flags.FLAGS(argv)[1:]
             if rest:
                 raise UserError(f'"{rest[0]}" is not understood; a flag is written --name=value, see --help.')
+            config = flags.FLAGS["config"].value if path else None
+            if path and not isinstance(config, ConfigDict):  # ml_collections keeps an OSError of the file for later
+                raise getattr(config, "_error", None) or UserError(f'get_config of "{path}" must return a ConfigDict.')
             return argv[:1]
-        except (flags.Error, OSError, AttributeError, KeyError, TypeError, ValueError) as error:
-            _exit(error)
+        except (Exception, SystemExit) as error:  # a config file is a program, which raises what it likes
+            _exit(_describe(error, path))
 
     def guarded(argv):
         try:
@@ -57,10 +62,12 @@ def run(main: Callable) -> None:
             main(argv)
             hosts.finish()
         except UserError as error:
-            _exit(error)
+            _exit(str(error))
         except BaseException as error:
             if reason := files.failure(error):
-                _exit(UserError(f"a bucket cannot be used: {reason}; see docs/scale.md."))
+                _exit(f"a bucket cannot be used: {reason}; see docs/scale.md.")
+            if isinstance(error, OSError):  # a file or disk that no check before has found
+                _exit(str(error))
             if hosts.is_joined():
                 _end_job(error)
             raise
@@ -68,8 +75,12 @@ def run(main: Callable) -> None:
     app.run(guarded, flags_parser=parse)
 
 
-def _check_config_flags(args: list[str]) -> None:
-    """Raises UserError for a --config file that does not exist and for a --config.x.y that is no field."""
+def _check_config_flags(args: list[str]) -> str:
+    """Returns the file of --config, "" if there is none.
+
+    Raises UserError if the file does not exist, or a --config.x.y is no field.
+    """
+    path = ""
     for arg, following in zip(args, [*args, ""][1:], strict=True):
         if match := re.match(r"--?config(?:=(.*))?$", arg):
             path = (following if match[1] is None else match[1]).split(":")[0]
@@ -82,25 +93,32 @@ def _check_config_flags(args: list[str]) -> None:
                     raise UserError(f'flag "{arg}": {prefix} is a value, not a section.')
                 check_key(key, schema, prefix)
                 schema, prefix = schema[key], f"{prefix}.{key}"
+    return path
 
 
 def _check_empty_flags() -> None:
     """Raises UserError for a flag that is given as an empty text, as --workdir= by an unset variable of a shell."""
-    from absl import flags
-
     for name in flags.FLAGS:
         flag = flags.FLAGS[name]
         if flag.present and flag.default is None and isinstance(flag.value, str) and not flag.value.strip():
             raise UserError(f'--{name} = "{flag.value}" is empty; give it a value, or leave it out.')
 
 
-def _exit(error: Exception) -> None:
-    if "Traceback" in str(error):  # ml_collections hides what a config file raised in the text of another error
-        while error.__cause__ or error.__context__:
-            error = error.__cause__ or error.__context__
+def _describe(error: BaseException, path: str) -> str:
+    """What is wrong with the flags, or the kind of error, with its line, that the config file at `path` raised."""
+    # ml_collections hides what a config file raised in the text of another error.
+    while "Traceback" in str(error) and (error.__cause__ or error.__context__):
+        error = error.__cause__ or error.__context__
     while error.args and isinstance(error.args[0], Exception):
         error = error.args[0]
-    text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
+    if isinstance(error, UserError | flags.Error):
+        return str(error)
+    lines = [call.lineno for call in traceback.extract_tb(error.__traceback__) if call.filename == path]
+    where = f'--config = "{path}"' + (f", line {lines[-1]}" if lines else "")
+    return f"{where}: {type(error).__name__}: {error.args[0] if isinstance(error, KeyError) else error}"
+
+
+def _exit(text: str) -> None:
     message = " ".join(text.split())
     if hosts.is_joined():
         hosts.fail(message)

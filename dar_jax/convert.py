@@ -13,7 +13,7 @@ dar_jax.prepare --vae, dar_jax.sample --vae and config.data.vae.
 
 from absl import flags
 
-from dar_jax import cli, errors
+from dar_jax import cli, errors, files
 
 KIND = flags.DEFINE_string(
     "kind", None, "What the weights are: sit (residual, any size) | inception (of FID) | vae (f8)"
@@ -28,6 +28,10 @@ NUM_HEADS = flags.DEFINE_integer("num_heads", None, "sit: attention heads; defau
 def main(_):
     cli.require_flags(kind=KIND.value, input=INPUT.value, output=OUTPUT.value)
     errors.check_choice("--kind", KIND.value, ("sit", "inception", "vae"))
+    if KIND.value == "inception":
+        files.check_output(OUTPUT.value, "--output", ".npz")
+    else:
+        files.check_directory(OUTPUT.value, "--output")
     from dar_jax.pretrained.state_dict import read_state_dict
 
     state_dict = read_state_dict(INPUT.value)

@@ -1,7 +1,8 @@
 """A user's mistake, and the checks of words and numbers that find it. `cli.run` prints it as one line."""
 
 import difflib
-from collections.abc import Iterable, Mapping
+import math
+from collections.abc import Iterable
 from typing import Any
 
 
@@ -29,20 +30,24 @@ def require(condition: bool, message: str) -> None:
         raise UserError(message)
 
 
-def check_ranges(prefix: str, section: Mapping[str, Any], **intervals: str) -> None:
-    """Raises UserError for the first number of `section` outside its interval; NaN and infinity are outside all.
+def check_number(name: str, value: Any, kind: type, interval: str) -> None:
+    """Raises UserError unless `value` is a number of `kind`, int or float, within `interval`.
 
     Args:
-      prefix: what the section is called, as "config.optimizer".
-      section: holds the fields.
-      intervals: by field, as "[0, 1)", "(0, inf)" or "[1, inf)".
+      name: what the value is called, as "config.optimizer.b1".
+      value: the value. An int is a float too, and a bool is neither.
+      kind: int or float.
+      interval: as "[0, 1)" or "(0, inf)". NaN is outside of all. An infinite end stands for the largest number of the
+        devices, which is 2^31 - 1 for int and that of float32 for float.
     """
-    for name, interval in intervals.items():
-        value = section[name]
-        low, high = (float(end) for end in interval[1:-1].split(","))
-        above = value >= low if interval[0] == "[" else value > low
-        below = value <= high if interval[-1] == "]" else value < high
-        if not (above and below):
-            rule = f"at least {low:g}" if interval[0] == "[" and interval.endswith("inf)") else f"in {interval}"
-            rule += " and finite" if isinstance(value, float) and interval.endswith("inf)") else ""
-            raise UserError(f"{prefix}.{name} = {value} must be {rule}.")
+    if isinstance(value, bool) or not isinstance(value, int | kind):
+        raise UserError(f"{name} = {value!r} must be of type {kind.__name__}.")
+    largest = 2**31 - 1 if kind is int else 3.4028235e38
+    low, high = (float(end) for end in interval[1:-1].split(","))
+    above = value >= low if interval[0] == "[" else value > low
+    below = value <= high if interval[-1] == "]" else value < high
+    if not (above and below and (abs(value) <= largest or math.isfinite(high))):
+        rule = f"at least {low:g}" if interval[0] == "[" and interval.endswith("inf)") else f"in {interval}"
+        if interval.endswith("inf)"):
+            rule += " and below 2^31" if kind is int else " and finite in float32"
+        raise UserError(f"{name} = {value} must be {rule}.")

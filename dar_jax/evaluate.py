@@ -39,8 +39,8 @@ def main(_):
     given = {"--workdir": WORKDIR.value, "--samples": SAMPLES.value, "--write_reference": WRITE_REFERENCE.value}
     if len([value for value in given.values() if value]) != 1:
         raise errors.UserError(f"give one of {', '.join(given)}; see --help.")
-    if JSON.value:
-        files.make_parent(JSON.value, "--json")
+    if JSON.value is not None:
+        files.check_output(JSON.value, "--json")
     runtime.start()
     if WRITE_REFERENCE.value:
         _write_reference()
@@ -53,7 +53,7 @@ def main(_):
     if jax.process_index() > 0:
         return
     print(scoring.table(results))
-    if JSON.value:
+    if JSON.value is not None:
         files.write_json(JSON.value, results, indent=2)
         print(f"wrote {JSON.value}")
     if SAMPLES_OUT.value:
@@ -80,7 +80,8 @@ def _evaluate_run() -> list[dict]:
     ):
         if flag.value is not None:
             section[field] = flag.value
-    scales = cli.parse_numbers("cfg_sweep", CFG_SWEEP.value) if CFG_SWEEP.value else [config.sampler.cfg_scale]
+    sweep = CFG_SWEEP.value
+    scales = [config.sampler.cfg_scale] if sweep is None else cli.parse_numbers("cfg_sweep", sweep)
     for scale in scales:
         config.sampler.cfg_scale = scale
         validate(config)

@@ -97,6 +97,9 @@ def replacing(location: str | os.PathLike, *, only_writer: bool = False) -> Iter
     try:
         yield temporary
         os.replace(temporary, target)
+    except OSError as error:
+        error.filename = error.filename or str(location)  # a full disk has no name of its own
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -138,15 +141,6 @@ def _create_local(target: pathlib.Path, text: str) -> None:
                 file.write(text)
     finally:
         temporary.unlink(missing_ok=True)
-
-
-def check_directory(location: str | os.PathLike) -> None:
-    """Makes a directory if it is missing. Raises OSError if no file can be written there."""
-    directory = path(location)
-    directory.mkdir(parents=True, exist_ok=True)
-    if not is_remote(directory):
-        with tempfile.TemporaryFile(dir=directory):
-            pass
 
 
 def write_json(location: str | os.PathLike, content: Any, indent: int | None = None) -> None:
@@ -293,13 +287,79 @@ def writing(location: str | os.PathLike, flag: str) -> Iterator[None]:
         raise UserError(f'{flag} = "{location}" cannot be written: {reason}; take another.') from error
 
 
-def make_parent(location: str | os.PathLike, flag: str) -> None:
-    """Makes the directory of an output file. Raises UserError if it, or a file in a bucket, cannot be written."""
+def check_output(location: str | os.PathLike, flag: str, *suffixes: str) -> None:
+    """Makes the directory of an output file, before the work that fills the file.
+
+    Raises UserError if `location` ends in none of `suffixes`, is a directory or a device, or cannot be written.
+    """
+    if suffixes and not str(location).endswith(suffixes):
+        raise UserError(f'{flag} = "{location}" must end in {" or ".join(suffixes)}.')
     with writing(location, flag):
         output = path(location)
-        if is_remote(output):  # directories of a bucket need not be made, but it may not exist or be another's
-            probe = output.with_name(f"{output.name}.{uuid.uuid4().hex}.tmp")
-            probe.write_text("")
-            probe.unlink()
-        else:
+        if not is_remote(output):  # directories of a bucket need not be made
+            if output.exists() and not output.is_file():
+                raise UserError(f'{flag} = "{location}" is no file, and cannot become one; take another.')
             output.parent.mkdir(parents=True, exist_ok=True)
+        _try_to_write(output)
+
+
+def check_directory(location: str | os.PathLike, flag: str) -> None:
+    """Raises UserError unless files can be written in the directory `location`, or where it would be made."""
+    with writing(location, flag):
+        directory = path(location)
+        if not is_remote(directory):
+            directory = next(folder for folder in (directory, *directory.parents) if folder.exists())
+        _try_to_write(directory / "test")
+
+
+def _try_to_write(output: Path) -> None:
+    """Raises OSError, or an error of the bucket, if no file can be written beside `output`."""
+    temporary = output.with_name(f"{output.name}.{uuid.uuid4().hex}.tmp")
+    try:
+        temporary.write_text("\n")
+    finally:
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            temporary.unlink()
+
+
+def read_json(location: str | os.PathLike, form: Any, fix: str) -> Any:
+    """The content of a JSON file.
+
+    Args:
+      location: the file.
+      form: what the content must be: a type; a number, which it must equal; {key: form}, an object with these keys and
+        perhaps others; [form], a list of such entries; or (form,), that or null.
+      fix: what the user should do if the file is damaged.
+
+    Raises:
+      UserError: the file is missing, no regular file, not readable, no JSON, or not of this form.
+    """
+    try:
+        file = path(location)
+        if file.exists() and not file.is_file():  # a pipe would be waited for
+            raise ValueError("not a regular file")
+        content = json.loads(file.read_text())
+        _check_form(content, form, "the whole")
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f'"{location}" cannot be read ({getattr(error, "strerror", None) or error}); {fix}.') from error
+    return content
+
+
+def _check_form(content: Any, form: Any, name: str) -> None:
+    if isinstance(form, tuple):
+        (form,) = form
+        if content is None:
+            return
+    kind = type(form) if isinstance(form, dict | list | int | float) else form
+    if not isinstance(content, kind):
+        raise ValueError(f"{name} is of type {type(content).__name__}")
+    if isinstance(form, int | float) and content != form:
+        raise ValueError(f"{name} is {content}, not {form}")
+    if isinstance(form, list):
+        for entry in content:
+            _check_form(entry, form[0], f"an entry of {name}")
+    elif isinstance(form, dict):
+        for key, inner in form.items():
+            if key not in content:
+                raise ValueError(f'"{key}" is missing')
+            _check_form(content[key], inner, f'"{key}"')

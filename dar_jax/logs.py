@@ -24,12 +24,22 @@ def say(message: str) -> None:
 
 
 def read_metrics(workdir: str) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl, without those that a crash cut short; none if there is no such file."""
-    path, found = files.path(workdir) / "metrics.jsonl", []
-    for line in path.read_text(errors="replace").splitlines() if path.exists() else ():
-        with contextlib.suppress(ValueError):
-            found.append(json.loads(line))
-    return [line for line in found if isinstance(line, dict) and isinstance(line.get("step"), int)]
+    """The lines of metrics.jsonl; none if there is no such file. Damaged ones are left out, and a line says so."""
+    path = files.path(workdir) / "metrics.jsonl"
+    lines = path.read_text(errors="replace").splitlines() if path.is_file() else []
+    found = [_parse(line) for line in lines]
+    if damaged := found[:-1].count(None):  # a crash may have cut the last one
+        say(f"{path}: {damaged} damaged lines are left out")
+    return [line for line in found if line is not None]
+
+
+def _parse(line: str) -> dict[str, Any] | None:
+    """A line of metrics.jsonl; None if it is damaged."""
+    with contextlib.suppress(ValueError):
+        content = json.loads(line)
+        if isinstance(content, dict) and isinstance(content.get("step"), int):
+            return content
+    return None
 
 
 class Logs:
@@ -43,12 +53,9 @@ class Logs:
     """
 
     def __init__(self, workdir: str, first_step: int, num_steps: int, batch_size: int, flops_per_step: float):
-        # clu's writers import tensorflow (seconds), so only a run pays for it.
-        from clu import metric_writers
-
         is_first = jax.process_index() == 0
         self.mirror = files.Mirror(workdir)
-        self.writer = metric_writers.create_default_writer(str(self.mirror.directory), just_logging=not is_first)
+        self.writer = _open_tensorboard(str(self.mirror.directory)) if is_first else None
         self.path = self.mirror.directory / "metrics.jsonl" if is_first else None
         self.num_steps, self.batch_size, self.flops_per_step = num_steps, batch_size, flops_per_step
         peak = peak_flops(jax.devices()[0].device_kind)
@@ -65,12 +72,13 @@ class Logs:
 
     def drop(self, which: Callable[[dict[str, Any]], bool]) -> None:
         """Removes lines of metrics.jsonl, and puts the others in the order of their steps."""
-        if self.path is not None and self.path.exists():
+        if self.path is not None and self.path.is_file():
             kept = sorted((line for line in read_metrics(self.path.parent) if not which(line)), key=lambda x: x["step"])
             files.write_text(self.path, "".join(json.dumps(line) + "\n" for line in kept))
 
     def write(self, step: int, scalars: dict[str, float]) -> None:
-        self.writer.write_scalars(step, scalars)
+        if self.writer is not None:
+            self.writer.write_scalars(step, scalars)
         if self.path is not None:
             with open(self.path, "a") as file:
                 file.write(json.dumps({"step": step, **scalars}) + "\n")
@@ -100,9 +108,23 @@ class Logs:
 
     def flush(self) -> None:
         """Returns when all that was written is in the workdir."""
-        self.writer.flush()
+        if self.writer is not None:
+            self.writer.flush()
         self.mirror.push()
 
     def close(self) -> None:
-        self.writer.close()
+        if self.writer is not None:
+            self.writer.flush()
+            self.writer.close()
         self.mirror.close()
+
+
+def _open_tensorboard(directory: str) -> Any:
+    """A writer of clu, or None and a line that says why there is none."""
+    try:  # here, because it imports tensorflow, which takes seconds
+        from clu import metric_writers
+    except Exception as error:  # it is missing, or does not fit the rest, which it says in many ways
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        say(f"TensorBoard is off, and metrics.jsonl has all numbers ({reason})")
+        return None
+    return metric_writers.create_default_writer(directory)

@@ -26,14 +26,17 @@ TPU_FLAGS = pathlib.Path(__file__).with_name("planning") / "tpu_xla_flags.txt"
 
 def main(_):
     cli.require_flags(config=CONFIG.value, topology=TOPOLOGY.value)
-    for flag, path in {"json": JSON.value, "plot": PLOT.value}.items():
-        if path:
-            files.make_parent(path, f"--{flag}")
+    if JSON.value is not None:
+        files.check_output(JSON.value, "--json")
+    if PLOT.value is not None:
+        files.check_output(PLOT.value, "--plot", ".png")
     _set_environment(TOPOLOGY.value)
     from dar_jax import planning
     from dar_jax.validate import validate
 
     validate(CONFIG.value)
+    for topology in TOPOLOGY.value:
+        planning.parse_topology(topology)
     several = len(TOPOLOGY.value) > 1
     make = planning.make_fitting_plan if several or FIT.value else planning.make_plan
     plans = []
@@ -42,11 +45,11 @@ def main(_):
         print(planning.report(plans[-1]), end="\n\n" if several else "\n", flush=True)
     if several:
         print(planning.table(plans))
-    if JSON.value:
+    if JSON.value is not None:
         found = [dataclasses.asdict(plan) for plan in plans]
         files.write_json(JSON.value, found if several else found[0], indent=2)
         print(f"wrote {JSON.value}")
-    if PLOT.value:
+    if PLOT.value is not None:
         planning.plot({"": plans}, PLOT.value)
         print(f"wrote {PLOT.value}")
 

@@ -15,7 +15,7 @@ from dar_jax import cli, errors
 SOURCE = flags.DEFINE_string("source", None, "tfds:NAME (prepared as array_record) | folder:PATH | idx:PATH")
 DATA_DIR = flags.DEFINE_string("data_dir", "", "tfds: where the set is; default: the tfds default")
 SPLIT = flags.DEFINE_string("split", "train", 'Split of the source; of a folder, its sub folder or "."')
-IMAGE_SIZE = flags.DEFINE_integer("image_size", 256, "Pixels, height = width, after the crop", lower_bound=1)
+IMAGE_SIZE = flags.DEFINE_integer("image_size", 256, "Pixels, height = width, after the crop")
 VAE = flags.DEFINE_string("vae", None, "A directory that dar_jax.convert wrote, or none to keep pixels only")
 OUT = flags.DEFINE_string("out", None, "The directory to write, to go on with, or to verify")
 DTYPE = flags.DEFINE_enum("dtype", "float16", ["float16", "float32"], "Of the moments")
@@ -58,8 +58,10 @@ def main(_):
 
 
 def _open_source():
-    from dar_jax.config import default
+    from dar_jax.config import default, schema
     from dar_jax.data.sources import open_source
+
+    errors.check_number("--image_size", IMAGE_SIZE.value, int, schema().data.image_size.interval)
 
     kind, _, place = SOURCE.value.partition(":")
     if kind not in ("tfds", "folder", "idx") or not place:
@@ -75,11 +77,10 @@ def _open_source():
 
 def _verify():
     from dar_jax import files
-    from dar_jax.data.latents import check_checksums, read_manifest
+    from dar_jax.data.prepare import verify
 
     path = files.path(OUT.value)
-    manifest = read_manifest(path)
-    check_checksums(path, manifest["shards"])
+    manifest = verify(path)
     print(f"{path} is whole: {manifest['num_examples']:,} examples in {len(manifest['shards'])} shards")
 
 

@@ -11,7 +11,7 @@ from dar_jax import cli, runtime
 WORKDIR = flags.DEFINE_string("workdir", None, "A directory that dar_jax.main wrote")
 STEP = flags.DEFINE_integer("step", None, "Checkpoint to load; default: the latest")
 LABELS = flags.DEFINE_list("labels", None, "Class labels, one column of the grid each; default: all, at most 10")
-NUM_PER_LABEL = flags.DEFINE_integer("num_per_label", 8, "Samples per label, the rows of the grid", lower_bound=1)
+NUM_PER_LABEL = flags.DEFINE_integer("num_per_label", 8, "Samples per label, the rows of the grid", 1, 10_000)
 SAMPLER = flags.DEFINE_string("sampler", None, "euler | heun | dopri5 | sde_euler | sde_heun; default: the run's")
 STEPS = flags.DEFINE_integer("steps", None, "Steps of the fixed-step samplers; default: the run's")
 CFG_SCALE = flags.DEFINE_float("cfg_scale", None, "Guidance scale, 1 = none; default: the run's")
@@ -30,12 +30,16 @@ def main(_):
     from dar_jax.validate import validate
 
     config = load_config(WORKDIR.value)
-    for field, flag in {"method": SAMPLER, "num_steps": STEPS, "cfg_scale": CFG_SCALE}.items():
+    for section, field, flag in (
+        (config.sampler, "method", SAMPLER),
+        (config.sampler, "num_steps", STEPS),
+        (config.sampler, "cfg_scale", CFG_SCALE),
+        (config.eval, "batch_size", BATCH_SIZE),
+        (config, "seed", SEED),
+        (config.data, "vae", VAE),
+    ):
         if flag.value is not None:
-            config.sampler[field] = flag.value
-    config.data.vae = VAE.value or config.data.vae
-    config.seed = config.seed if SEED.value is None else SEED.value
-    config.eval.batch_size = BATCH_SIZE.value or config.eval.batch_size
+            section[field] = flag.value
     validate(config)
     sample_to_file(config, WORKDIR.value, STEP.value, LABELS.value, NUM_PER_LABEL.value, OUT.value)
     say(f"wrote {OUT.value}")

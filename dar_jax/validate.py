@@ -2,8 +2,8 @@
 
 from ml_collections import ConfigDict
 
-from dar_jax.config import check_keys
-from dar_jax.errors import check_ranges, require
+from dar_jax.config import check_fields
+from dar_jax.errors import require
 
 
 def validate(config: ConfigDict) -> None:
@@ -16,14 +16,13 @@ def validate(config: ConfigDict) -> None:
     from dar_jax.models import check as models
     from dar_jax.training import loop, optimizer
 
-    check_keys(config)
-    check_ranges("config", config, seed=f"[0, {2**32})")
+    check_fields(config)
     models.check(config.model)
     sources.check(config.data)
     diffusion.check(config.diffusion)
     sampler.check(config.sampler)
     optimizer.check(config.optimizer)
-    loop.check(config.train, config.checkpoint, config.diagnosis)
+    loop.check(config.train)
     in_training.check(config.eval)
     sharding.check(config.mesh)
     _check_space(config, feed.encodes_online(config))

@@ -25,8 +25,10 @@ def decode_image(file: str | BinaryIO, name: str) -> np.ndarray:
     """
     try:
         with Image.open(file) as image:
-            if image.mode.startswith(("I", "F")):  # PIL would clip these to white
-                raise ValueError(f"mode {image.mode} has more than 8 bits per channel")
+            if ";16" in str(getattr(image, "tile", "")) or image.mode.startswith(
+                ("I", "F")
+            ):  # PIL would cut or clip these
+                raise ValueError(f"{image.mode} of more than 8 bits per channel; save it with 8")
             grey = Image.getmodebase(image.mode) == "L"
             pixels = np.asarray(image.convert("L" if grey else "RGB"))
     except Exception as error:  # damaged bytes make PIL's decoders raise almost anything

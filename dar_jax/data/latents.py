@@ -18,18 +18,36 @@ with moments if a VAE made them, and with the image if asked for or if there is 
     shards        name, records, bytes and sha256 of every file, in order
 """
 
+import contextlib
 import hashlib
 import json
+import math
+import re
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
 from array_record.python.array_record_data_source import ArrayRecordDataSource
+from array_record.python.array_record_module import ArrayRecordReader
 
 from dar_jax import files
 from dar_jax.errors import UserError
 
 SCHEMA = 1
+AGAIN = "copy it again, or prepare the data again"  # what helps against any damage
+# What a reader needs of a manifest: keys and the forms of their values (`files.read_json`).
+SHARD = {"name": str, "records": int, "bytes": int, "sha256": str}
+MANIFEST = {
+    "schema": SCHEMA,
+    "num_classes": int,
+    "num_source": int,
+    "num_examples": int,
+    "skipped": list,
+    "fields": [list],
+    "vae": ({"fingerprint": str, "scale": int | float},),
+    "shards": [SHARD],
+}
 
 
 def record_dtype(fields: Iterable[tuple[str, str, Iterable[int]]]) -> np.dtype:
@@ -42,27 +60,28 @@ def read_manifest(path: files.Path) -> dict[str, Any]:
 
     Raises UserError unless the set is finished, its manifest of this schema, and every shard there in its full size.
     """
-    try:
-        manifest = json.loads((path / "manifest.json").read_text())
-    except OSError as error:
+    if not (path / "manifest.json").exists():
         state = "is unfinished; repeat its" if (path / "progress").exists() else "holds no manifest.json; make it with"
-        raise UserError(f'prepared data "{path}" {state} python -m dar_jax.prepare --out={path}.') from error
-    except ValueError as error:
-        raise UserError(f'"{path}/manifest.json" cannot be read ({error}); prepare the data again.') from error
-    if manifest.get("schema") != SCHEMA:
-        raise UserError(
-            f'"{path}/manifest.json" has schema {manifest.get("schema")}, not {SCHEMA}; prepare the data again.'
-        )
+        raise UserError(f'prepared data "{path}" {state} python -m dar_jax.prepare --out={path}.')
+    manifest = files.read_json(path / "manifest.json", MANIFEST, AGAIN)
+    counts = {
+        "num_examples": sum(shard["records"] for shard in manifest["shards"]),
+        "num_source": manifest["num_examples"] + len(manifest["skipped"]),
+    }
+    for key, found in counts.items():
+        if manifest[key] != found:
+            raise UserError(
+                f'"{path}/manifest.json" has {key} = {manifest[key]}, but its shards make {found}; {AGAIN}.'
+            )
     sizes = files.sizes(path)
     for shard in manifest["shards"]:
         file, size = path / shard["name"], sizes.get(shard["name"])
+        if not re.fullmatch(r"\w[\w.-]*", shard["name"]):
+            raise UserError(f'"{path}/manifest.json" names "{shard["name"]}", which is no file of its folder; {AGAIN}.')
         if size is None:
-            raise UserError(f'shard "{file}" is missing; copy it again, or prepare the data again.')
+            raise UserError(f'shard "{file}" is missing; {AGAIN}.')
         if size != shard["bytes"]:
-            raise UserError(
-                f'shard "{file}" has {size} bytes, not the {shard["bytes"]} of its manifest; copy it again, or prepare '
-                "the data again."
-            )
+            raise UserError(f'shard "{file}" has {size} bytes, not the {shard["bytes"]} of its manifest; {AGAIN}.')
     return manifest
 
 
@@ -88,6 +107,17 @@ def _local(path: files.Path, manifest: dict[str, Any]) -> files.Path:
     return directory
 
 
+def _check_count(path: files.Path, shard: dict[str, Any]) -> None:
+    """Raises UserError unless a shard can be opened and has as many records as its entry of the manifest says."""
+    try:
+        with contextlib.closing(ArrayRecordReader(str(path / shard["name"]))) as reader:
+            found = reader.num_records()
+    except RuntimeError as error:
+        raise UserError(f'shard "{path}/{shard["name"]}" is damaged ({error}); {AGAIN}.') from error
+    if found != shard["records"]:
+        raise UserError(f'shard "{path}/{shard["name"]}" has {found} records, not {shard["records"]}; {AGAIN}.')
+
+
 class LatentSource:
     """The records of a prepared directory, in the order of its source; a `sources.Source`.
 
@@ -103,15 +133,31 @@ class LatentSource:
         self.path, self.manifest = path, read_manifest(path)
         self.directory = _local(path, self.manifest)
         self.num_classes, vae = self.manifest["num_classes"], self.manifest["vae"]
-        self.scale, self.dtype = vae and vae["scale"], record_dtype(self.manifest["fields"])
+        self.scale = vae and vae["scale"]
+        try:
+            self.dtype = record_dtype(self.manifest["fields"])
+            if "label" not in self.dtype.names or ("moments" in self.dtype.names) != bool(vae):
+                raise ValueError(f"fields {', '.join(self.dtype.names)}")
+            if vae and not 0 < self.scale < math.inf:
+                raise ValueError(f"scale {self.scale}")
+        except (TypeError, ValueError) as error:
+            raise UserError(f'"{path}/manifest.json" cannot be read ({error}); {AGAIN}.') from error
+        with ThreadPoolExecutor(8) as pool:
+            list(pool.map(lambda shard: _check_count(self.directory, shard), self.manifest["shards"]))
         self.records = ArrayRecordDataSource([str(self.directory / shard["name"]) for shard in self.manifest["shards"]])
 
     def __len__(self) -> int:
         return len(self.records)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        """Returns {"label": int} with "moments" and "image", the arrays of the record, if it has them."""
-        (record,) = np.frombuffer(self.records[index], self.dtype)
+        """Returns {"label": int} with "moments" and "image", the arrays of the record, if it has them.
+
+        Raises UserError if the record is damaged.
+        """
+        try:
+            (record,) = np.frombuffer(self.records[index], self.dtype)
+        except (RuntimeError, ValueError) as error:
+            raise UserError(f'record {index} of "{self.path}" is damaged ({error}); {AGAIN}.') from error
         return {name: record[name] for name in self.dtype.names} | {"label": int(record["label"])}
 
     def check(self, space: str, image_size: int, channels: int, vae_fingerprint: str | None) -> None:
@@ -123,7 +169,7 @@ class LatentSource:
                 f'config.model.space = {space} asks for {wanted}, but the records of "{self.path}" have only '
                 f"{', '.join(self.dtype.names)}; prepare them with {option}."
             )
-        if wanted == "moments" and self.dtype["moments"].shape[2:] != (image_size, image_size, channels):
+        if wanted == "moments" and self.dtype["moments"].shape != (2, 2, image_size, image_size, channels):
             raise UserError(
                 f"config.data.image_size = {image_size}, config.model.channels = {channels} do not suit the latents of "
                 f'"{self.path}", which are {"x".join(map(str, self.dtype["moments"].shape[2:]))}.'

@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 
 from dar_jax.data.images import center_crop, to_channels, to_float
 from dar_jax.data.latents import LatentSource, check_checksums, draw_latent
-from dar_jax.data.sources import open_source
+from dar_jax.data.sources import open_source, read
 
 _MAX_THREADS = 16
 
@@ -62,7 +62,7 @@ def train_iterator(
 
     Raises:
       UserError: the split cannot be opened, prepared data do not fit `space`, channels or `data.vae`, or a shard is
-        damaged. `next` raises it for a damaged image.
+        damaged. `next` raises it for a damaged image, or a label that is no class.
     """
     is_latent = space == "latents"
     rows = np.arange(batch_size) if rows is None else rows
@@ -75,7 +75,7 @@ def train_iterator(
         place = step * batch_size + int(rows[row])
         rng = np.random.default_rng((seed, place, 1))  # _epoch_order's have two numbers
         epoch, i = divmod(place, len(source))
-        example = source[int(_epoch_order(seed, epoch, len(source))[i])]
+        example = read(source, int(_epoch_order(seed, epoch, len(source))[i]))
         mirrored = flip and rng.random() < 0.5
         if is_latent and "moments" in example:
             x1 = draw_latent(example["moments"][int(mirrored)], source.scale, rng)

@@ -5,8 +5,10 @@ is written under a temporary name, renamed, and recorded in progress/; one that 
 Workers share the shards by their numbers and need not know of each other: who finds all recorded writes the manifest.
 """
 
-import json
+import contextlib
+import errno
 import os
+import re
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -18,8 +20,8 @@ from array_record.python.array_record_module import ArrayRecordWriter
 
 from dar_jax import files, lock
 from dar_jax.data.images import center_crop, to_channels
-from dar_jax.data.latents import SCHEMA, read_manifest, record_dtype
-from dar_jax.data.sources import Source
+from dar_jax.data.latents import SCHEMA, SHARD, LatentSource, check_checksums, read_manifest, record_dtype
+from dar_jax.data.sources import Source, read
 from dar_jax.errors import UserError
 
 if TYPE_CHECKING:
@@ -92,8 +94,8 @@ def prepare(
       say: takes lines of progress.
 
     Raises:
-      UserError: `out` holds another set or cannot be written, more than max_skipped images cannot be read, or the VAE
-        gives a number that the dtype cannot hold.
+      UserError: `out` holds another set or cannot be written, more than max_skipped images cannot be read, or all, or
+        the VAE gives a number that the dtype cannot hold.
     """
     directory = files.path(out)
     with files.writing(out, "--out"):
@@ -112,7 +114,7 @@ def prepare(
     if todo:
         progress = _Progress(todo, settings, say, max_skipped, sum(len(entry["skipped"]) for entry in done.values()))
         encode, batch_size = _make_encode(vae) if vae else (None, _BATCH)
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
+        with files.writing(out, "--out"), _naming_full_disks(), ThreadPoolExecutor(os.cpu_count()) as pool:
             for i in todo:
                 with lock.holding(
                     directory / "progress" / f"{names[i]}.lock",
@@ -131,12 +133,38 @@ def prepare(
         "skipped": [line for entry in entries for line in entry.pop("skipped")],
         "shards": entries,
     }
+    if not manifest["num_examples"]:
+        raise UserError(f"none of the {manifest['num_source']} images could be read: {manifest['skipped'][0]}")
     files.write_json(directory / "manifest.json", manifest, indent=1)
     size = sum(entry["bytes"] for entry in entries)
     say(
         f"wrote {out}: {manifest['num_examples']:,} examples in {count} shards, {size / 1e9:.3g} GB, "
         f"{len(manifest['skipped'])} images skipped"
     )
+
+
+@contextlib.contextmanager
+def _naming_full_disks() -> Iterator[None]:
+    """Makes an OSError of the RuntimeError with which ArrayRecord reports one."""
+    try:
+        yield
+    except RuntimeError as error:
+        if found := re.search(r"(?:write|close|open)\(\) failed: ([^;]*)", str(error)):
+            raise OSError(errno.EIO, found[1]) from error
+        raise
+
+
+def verify(path: files.Path) -> dict[str, Any]:
+    """Reads all of a prepared directory, and returns its manifest.
+
+    Raises UserError unless every shard has the checksum and the number of records of the manifest, every record has all
+    fields, and every label is a class.
+    """
+    check_checksums(path, read_manifest(path)["shards"])
+    source = LatentSource(path)
+    for index in range(len(source)):
+        read(source, index)
+    return source.manifest
 
 
 class _Progress:
@@ -171,7 +199,7 @@ def _claim(directory: files.Path, settings: dict[str, Any]) -> None:
     if not manifest.exists() and not notes.exists():
         notes.parent.mkdir(parents=True, exist_ok=True)
         files.write_json(notes, settings, indent=1)
-    stored = json.loads((manifest if manifest.exists() else notes).read_text())
+    stored = files.read_json(manifest if manifest.exists() else notes, dict, "take another --out")
     for key, value in settings.items():
         if stored.get(key) != value:
             raise UserError(
@@ -181,11 +209,11 @@ def _claim(directory: files.Path, settings: dict[str, Any]) -> None:
 
 
 def _finished(directory: files.Path, name: str, sizes: dict[str, int]) -> dict[str, Any] | None:
-    """What progress/ says of a shard (name, records, bytes, sha256, skipped), if it is there in its full size."""
+    """What progress/ says of a shard, if it is whole and the shard is there in its full size."""
     try:
-        entry = json.loads((directory / "progress" / f"{name}.json").read_text())
+        entry = files.read_json(directory / "progress" / f"{name}.json", {**SHARD, "skipped": [str]}, "")
         return entry if sizes.get(name) == entry["bytes"] else None
-    except FileNotFoundError:
+    except (UserError, FileNotFoundError):
         return None
 
 
@@ -252,7 +280,7 @@ def _batches(
 
     def load(index: int) -> tuple[int, np.ndarray] | UserError:
         try:
-            example = source[index]
+            example = read(source, index)
         except UserError as error:
             return error
         return example["label"], center_crop(to_channels(example["image"], 3), image_size)

@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 
 from dar_jax import files
 from dar_jax.data.images import decode_image
-from dar_jax.errors import UserError, check_choice, check_ranges, near_miss
+from dar_jax.errors import UserError, check_choice, near_miss
 
 _EXTENSIONS = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 
@@ -125,7 +125,7 @@ def _read_idx(path: str, ndim: int) -> np.ndarray:
             f"with [0, 0, 8, {ndim}]; fetch it again."
         )
     shape = np.frombuffer(content, ">u4", ndim, offset=4).tolist()
-    if len(content) - header != math.prod(shape):
+    if len(content) - header != math.prod(shape) or (shape[0] and 0 in shape):
         raise UserError(
             f'idx file "{path}" holds {len(content) - header} bytes of data, but its header announces '
             f"{shape}; fetch it again."
@@ -139,7 +139,7 @@ def _open_idx(path: str, split: str) -> Source:
     found, missing = [], []
     for name in (f"{prefix}-images-idx3-ubyte", f"{prefix}-labels-idx1-ubyte"):
         candidates = (os.path.join(path, name), os.path.join(path, f"{name}.gz"))
-        existing = [candidate for candidate in candidates if os.path.exists(candidate)]
+        existing = [candidate for candidate in candidates if os.path.isfile(candidate)]
         found += existing[:1]
         missing += [] if existing else [f"{name}[.gz]"]
     if missing:
@@ -181,11 +181,11 @@ def _open_folder(path: str, split: str) -> Source:
     files, labels = [], []
     for label, name in enumerate(classes):
         with os.scandir(os.path.join(root, name)) as entries:
-            names = sorted(
-                entry.name
-                for entry in entries
-                if entry.name.lower().endswith(_EXTENSIONS) and not entry.name.startswith(".")
-            )
+            images = [entry for entry in entries if entry.name.lower().endswith(_EXTENSIONS) and entry.name[0] != "."]
+        for entry in images:
+            if not entry.is_file():  # a pipe would be waited for
+                raise UserError(f'image "{entry.path}" is no regular file; remove it.')
+        names = sorted(entry.name for entry in images)
         files += map(os.fsencode, names)
         labels += [label] * len(names)
     if not files:
@@ -201,8 +201,8 @@ def _open_tfds(name: str, path: str, split: str) -> Source:
 
     try:
         builder = tfds.builder(name, data_dir=path or None)
-    except (ValueError, AssertionError) as error:  # unknown set; unknown config or version of it
-        reason = str(error).splitlines()[0]
+    except Exception as error:  # an unknown set, config or version, or damaged files of it
+        reason = (str(error) or type(error).__name__).splitlines()[0]
         raise UserError(f'config.data.name = "{name}" is no tensorflow-datasets set: {reason}') from error
     if not builder.is_prepared():
         where = f", data_dir='{path}'" if path else ""
@@ -273,10 +273,20 @@ def open_source(data: ConfigDict, split: str) -> Source:
     return source
 
 
+def read(source: Source, index: int) -> dict[str, Any]:
+    """`source[index]`. Raises UserError if its label is none of the classes of the source."""
+    example = source[index]
+    if not 0 <= example["label"] < source.num_classes:
+        raise UserError(
+            f"example {index} has the label {example['label']}, but the classes are 0 to {source.num_classes - 1}; "
+            "take a split that is labelled, or prepare the data again."
+        )
+    return example
+
+
 def check(data: ConfigDict) -> None:
     """Raises UserError for the first field of `config.data` that cannot work, without a look at any file."""
     check_choice("config.data.source", data.source, SOURCES)
-    check_ranges("config.data", data, image_size="[1, inf)", num_workers="[0, inf)")
 
 
 SOURCES = {

@@ -66,14 +66,15 @@ def diagnose(
             _check_sampling(config)
         plans.append((config, workdir, mesh, _choose(config, workdir, num_images, timesteps, batch_size)))
     folder = files.path(out)
-    with files.writing(out, "--out"):
-        folder.mkdir(parents=True, exist_ok=True)
+    for name in ("diagnosis.json", "report.html"):
+        files.check_output(folder / name, "--out")
 
     results = [_measure_run(*plan, canonical) for plan in plans]
     if jax.process_index() > 0:
         return []
-    numbers, drawn = folder / "diagnosis.json", figures.draw(results, folder)
+    numbers = folder / "diagnosis.json"
     files.write_text(numbers, json.dumps({"runs": _plain(results)}, indent=1, allow_nan=False) + "\n")
+    drawn = figures.draw(results, folder)
     return [write_report(results, drawn, folder), numbers, *(path for figure in drawn for path in figure.paths)]
 
 

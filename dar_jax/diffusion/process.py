@@ -1,7 +1,6 @@
 """The diffusion process of a config: its path, what the network predicts, the times of training and the loss."""
 
 import dataclasses
-import math
 from collections.abc import Callable
 
 import jax
@@ -10,7 +9,7 @@ from ml_collections import ConfigDict
 
 from dar_jax.diffusion.path import PATHS, Path
 from dar_jax.diffusion.prediction import PREDICTIONS, Prediction
-from dar_jax.errors import UserError, check_choice
+from dar_jax.errors import check_choice
 
 Array = jax.Array
 
@@ -122,10 +121,6 @@ def check(section: ConfigDict) -> None:
     check_choice("config.diffusion.prediction", section.prediction, PREDICTIONS)
     check_choice("config.diffusion.weighting", section.weighting, WEIGHTINGS)
     check_choice("config.diffusion.time", section.time, TIMES)
-    if not math.isfinite(section.time_mean):
-        raise UserError(f"config.diffusion.time_mean = {section.time_mean} must be finite; 0 is the middle of [0, 1].")
-    if not 0 < section.time_std < math.inf:
-        raise UserError(f"config.diffusion.time_std = {section.time_std} must be positive and finite; 1 is usual.")
 
 
 def build(section: ConfigDict) -> Diffusion:

@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 
 from dar_jax import conditions, files
 from dar_jax.data.pipeline import load_images
-from dar_jax.errors import check_choice, check_ranges, require
+from dar_jax.errors import check_choice, require
 from dar_jax.evaluation.features import Features, convnet_features, extract_all, inception_features
 from dar_jax.evaluation.grid import save_grid
 from dar_jax.evaluation.metrics import Collector, load_reference, score, warn_if_few
@@ -42,16 +42,6 @@ def load_features(config: ConfigDict, mesh: Mesh, workdir: str, log: Callable[[s
 def check(settings: ConfigDict) -> None:
     """Raises UserError for the first field of `config.eval` that cannot work."""
     check_choice("config.eval.labels", settings.labels, conditions.ORDERS)
-    at_least_one, at_least_zero = "[1, inf)", "[0, inf)"
-    check_ranges(
-        "config.eval",
-        settings,
-        every_steps=at_least_zero,
-        num_samples=at_least_zero,
-        final_samples=at_least_zero,
-        batch_size=at_least_one,
-        grid_size=at_least_one,
-    )
     require(settings.num_samples != 1, "config.eval.num_samples = 1 must be 0 (no metrics) or at least 2.")
 
 

@@ -144,15 +144,13 @@ def sample_to_file(
       UserError: a condition, file type or checkpoint does not exist.
     """
     path = files.path(out)
-    if path.suffix not in (".png", ".npz"):
-        raise UserError(f'--out = "{out}" must end in .png or .npz.')
+    files.check_output(out, "--out", ".png", ".npz")
     is_image = config.model.space == "pixels" or bool(config.data.vae)
     if path.suffix == ".png" and not is_image:
         raise UserError(
             f'--out = "{out}": the model makes latents of {config.model.channels} channels; name their VAE '
             "with --vae, or write an .npz."
         )
-    files.make_parent(out, "--out")
     columns = conditions.build(config.model).parse(names)
     sharding.fit(config.mesh)
     mesh = sharding.make_mesh(config.mesh)
@@ -164,8 +162,9 @@ def sample_to_file(
         images = np.concatenate(list(batches))
     if jax.process_index() > 0:
         return
-    if path.suffix == ".png":
-        save_grid(path, images, columns=conditions.length(columns))
-    else:
-        with files.replacing(path) as temporary, open(temporary, "wb") as file:
-            np.savez(file, images, condition["label"].astype(np.int64))
+    with files.writing(out, "--out"):
+        if path.suffix == ".png":
+            save_grid(path, images, columns=conditions.length(columns))
+        else:
+            with files.replacing(path) as temporary, open(temporary, "wb") as file:
+                np.savez(file, images, condition["label"].astype(np.int64))

@@ -31,7 +31,7 @@ from dar_jax.evaluation.metrics import (
     warn_if_few,
 )
 from dar_jax.evaluation.sampling import image_shape, make_sampler, restore, sample_images
-from dar_jax.evaluation.sets import MOMENT_KEYS, check_output, open_images, write_set
+from dar_jax.evaluation.sets import MOMENT_KEYS, open_images, write_set
 from dar_jax.logs import say
 from dar_jax.pretrained.inception import how_to_get
 from dar_jax.pretrained.vae import read_header
@@ -66,7 +66,7 @@ def evaluate_run(
             "--inception and --reference."
         )
     if samples_out:
-        check_output(samples_out, ".npz", "--samples_out")
+        files.check_output(samples_out, "--samples_out", ".npz")
         if len(cfg_scales) > 1:
             raise UserError("--samples_out takes one guidance scale; leave out --cfg_sweep.")
     sharding.fit(config.mesh)
@@ -128,7 +128,7 @@ def write_reference(config: ConfigDict, split: str, path: str) -> int:
     Raises:
       UserError: the config, the split or the output does not fit, or `config.eval.inception` is missing.
     """
-    check_output(path, ".npz", "--write_reference")
+    files.check_output(path, "--write_reference", ".npz")
     if not config.eval.inception:
         raise UserError(f"--inception is required to write a reference. {how_to_get()}")
     mesh = sharding.make_mesh(default().mesh)

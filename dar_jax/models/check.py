@@ -2,7 +2,7 @@
 
 from ml_collections import ConfigDict
 
-from dar_jax.errors import check_choice, check_ranges, require
+from dar_jax.errors import check_choice, require
 from dar_jax.models.build import MODELS, ROUTINGS
 from dar_jax.routing import FINALS, IMPLEMENTATIONS, QUERIES, SUMMARIES
 
@@ -16,19 +16,6 @@ def check(model: ConfigDict) -> None:
     check_choice("config.model.space", model.space, SPACES)
     check_choice("config.model.dtype", model.dtype, ("float32", "bfloat16"))
     check_choice("config.model.remat", model.remat, ("dense", "block"))
-    check_ranges(
-        "config.model",
-        model,
-        input_size="[1, inf)",
-        channels="[1, inf)",
-        num_classes="[1, inf)",
-        patch_size="[1, inf)",
-        hidden_size="[4, inf)",
-        depth="[1, inf)",
-        num_heads="[1, inf)",
-        mlp_ratio="(0, inf)",
-        label_dropout="[0, 1)",
-    )
     require(
         model.space == "latents" or model.channels in IMAGE_CHANNELS,
         f"config.model.channels = {model.channels} does not suit images; take 1 (grey) or 3 (RGB) channels, or set "

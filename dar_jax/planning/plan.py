@@ -19,6 +19,9 @@ from dar_jax.models.flops import forward_flops
 from dar_jax.planning.schedule import CHIPS, RESERVED_HBM, count_flops, read_schedule
 from dar_jax.training.setup import build_algorithm, set_up
 
+MAX_CHIPS = 65_536  # nobody has more
+MAX_HOST_DEVICES = 512  # more take minutes to start
+
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
@@ -77,7 +80,7 @@ class Plan:
 def parse_topology(topology: str) -> tuple[str, tuple[int, ...], int]:
     """ "v5e:4x4" -> ("v5e", (4, 4), 1), "v5e:4x4*2" (slices) -> ("v5e", (4, 4), 2), "cpu:8" -> ("cpu", (8,), 1).
 
-    Raises UserError for anything else.
+    Raises UserError for anything else, and for more devices than anybody has.
     """
     kind, _, size = topology.partition(":")
     size, _, slices = size.partition("*") if kind != "cpu" else (size, "", "")
@@ -88,7 +91,13 @@ def parse_topology(topology: str) -> tuple[str, tuple[int, ...], int]:
             f'--topology = "{topology}" is not understood; valid forms, in any size the hardware has, are '
             "v5e:4x4, v6e:4x4, v4:4x4x4, v5p:2x4x4, v5e:16x16*2 (slices) and cpu:8."
         )
-    return kind, tuple(int(n) for n in size.split("x")), int(slices or 1)
+    shape, slices = tuple(int(n) for n in size.split("x")), int(slices or 1)
+    if math.prod(shape) * slices > (MAX_HOST_DEVICES if kind == "cpu" else MAX_CHIPS):
+        raise UserError(
+            f'--topology = "{topology}" is too large; at most {MAX_CHIPS} chips or {MAX_HOST_DEVICES} host devices can '
+            "be planned for."
+        )
+    return kind, shape, slices
 
 
 def _devices(topology: str):

@@ -15,7 +15,7 @@ from flax import linen as nn
 from flax import traverse_util
 
 from dar_jax import files
-from dar_jax.errors import UserError, require
+from dar_jax.errors import UserError
 from dar_jax.pretrained.state_dict import to_numpy
 
 WEIGHTS_URL = (
@@ -248,8 +248,6 @@ def params_from_torch(state_dict: Mapping[str, Any]) -> dict:
 
 def write_params(path: str, params: dict) -> None:
     """Writes an .npz with one array for each parameter. Raises UserError if it cannot."""
-    require(path.endswith(".npz"), f'--output = "{path}" must end in .npz.')
-    files.make_parent(path, "--output")
     with files.writing(path, "--output"), files.replacing(path) as temporary, open(temporary, "wb") as file:
         np.savez(file, **traverse_util.flatten_dict(params, sep="/"))
 

@@ -61,7 +61,7 @@ def infer_model(state_dict: Mapping[str, Any], num_heads: int | None = None) -> 
             f"--num_heads is required: {depth} blocks of width {size} are no published size, and the weights do not "
             "tell their number of heads."
         )
-    num_heads = num_heads or published[0]
+    num_heads = published[0] if num_heads is None else num_heads
     if num_heads < 1 or size % num_heads:
         raise UserError(f"--num_heads = {num_heads} must divide the width of the weights, {size}.")
     return {**fields, "num_heads": num_heads}
@@ -148,7 +148,7 @@ def _structure(state_dict: Mapping[str, Any]) -> dict[str, Any]:
     hidden = shape("blocks.0.mlp.fc1.weight", 2)[0]
     out = shape("final_layer.linear.weight", 2)[0]
     learn_sigma = out == 2 * patch_size**2 * channels
-    depth = 1 + max(int(m[1]) for key in state_dict if (m := re.match(r"blocks\.(\d+)\.", key)))
+    depth = len({m[1] for key in state_dict if (m := re.match(r"blocks\.(\d+)\.", key))})
 
     expected = {
         _PATCH: (size, channels, patch_size, patch_size),

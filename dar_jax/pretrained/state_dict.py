@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 from flax import traverse_util
-from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
 from dar_jax import files
@@ -20,6 +19,16 @@ def read_state_dict(path: str) -> dict[str, Any]:
     Of a training checkpoint, {"ema": ..., "model": ...}, it is the moving average, else the model. Raises UserError
     if the file cannot be read, holds no state dict, or needs a torch that is not installed.
     """
+    state_dict = _read(path)
+    for name, x in state_dict.items():
+        is_tensor = hasattr(x, "detach") and not x.is_complex()
+        is_array = isinstance(x, np.ndarray) and (x.dtype.kind in "fiub" or x.dtype.name == "bfloat16")
+        if not (isinstance(name, str) and (is_tensor or is_array)):
+            raise UserError(f'--input = "{path}" holds "{name}", which is no array of real numbers.')
+    return state_dict
+
+
+def _read(path: str) -> dict[str, Any]:
     file = files.local(path)
     suffix = file.suffix
     if not file.is_file():
@@ -35,7 +44,7 @@ def read_state_dict(path: str) -> dict[str, Any]:
     if suffix == ".safetensors":
         try:
             return load_file(file)
-        except (OSError, SafetensorError) as error:
+        except Exception as error:  # a damaged file raises many things
             raise UserError(f'--input = "{path}" cannot be read as .safetensors: {error}') from error
     try:
         import torch

@@ -8,7 +8,6 @@ A converted VAE is a directory: weights/ (orbax, float32) and vae.json with the 
 the weights, by which latents remember who made them.
 """
 
-import json
 import math
 import re
 from collections.abc import Callable, Mapping
@@ -244,15 +243,11 @@ def write(path: str, vae: Vae) -> None:
 def read_header(path: str, field: str) -> dict[str, Any]:
     """channels, latent_channels, scale and fingerprint of the directory `path`, without its weights.
 
-    `field` is the flag or config field of the path, for the UserError if there is no VAE.
+    `field` is the flag or config field of the path, for the UserError if there is no VAE, or vae.json is damaged.
     """
-    try:
-        return json.loads((files.path(path) / "vae.json").read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f'{field} = "{path}" is no directory of a VAE ({error}); make one with python -m dar_jax.convert '
-            "--kind=vae."
-        ) from error
+    form = {"channels": [int], "latent_channels": int, "scale": SCALE, "fingerprint": str}
+    fix = f"{field} must be a directory that python -m dar_jax.convert --kind=vae has made"
+    return files.read_json(files.path(path) / "vae.json", form, fix)
 
 
 def load(path: str, field: str) -> Vae:
@@ -263,8 +258,8 @@ def load(path: str, field: str) -> Vae:
     """
     header = read_header(path, field)
     model = AutoencoderKL(tuple(header["channels"]), header["latent_channels"])
-    restore = jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), _abstract(model))
     try:
+        restore = jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), _abstract(model))
         params = ocp.load_pytree(files.path(path) / "weights", restore)
         damaged = fingerprint(params) != header["fingerprint"]
     except Exception as error:  # orbax raises what its readers happen to
@@ -315,11 +310,11 @@ def _abstract(model: AutoencoderKL) -> dict:
 def _infer_model(state_dict: Mapping[str, Any]) -> AutoencoderKL:
     channels = []
     while (key := f"encoder.down_blocks.{len(channels)}.resnets.0.conv1.weight") in state_dict:
-        channels.append(state_dict[key].shape[0])
+        channels.append(len(state_dict[key]) if len(state_dict[key].shape) == 4 else 0)
     latents = state_dict.get("post_quant_conv.bias")
-    if not channels or latents is None:
+    if not channels or latents is None or 0 in latents.shape:
         key = "post_quant_conv.bias" if channels else key
         raise UserError(f'the weights lack the key "{key}" of AutoencoderKL in diffusers.')
-    if bad := [width for width in channels if width % GROUPS]:
+    if bad := [width for width in channels if width < 1 or width % GROUPS]:
         raise UserError(f"the weights have a layer of {bad[0]} channels, which {GROUPS} groups do not divide.")
-    return AutoencoderKL(tuple(channels), len(latents))
+    return AutoencoderKL(tuple(channels), math.prod(latents.shape))

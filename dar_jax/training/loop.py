@@ -26,7 +26,7 @@ from dar_jax.config import micro_batch
 from dar_jax.data.feed import open_batches
 from dar_jax.data.sources import open_source
 from dar_jax.diagnosis.curves import InlineDiagnosis
-from dar_jax.errors import UserError, check_ranges, require
+from dar_jax.errors import UserError, require
 from dar_jax.evaluation.in_training import InlineEvaluation, is_due, is_evaluation, unfinished
 from dar_jax.lock import Lock
 from dar_jax.logs import Logs, say
@@ -37,12 +37,8 @@ from dar_jax.training.setup import Setup, build_algorithm, set_up
 PROFILE_AFTER = 10  # steps of this process before a profile, so that none of it is compilation
 
 
-def check(train: ConfigDict, checkpoint: ConfigDict, diagnosis: ConfigDict) -> None:
-    """Raises UserError for the first field of these sections of a config that cannot work."""
-    at_least_one = {"num_steps": "[1, inf)", "batch_size": "[1, inf)", "accumulate_steps": "[1, inf)"}
-    check_ranges("config.train", train, **at_least_one, log_every_steps="[1, inf)", max_skipped="[0, inf)")
-    check_ranges("config.checkpoint", checkpoint, every_steps="[1, inf)", keep="[1, inf)")
-    check_ranges("config.diagnosis", diagnosis, every_steps="[0, inf)", num_images="[1, inf)")
+def check(train: ConfigDict) -> None:
+    """Raises UserError unless the microbatches of `config.train` are of one size."""
     require(
         train.batch_size % train.accumulate_steps == 0,
         f"config.train.batch_size = {train.batch_size} must be divisible by accumulate_steps = "
@@ -270,9 +266,12 @@ def _format(scalars: dict[str, float]) -> str:
 
 
 def _describe(params) -> None:
-    from clu import parameter_overview
-
-    say(parameter_overview.get_parameter_overview(params, include_stats=False))
+    try:
+        from clu import parameter_overview
+    except ImportError:
+        say(f"{sum(x.size for x in jax.tree.leaves(params)):,} parameters")
+    else:
+        say(parameter_overview.get_parameter_overview(params, include_stats=False))
 
 
 class _StopSignal:

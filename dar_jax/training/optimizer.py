@@ -1,13 +1,14 @@
 """AdamW with the schedules and parameter groups of `config.optimizer`."""
 
 import re
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import optax
 from ml_collections import ConfigDict
 
-from dar_jax.errors import UserError, check_choice, check_ranges, require
+from dar_jax.errors import UserError, check_choice, check_number, require
 
 GROUP_FIELDS = ("learning_rate", "weight_decay", "frozen")
 
@@ -15,21 +16,13 @@ GROUP_FIELDS = ("learning_rate", "weight_decay", "frozen")
 def check(optimizer: ConfigDict) -> None:
     """Raises UserError for the first field of `config.optimizer` that cannot work."""
     check_choice("config.optimizer.schedule", optimizer.schedule, SCHEDULES)
-    check_ranges(
-        "config.optimizer",
-        optimizer,
-        learning_rate="[0, inf)",
-        warmup_steps="[0, inf)",
-        b1="[0, 1)",
-        b2="[0, 1)",
-        weight_decay="[0, inf)",
-        clip_norm="[0, inf)",
-        ema_decay="[0, 1]",
-    )
     for i, group in enumerate(optimizer.groups):
         name = f"config.optimizer.groups[{i}]"
         require(
-            len(group) == 2 and isinstance(group[0], str) and hasattr(group[1], "items"),
+            isinstance(group, tuple | list)
+            and len(group) == 2
+            and isinstance(group[0], str)
+            and isinstance(group[1], Mapping | ConfigDict),
             f'{name} = {group} must be a regular expression and its settings, as ("head/.*", {{"frozen": True}}).',
         )
         pattern, settings = group
@@ -37,10 +30,12 @@ def check(optimizer: ConfigDict) -> None:
             re.compile(pattern)
         except re.error as error:
             raise UserError(f'{name}: "{pattern}" is no regular expression ({error}).') from error
-        for field in settings:
+        for field, value in settings.items():
             check_choice(name, field, GROUP_FIELDS)
-        numbers = {field: "[0, inf)" for field in ("learning_rate", "weight_decay") if field in settings}
-        check_ranges(name, settings, **numbers)
+            if field != "frozen":
+                check_number(f"{name}.{field}", value, float, "[0, inf)")
+            elif not isinstance(value, bool):
+                raise UserError(f"{name}.frozen = {value!r} must be of type bool.")
 
 
 def _constant(peak: float, warmup: int, num_steps: int) -> optax.Schedule:

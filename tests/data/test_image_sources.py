@@ -175,6 +175,15 @@ def test_folder_errors(tmp_path):
             open_source(data_config("folder", path), split)
 
 
+def test_folder_waits_for_no_pipe(tmp_path):
+    (tmp_path / "train" / "cat").mkdir(parents=True)
+    for make in (os.mkfifo, lambda path: path.symlink_to("/nowhere.png")):
+        make(tmp_path / "train" / "cat" / "b.png")
+        with pytest.raises(UserError, match=r"cat/b\.png. is no regular file"):
+            open_source(data_config("folder", tmp_path), "train")
+        (tmp_path / "train" / "cat" / "b.png").unlink()
+
+
 class TinyShapes(tfds.core.GeneratorBasedBuilder):
     """Six images of heights 4 to 9, grey value 40 * i and label i % 3, among them a grey and a CMYK file."""
 

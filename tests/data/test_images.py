@@ -1,6 +1,8 @@
 """Crops, channels, ranges and decoding of single images."""
 
 import io
+import struct
+import zlib
 
 import numpy as np
 import pytest
@@ -107,6 +109,23 @@ def test_decode_gives_grey_or_rgb(mode):
 def test_decode_converts_cmyk():
     decoded = decode_image(encoded(Image.new("CMYK", (8, 8), (0, 255, 255, 0)), "JPEG"), "x")
     np.testing.assert_allclose(decoded, np.broadcast_to([255, 0, 0], (8, 8, 3)), atol=3)
+
+
+def png_of_16_bits(color_type, channels):
+    """A PNG of 2 x 2 pixels with 16 bits per channel, which PIL reads and cannot write."""
+
+    def chunk(kind, content):
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+    header = struct.pack(">IIBBBBB", 2, 2, 16, color_type, 0, 0, 0)
+    rows = (b"\0" + bytes(range(4 * channels))) * 2
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+
+
+@pytest.mark.parametrize(("color_type", "channels"), [(0, 1), (2, 3), (4, 2), (6, 4)])
+def test_sixteen_bits_are_refused_not_cut(color_type, channels):
+    with pytest.raises(UserError, match=r'"deep.png".*more than 8 bits per channel'):
+        decode_image(io.BytesIO(png_of_16_bits(color_type, channels)), "deep.png")
 
 
 def test_decode_errors_name_the_image():

@@ -7,9 +7,11 @@ import pickle
 import numpy as np
 import pytest
 
+from dar_jax import files
 from dar_jax.config import default
 from dar_jax.data.latents import draw_latent
 from dar_jax.data.pipeline import load_images, train_iterator
+from dar_jax.data.prepare import verify
 from dar_jax.data.sources import open_source
 from dar_jax.errors import UserError
 from dar_jax.pretrained import vae as vae_lib
@@ -147,6 +149,33 @@ def flip_a_byte(out):
     shard.write_bytes(content)
 
 
+def zero_the_head(out):
+    """What the reader looks at before anyone compares a checksum."""
+    shard = out / "shard-00000-of-00004.array_record"
+    shard.write_bytes(bytes(shard.stat().st_size))
+
+
+def change_shards(out, change):
+    shards = json.loads((out / "manifest.json").read_text())["shards"]
+    change(shards)
+    change_manifest(out, shards=shards)
+
+
+def rename_shard(out, name):
+    (out.parent / "shard-00000-of-00004.array_record").write_bytes(b"")
+    change_shards(out, lambda shards: shards[0].update(name=name))
+
+
+def move_a_record(out):
+    """The sum stays, and no shard has the count that it says."""
+
+    def change(shards):
+        shards[0]["records"] += 1
+        shards[1]["records"] -= 1
+
+    change_shards(out, change)
+
+
 def truncate(out):
     shard = out / "shard-00001-of-00004.array_record"
     shard.write_bytes(shard.read_bytes()[:-1])
@@ -159,11 +188,18 @@ def truncate(out):
         (truncate, "shard-00001-of-00004.array_record.* bytes, not the"),
         (lambda out: (out / "shard-00003-of-00004.array_record").unlink(), "shard-00003-of-00004.* is missing"),
         (lambda out: change_manifest(out, vae={"fingerprint": "f00" * 20, "scale": 1.0}), "are of f00f00f00"),
-        (lambda out: change_manifest(out, schema=2), "has schema 2, not 1"),
+        (lambda out: change_manifest(out, schema=2), '"schema" is 2, not 1'),
         (lambda out: (out / "manifest.json").write_text("{"), "manifest.json.* cannot be read"),
         (lambda out: (out / "manifest.json").unlink(), "holds no manifest.json; make it with"),
+        (zero_the_head, "shard-00000-of-00004.array_record. is damaged"),
+        (lambda out: rename_shard(out, "../shard-00000-of-00004.array_record"), "is no file of its folder"),
+        (lambda out: rename_shard(out, str(out / "shard-00000-of-00004.array_record")), "is no file of its folder"),
+        (lambda out: move_a_record(out), "array_record. has [0-9]+ records, not"),
+        (lambda out: change_manifest(out, num_examples=5), "num_examples = 5, but its shards make"),
+        (lambda out: change_manifest(out, fields=[["label", "<i4", []]]), "fields label"),
+        (lambda out: change_manifest(out, fields=[["label", "what"]]), "manifest.json. cannot be read"),
+        (lambda out: change_manifest(out, vae=None), "manifest.json. cannot be read"),
     ],
-    ids=["flipped byte", "truncated", "missing shard", "other VAE", "other schema", "no JSON", "no manifest"],
 )
 def test_damage_is_one_line_before_training(prepared, tmp_path, damage, message):
     data, out = copied(prepared, tmp_path)
@@ -172,6 +208,27 @@ def test_damage_is_one_line_before_training(prepared, tmp_path, damage, message)
     with pytest.raises(UserError, match=message) as error:
         iterate(data)
     assert "\n" not in str(error.value)
+
+
+def test_labels_must_be_classes(prepared, tmp_path):
+    """Three classes are in the records; the model's null label would be the third."""
+    data, out = copied(prepared, tmp_path)
+    verify(out)
+    change_manifest(out, num_classes=2)
+    with pytest.raises(UserError, match="has the label 2, but the classes are 0 to 1"):
+        take(iterate(data, batch_size=COUNT), 1)
+    with pytest.raises(UserError, match="has the label 2"):
+        verify(out)
+
+
+def test_verify_reads_every_record(prepared, tmp_path):
+    """A manifest whose checksum agrees with a damaged shard."""
+    _, out = copied(prepared, tmp_path)
+    flip_a_byte(out)
+    name = "shard-00002-of-00004.array_record"
+    change_shards(out, lambda shards: shards[2].update(sha256=files.sha256(out / name)))
+    with pytest.raises(UserError, match=r"record [0-9]+ of .* is damaged"):
+        verify(out)
 
 
 def test_checksums_can_be_left_to_verify(prepared, tmp_path):
@@ -193,7 +250,7 @@ def test_checksums_can_be_left_to_verify(prepared, tmp_path):
         ({"image_size": 8}, 4, "image_size = 8, .* which are 4x4x4"),
         ({}, 5, "channels = 5 do not suit"),
         ({"train_split": "val"}, 4, 'split "val" is no sub folder'),
-        ({"vae": "/nowhere"}, 4, 'config.data.vae = "/nowhere" is no directory of a VAE'),
+        ({"vae": "/nowhere"}, 4, '"/nowhere/vae.json" cannot be read .*; config.data.vae must'),
     ],
     ids=["size", "channels", "split", "vae"],
 )

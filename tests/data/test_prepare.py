@@ -4,6 +4,7 @@ import io
 import json
 import random
 import re
+import resource
 import shutil
 import subprocess
 import sys
@@ -182,6 +183,38 @@ def test_images_that_cannot_be_read_are_reported_and_left_out(tmp_path):
     # The shards that were finished count: the same command fails at the same image.
     with pytest.raises(UserError, match=r"0013\.png.* one more than --max_skipped = 5"):
         prepare_folder(tmp_path / "images", tmp_path / "few", shard=5, skip=5)
+
+
+def test_full_disk_is_one_line_and_the_command_goes_on(tmp_path):
+    write_folder(tmp_path / "images", 6)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, limits[1]))
+    try:
+        with pytest.raises(UserError, match=r"--out = .*/out. cannot be written: File too large"):
+            prepare_folder(tmp_path / "images", tmp_path / "out")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    prepare_folder(tmp_path / "images", tmp_path / "out")
+    assert len(LatentSource(tmp_path / "out")) == 6
+
+
+def test_no_image_at_all_is_an_error(tmp_path):
+    write_folder(tmp_path / "images", 4, damaged=range(4))
+    with pytest.raises(UserError, match=r"none of the 4 images could be read: .*0000\.png"):
+        prepare_folder(tmp_path / "images", tmp_path / "out", skip=10)
+    assert not (tmp_path / "out" / "manifest.json").exists()
+
+
+def test_damaged_progress_is_made_up_for(tmp_path):
+    """A shard whose record of progress cannot be read is written again."""
+    write_folder(tmp_path / "images", 6)
+    prepare_folder(tmp_path / "images", tmp_path / "out")
+    expected = shards(tmp_path / "out")
+    (tmp_path / "out" / "manifest.json").unlink()
+    for number, content in enumerate(["", '{"bytes": "x"}']):
+        (tmp_path / "out" / "progress" / f"shard-{number:05}-of-00002.array_record.json").write_text(content)
+    prepare_folder(tmp_path / "images", tmp_path / "out")
+    assert shards(tmp_path / "out") == expected
 
 
 def test_another_command_cannot_go_on(tmp_path):

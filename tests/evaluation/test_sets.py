@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from dar_jax.errors import UserError
-from dar_jax.evaluation.sets import check_output, open_images, read_moments, write_set
+from dar_jax.evaluation.sets import open_images, read_moments, write_set
 
 
 def images(count=7, side=5, channels=3):
@@ -137,13 +137,3 @@ def test_header_that_promises_more_than_there_is(tmp_path):
     write_set(str(tmp_path / "x.npz"), (70, 5, 5, 3), [images()], {}, "--out")
     with pytest.raises(UserError, match="is damaged"):
         list(open_images(str(tmp_path / "x.npz"), "--samples").batches(10))
-
-
-def test_outputs(tmp_path):
-    check_output(str(tmp_path / "new" / "x.npz"), ".npz", "--out")
-    assert (tmp_path / "new").is_dir()
-    with pytest.raises(UserError, match=r"must end in \.npz"):
-        check_output(str(tmp_path / "x.json"), ".npz", "--out")
-    (tmp_path / "file").touch()
-    with pytest.raises(UserError, match="cannot be written"):
-        check_output(str(tmp_path / "file" / "x.npz"), ".npz", "--out")

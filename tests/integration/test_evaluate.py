@@ -283,6 +283,7 @@ def test_the_door_scores_files(weights, tmp_path):
         (["--write_reference=r.npz", "--config=configs/digits.py"], "--inception is required to write a reference"),
         (["--workdir=configs"], '"configs/config.json" does not exist'),
         (["--workdir=configs", "--json=/proc/nowhere/x.json"], "cannot be written"),
+        (["--workdir=configs", "--json=configs"], "is no file"),
         (["--workdir=configs", "--num_samples=1"], "num_samples=1"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",

@@ -361,6 +361,12 @@ def test_unknown_topology_names_the_forms(topology):
         planning.make_plan(tiny(), topology)
 
 
+@pytest.mark.parametrize("topology", ["cpu:1000000", "cpu:513", "v5e:100000x100000", "v5e:16x16*100000"])
+def test_topology_that_nobody_has_is_refused_at_once(topology):
+    with pytest.raises(UserError, match="is too large; at most 65536 chips or 512 host devices"):
+        planning.parse_topology(topology)
+
+
 def test_config_is_checked_as_for_training():
     with pytest.raises(UserError, match=r"chunk_size = 3"):
         config = tiny()
@@ -369,7 +375,7 @@ def test_config_is_checked_as_for_training():
     with pytest.raises(UserError, match=r"accumulate_steps = 4 must be divisible by the 8 devices"):
         planning.make_plan(tiny(accumulate_steps=4), "cpu:8")
     with pytest.raises(UserError, match="host devices"):
-        planning.make_plan(tiny(), "cpu:1024")
+        planning.make_plan(tiny(), "cpu:16")
 
 
 def test_missing_libtpu_names_the_extra(monkeypatch):

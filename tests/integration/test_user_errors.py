@@ -44,6 +44,7 @@ def door(*args, code=None):
         (["main", DIGITS], ["--workdir is required"]),
         (["main"], ["--config is required"]),
         (["sample"], ["--workdir is required"]),
+        (["main", DIGITS, "--workdir="], ["--workdir is required"]),
         (["sample", "--num_per_label=0"], ["num_per_label=0"]),
         (["evaluate", "--samples=x.npz", "--reference= "], ["--reference", "is empty"]),
     ],
@@ -68,6 +69,25 @@ def test_config_file_with_a_dict_of_its_own(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("\n1 / 0", "line 2: ZeroDivisionError: division by zero"),
+        ("def get_config(:", "SyntaxError"),
+        ("", "has no attribute 'get_config'"),
+        ("import sys\nsys.exit(0)", "line 2: SystemExit: 0"),
+        ("def get_config():\n    return {}['depth']", "line 2: KeyError: depth"),
+        ("def get_config():\n    open('/nowhere')", "line 2: FileNotFoundError: [Errno 2] No such file"),
+        ("def get_config():\n    pass", "must return a ConfigDict"),
+    ],
+)
+def test_config_file_that_raises(text, words, tmp_path):
+    (tmp_path / "own.py").write_text(text)
+    result = door("main", f"--config={tmp_path}/own.py", f"--workdir={tmp_path}/run")
+    assert (result.returncode, result.stderr.count("\n")) == (2, 1), result.stderr
+    assert result.stderr.startswith("error: ") and f"{tmp_path}/own.py" in result.stderr and words in result.stderr
+
+
 @pytest.mark.parametrize("name", ["main", "sample", "evaluate"])
 def test_help_does_not_import_jax(name):
     code = f"import sys; from absl import flags; from dar_jax import config, {name}; assert 'jax' not in sys.modules"
@@ -80,22 +100,21 @@ def test_help_does_not_import_jax(name):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"seed": -1}, "seed = -1 must be in \\[0, 4294967296\\)"),
-        ({"data.num_workers": -1}, "num_workers = -1 must be at least 0"),
         ({"data.source": "digit"}, 'Did you mean "digits"'),
         ({"model.routing.chunk_size": 3}, r"chunk_size = 3 .* one of \[1, 2, 4\]"),
         ({"model.num_heads": 3}, "hidden_size = 16 .* num_heads = 3"),
         ({"model.patch_size": 3}, "input_size = 8 .* patch_size = 3"),
         ({"data.image_size": 16}, "image_size = 16 must equal"),
-        ({"model.label_dropout": 1.0}, "label_dropout = 1.0"),
-        ({"diffusion.time_std": 0.0}, "time_std = 0.0 must be"),
         ({"sampler.cfg_interval": (0.5, 0.2)}, r"cfg_interval = \(0.5, 0.2\)"),
+        ({"sampler.cfg_interval": ("a", "b")}, r"cfg_interval\[0\] = 'a' must be of type float"),
+        ({"optimizer.groups": (3,)}, r"groups\[0\] = 3 must be a regular expression and its settings"),
+        ({"optimizer.groups": (("a", {"frozen": 1}),)}, r"groups\[0\].frozen = 1 must be of type bool"),
+        ({"optimizer.groups": (("a", {"learning_rate": "x"}),)}, r"learning_rate = 'x' must be of type float"),
+        ({"optimizer.groups": (("a", {"weight_decay": float("nan")}),)}, r"weight_decay = nan must be at least 0"),
         ({"sampler.cfg_channels": 2}, "cfg_channels = 2 .* config.model.channels = 1"),
         ({"eval.num_samples": 1}, "num_samples = 1 must be 0"),
-        ({"eval.final_samples": -1}, "final_samples = -1 must be at least 0"),
         ({"eval.labels": "random_"}, 'Did you mean "random"'),
         ({"data.image_size": 4, "model.input_size": 4, "eval.every_steps": 5}, "image_size = 4 is not in 8..64"),
-        ({"train.batch_size": 0}, "batch_size = 0 must be at least 1"),
         ({"train.accumulate_steps": 3}, "batch_size = 16 must be divisible by accumulate_steps = 3"),
         ({"mesh.fsdp": 0}, "data = -1, fsdp = 0, tensor = 1: each must be at least 1"),
         ({"mesh.tensor": 0}, "tensor = 0: each must be at least 1"),
@@ -141,6 +160,13 @@ def test_run_that_cannot_start(fields, message, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("name", ["samples", "checkpoints"])
+def test_workdir_with_a_file_for_a_folder(name, tmp_path):
+    (tmp_path / name).touch()
+    with pytest.raises(UserError, match=f"--workdir = .*/{name}. cannot be written: Not a directory"):
+        claim_workdir(str(tmp_path), tiny.make_config())
+
+
 @pytest.mark.parametrize(
     ("labels", "out", "message"),
     [
@@ -150,11 +176,13 @@ def test_run_that_cannot_start(fields, message, tmp_path):
         (["1"], "a.jpg", "must end in .png or .npz"),
         (["1"], "config.json/a.png", "cannot be written"),
         (["1"], "a.png", "holds no checkpoint"),
+        (["1"], "folder.npz", "is no file"),
     ],
 )
 def test_samples_that_cannot_be_drawn(labels, out, message, tmp_path):
     config = tiny.make_config()
     claim_workdir(str(tmp_path), config)
+    (tmp_path / "folder.npz").mkdir()
     with pytest.raises(UserError, match=message):
         sample_to_file(config, str(tmp_path), None, labels, 2, str(tmp_path / out))
 

@@ -4,6 +4,7 @@ import argparse
 import itertools
 import subprocess
 import sys
+import zipfile
 
 import flax.linen as nn
 import jax
@@ -160,11 +161,18 @@ def test_files_are_read(tmp_path, monkeypatch):
 
     (tmp_path / "broken.pt").write_bytes(b"not torch")
     torch.save([1, 2], tmp_path / "list.pt")
+    torch.save({"model": {"a": {"b": torch.ones(2)}}}, tmp_path / "nested.pt")
+    torch.save({"a": torch.ones(2, dtype=torch.complex64)}, tmp_path / "complex.pt")
+    np.savez(tmp_path / "words.npz", a=np.array("x"))
+    with zipfile.ZipFile(tmp_path / "text.npz", "w") as archive:
+        archive.writestr("a", "no array")
+    (tmp_path / "broken.safetensors").write_bytes(b"\xff" * 20)
     (tmp_path / "weights.bin").touch()
     (tmp_path / "broken.npz").write_bytes((tmp_path / "arrays.npz").read_bytes()[:-100])
     for name, message in {
         "broken.npz": "cannot be read as .npz", "none.pt": "is no file", "broken.pt": "cannot be read",
-        "list.pt": "holds a list", "weights.bin": "must end in",
+        "list.pt": "holds a list", "weights.bin": "must end in", "broken.safetensors": "cannot be read as .safetensors",
+        **dict.fromkeys(("nested.pt", "complex.pt", "words.npz", "text.npz"), ".a., which is no array of real numbers"),
     }.items():  # fmt: skip
         with pytest.raises(UserError, match=message):
             read_state_dict(str(tmp_path / name))

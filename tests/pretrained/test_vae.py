@@ -170,7 +170,7 @@ def test_door_writes_a_directory_that_is_read_back(tmp_path):
     (out / "vae.json").write_text(json.dumps({**header, "fingerprint": "0" * 64}))
     with pytest.raises(UserError, match=r"--vae = .* not those of vae\.json"):
         vae_lib.load(str(out), "--vae")
-    with pytest.raises(UserError, match=r"config\.data\.vae = .* is no directory of a VAE.*--kind=vae"):
+    with pytest.raises(UserError, match=r"vae\.json. cannot be read .*config\.data\.vae must be .*--kind=vae"):
         vae_lib.load(str(tmp_path), "config.data.vae")
 
 
