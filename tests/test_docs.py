@@ -145,8 +145,17 @@ def test_every_config_is_valid_in_every_variant(path, variant):
     assert (routing.query if routing.kind == "dar" else routing.kind) == variant
 
 
+def anchors(page):
+    """The anchors that GitHub gives to the headings of a page."""
+    titles = re.findall(r"^#+ (.*)$", page.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
 def test_links_resolve():
     for page in [*PAGES, ROOT / "CHANGELOG.md"]:
         for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
             if not target.startswith("https://"):
-                assert (page.parent / target).exists(), f"{page.relative_to(ROOT)} links to {target}"
+                name, _, anchor = target.partition("#")
+                linked = page.parent / name if name else page
+                assert linked.exists(), f"{page.relative_to(ROOT)} links to {target}"
+                assert not anchor or anchor in anchors(linked), f"{page.relative_to(ROOT)} links to {target}"
