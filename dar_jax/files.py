@@ -98,7 +98,8 @@ def replacing(location: str | os.PathLike, *, only_writer: bool = False) -> Iter
         yield temporary
         os.replace(temporary, target)
     except OSError as error:
-        error.filename = error.filename or str(location)  # a full disk has no name of its own
+        if error.errno is not None:
+            error.filename = error.filename or str(location)  # a full disk has no name of its own
         raise
     finally:
         temporary.unlink(missing_ok=True)

@@ -214,7 +214,7 @@ def test_report_fits_in_a_browser(diagnosed, tmp_path, width):
         ({"batch_size": 10}, "--batch_size = 10 must be divisible by the 4 devices"),
         ({"workdirs": ["residual"], "canonical": True}, "--canonical freezes routing weights"),
         ({"eval_split": "trian"}, '"trian"'),
-        ({"out": "/proc/nowhere"}, '--out = "/proc/nowhere" cannot be written'),
+        ({"out": "/proc/nowhere"}, '--out = "/proc/nowhere/diagnosis.json" cannot be written'),
     ],
     ids=str,
 )
