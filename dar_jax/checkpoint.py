@@ -14,7 +14,7 @@ import hashlib
 import json
 import re
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import jax
@@ -323,12 +323,28 @@ def load_config(workdir: str) -> ConfigDict:
     return config.lock()
 
 
-def holding_workdir(workdir: str) -> contextlib.AbstractContextManager[lock.Lock]:
+@contextlib.contextmanager
+def holding_workdir(workdir: str) -> Iterator[lock.Lock]:
     """The lock of those who write checkpoints: workdir/run.lock. Raises UserError as `lock.holding`."""
     if not workdir.strip():
         raise UserError("the workdir is empty; name a directory with --workdir.")
     path = files.path(workdir) / "run.lock"
-    return lock.holding(path, f'workdir "{workdir}"', "wait for its end, or take another directory")
+    with lock.holding(path, f'workdir "{workdir}"', "wait for its end, or take another directory") as held:
+        try:
+            yield held
+        except Exception:
+            if jax.process_index() == 0 and not path.exists() and not files.is_remote(path):
+                _remove_unfinished(workdir)
+            raise
+
+
+def _remove_unfinished(workdir: str) -> None:
+    """Removes what a save made anew in a workdir that was removed meanwhile, and the workdir if it is empty then."""
+    for path in _directory(workdir).glob("*.orbax-checkpoint-tmp"):
+        files.remove_tree(path)
+    with contextlib.suppress(OSError):
+        _directory(workdir).rmdir()
+        _directory(workdir).parent.rmdir()
 
 
 def claim_workdir(workdir: str, config: ConfigDict) -> None:

@@ -17,9 +17,9 @@ from dar_jax.errors import UserError
 
 
 def require_flags(**values) -> None:
-    """Raises UserError for a flag that was not given, or is empty."""
+    """Raises UserError for a flag that was not given."""
     for name, value in values.items():
-        if not value:
+        if value is None:
             raise UserError(f"--{name} is required; see --help.")
 
 

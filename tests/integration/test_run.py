@@ -87,7 +87,8 @@ def test_stop_before_the_loop_listens(tmp_path):
     """SIGTERM while the door still imports: exit code 0 and nothing is left behind."""
     code = (
         "import os, signal, sys, types; from dar_jax import cli, main;"
-        "loop = types.ModuleType('loop'); loop.train = lambda *_: os.kill(os.getpid(), signal.SIGTERM);"
+        "loop = types.ModuleType('loop'); loop.check = lambda *_: None;"
+        "loop.train = lambda *_: os.kill(os.getpid(), signal.SIGTERM);"
         "sys.modules['dar_jax.training.loop'] = loop; cli.run(main.main)"
     )
     flags = ["--config=configs/digits.py", f"--workdir={tmp_path}/run"]

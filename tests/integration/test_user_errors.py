@@ -44,14 +44,14 @@ def door(*args, code=None):
         (["main", DIGITS], ["--workdir is required"]),
         (["main"], ["--config is required"]),
         (["sample"], ["--workdir is required"]),
-        (["main", DIGITS, "--workdir="], ["--workdir is required"]),
+        (["main", DIGITS, "--workdir="], ['--workdir = "" is empty']),
         (["sample", "--num_per_label=0"], ["num_per_label=0"]),
         (["evaluate", "--samples=x.npz", "--reference= "], ["--reference", "is empty"]),
     ],
     ids=lambda value: value[-1] if isinstance(value, list) else None,
 )
 def test_flags(args, words, tmp_path):
-    workdir = [] if "required" in words[0] else [f"--workdir={tmp_path}/run"]
+    workdir = [] if "required" in words[0] or "empty" in words[0] else [f"--workdir={tmp_path}/run"]
     result = door(*args, *workdir)
     assert result.returncode == 2
     assert result.stderr.startswith("error: ")

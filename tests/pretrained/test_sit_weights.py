@@ -207,12 +207,12 @@ def test_doors_convert_and_sample(tmp_path):
                "--steps=3", "--sampler=euler", "--batch_size=8")  # fmt: skip
     assert done.returncode == 0, done.stderr
     with np.load(samples) as file:
-        images, labels = file["arr_0"], torch.tensor(file["arr_1"])
+        latents, labels = file["arr_0"], torch.tensor(file["arr_1"])
     keys = [jax.random.split(jax.random.fold_in(jax.random.key(load_config(out).seed), i))[0] for i in range(8)]
     x = np.stack([jax.random.normal(key, (6, 6, 1)) for key in keys])
     x, times = torch.tensor(np.moveaxis(x, -1, 1)), torch.linspace(0, 1, 4)
     with torch.no_grad():
         for t, following in itertools.pairwise(times):
             x = x + (following - t) * reference(x, t.expand(8), labels)
-    expected = (127.5 * x + 128).clamp(0, 255).to(torch.uint8).movedim(1, -1).numpy()
-    assert np.abs(images.astype(int) - expected.astype(int)).max() <= 1 and images.std() > 20
+    expected = x.movedim(1, -1).numpy()  # latents: official weights are of no other kind
+    assert np.abs(latents - expected).max() < 1e-4 * expected.std()
