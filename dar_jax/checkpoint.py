@@ -183,7 +183,7 @@ def _checksums(path: files.Path, names: list[str]) -> dict[str, str]:
 
 def _file_names(path: files.Path) -> list[str]:
     """Of the items. The files beside them are orbax's notes, which it still writes when the items are whole."""
-    return sorted(str(file.relative_to(path)) for file in path.glob("*/**/*") if file.is_file())
+    return [name for name in files.names(path) if "/" in name]
 
 
 def _write_checksums(path: files.Path) -> None:

@@ -4,7 +4,7 @@ A config with a key that is not here is an error that names the near miss. Which
 fields suit each other, is checked by the package that reads them, and by `dar_jax.validate` for all of them.
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from ml_collections import ConfigDict
 
@@ -34,13 +34,18 @@ class Number(NamedTuple):
 
 def default() -> ConfigDict:
     """Returns the locked config of all fields. Sizes are for 8x8 digits; experiments override what they mean."""
-    return _defaults(schema()).lock()
+    return _take_defaults(schema()).lock()
 
 
-def _defaults(field: Any) -> Any:
-    if isinstance(field, ConfigDict):
-        return ConfigDict({name: _defaults(inner) for name, inner in field.items()})
-    return field.default if isinstance(field, Number) else field
+def _take_defaults(section: ConfigDict) -> ConfigDict:
+    """Puts its default in place of every `Number`. The order of the fields stays."""
+    with section.ignore_type():
+        for name, field in section.items():
+            if isinstance(field, ConfigDict):
+                _take_defaults(field)
+            elif isinstance(field, Number):
+                section[name] = field.default
+    return section
 
 
 def schema() -> ConfigDict:

@@ -68,7 +68,7 @@ def _filesystem():
 def failure(error: BaseException | None) -> str | None:
     """What Google's storage, or the way to it, refused; None if `error` and its causes are of something else."""
     while error:
-        if isinstance(error, FileNotFoundError) and (bucket := re.fullmatch("b/([^/]+)(/o)?", str(error))):
+        if isinstance(error, FileNotFoundError) and (bucket := re.search("(?:^|/)b/([^/]+)(?:/o)?$", str(error))):
             return f"there is no bucket {bucket[1]}"
         if type(error).__module__.split(".")[0] in ("gcsfs", "aiohttp", "google", "requests"):
             return str(error) or type(error).__name__
@@ -76,6 +76,11 @@ def failure(error: BaseException | None) -> str | None:
             return str(error).split(" [")[0]  # tensorstore adds its whole configuration
         error = error.__cause__ or error.__context__
     return None
+
+
+def why(error: Exception) -> str | None:
+    """Why a disk or a bucket cannot be written or read; None if `error` is of something else."""
+    return error.strerror if isinstance(error, OSError) and error.strerror else failure(error)
 
 
 @contextlib.contextmanager
@@ -103,6 +108,11 @@ def replacing(location: str | os.PathLike, *, only_writer: bool = False) -> Iter
         raise
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def read_text(location: str | os.PathLike) -> str:
+    """The content of a text file; bytes that are no UTF-8 are replaced."""
+    return path(location).read_bytes().decode(errors="replace")
 
 
 def write_text(location: str | os.PathLike, text: str) -> None:
@@ -171,6 +181,15 @@ def sizes(directory: str | os.PathLike) -> dict[str, int]:
             return {entry.name: entry.stat().st_size for entry in found if entry.is_file()}
     except FileNotFoundError:
         return {}
+
+
+def names(directory: str | os.PathLike) -> list[str]:
+    """The files of a directory and of all below it, by their names relative to it, in order."""
+    directory = path(directory)
+    if is_remote(directory):
+        whole = str(directory).removeprefix("gs://").rstrip("/") + "/"
+        return sorted(name.removeprefix(whole) for name in _filesystem().find(str(directory)))
+    return sorted(file.relative_to(directory).as_posix() for file in directory.rglob("*") if file.is_file())
 
 
 def remove_tree(directory: str | os.PathLike) -> None:
@@ -282,7 +301,7 @@ def writing(location: str | os.PathLike, flag: str) -> Iterator[None]:
     except UserError:
         raise
     except Exception as error:
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else failure(error)
+        reason = why(error)
         if reason is None:
             raise
         raise UserError(f'{flag} = "{location}" cannot be written: {reason}; take another.') from error

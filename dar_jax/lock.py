@@ -5,6 +5,7 @@ Elsewhere a file that nobody rewrites for a while is a dead holder's, so that no
 """
 
 import contextlib
+import fcntl
 import json
 import os
 import pathlib
@@ -74,13 +75,18 @@ class Lock:
         try:
             self.made_directory = not self.path.parent.exists()
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            while not files.create(self.path, self._content()):
-                held = _read(self.path)
-                if held is not None and _is_alive(self.path, held, self.what):
-                    raise UserError(f"{self.what} is in use by {_name(held)}; {self.fix}.")
-                self._remove(held)
-        except OSError as error:
-            raise UserError(f"{self.what} cannot be written: {error.strerror}; {self.fix}.") from error
+            with _alone_in(self.path.parent):
+                while not files.create(self.path, self._content()):
+                    held = _read(self.path)
+                    if held is not None and _is_alive(self.path, held, self.what):
+                        raise UserError(f"{self.what} is in use by {_name(held)}; {self.fix}.")
+                    self._remove(held)
+        except UserError:
+            raise
+        except Exception as error:
+            if (reason := files.why(error)) is None:
+                raise
+            raise UserError(f"{self.what} cannot be written: {reason}; {self.fix}.") from error
         self.thread.start()
 
     def is_seen(self) -> bool:
@@ -94,7 +100,9 @@ class Lock:
         """Says what became of the lock, None while it is held. A disk that does not answer is no loss."""
         try:
             held = _read(self.path)
-        except OSError:
+        except Exception as error:
+            if files.why(error) is None:
+                raise
             return None
         if held is None:
             return f"{self.what} was removed while this run was writing there."
@@ -110,10 +118,10 @@ class Lock:
         if self.thread.is_alive():
             self.done.set()
             self.thread.join()
-            with contextlib.suppress(OSError):
+            with contextlib.suppress(Exception):  # the next run finds out that nobody holds it
                 if not self.lost():
                     self.path.unlink()
-                if self.made_directory:
+                if self.made_directory and not files.is_remote(self.path):
                     self.path.parent.rmdir()
 
     def _content(self) -> str:
@@ -125,7 +133,7 @@ class Lock:
                 if not self.done.wait(LEAVE_SECONDS):
                     hosts.fail(lost)
                 return
-            with contextlib.suppress(OSError), files.replacing(self.path, only_writer=True) as temporary:
+            with contextlib.suppress(Exception), files.replacing(self.path, only_writer=True) as temporary:
                 temporary.write_text(self._content())
 
     def _remove(self, held: str | None) -> None:
@@ -139,9 +147,24 @@ class Lock:
                 aside.rename(self.path)
 
 
+@contextlib.contextmanager
+def _alone_in(directory: files.Path) -> Iterator[None]:
+    """Within the block no other process of this machine, or of a file system with locks, is in such a block."""
+    if files.is_remote(directory):
+        yield
+        return
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):  # a file system without locks
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
 def _read(path: files.Path) -> str | None:
     try:
-        return path.read_text(errors="replace")
+        return files.read_text(path)
     except (FileNotFoundError, NotADirectoryError):
         return None
 

@@ -11,6 +11,7 @@ from typing import Any
 import jax
 
 from dar_jax import files
+from dar_jax.errors import UserError
 from dar_jax.models.flops import peak_flops
 
 
@@ -26,7 +27,7 @@ def say(message: str) -> None:
 def read_metrics(workdir: str) -> list[dict[str, Any]]:
     """The lines of metrics.jsonl; none if there is no such file. Damaged ones are left out, and a line says so."""
     path = files.path(workdir) / "metrics.jsonl"
-    lines = path.read_text(errors="replace").splitlines() if path.is_file() else []
+    lines = files.read_text(path).splitlines() if path.is_file() else []
     found = [_parse(line) for line in lines]
     if damaged := found[:-1].count(None):  # a crash may have cut the last one
         say(f"{path}: {damaged} damaged lines are left out")
@@ -62,6 +63,8 @@ class Logs:
         self.peak_flops = peak and peak * jax.device_count()
         self.start_window(first_step)
         written = files.path(workdir) / "metrics.jsonl"
+        if written.exists() and not written.is_file():  # a pipe would be waited for
+            raise UserError(f'"{written}" is no file; remove it.')
         if self.path is not None and self.path != written and written.exists():
             self.path.write_text(written.read_text())
         self.drop(lambda line: line["step"] > first_step)

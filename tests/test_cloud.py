@@ -21,7 +21,7 @@ from dar_jax.errors import UserError
 from dar_jax.evaluation import sets
 from dar_jax.logs import Logs
 from dar_jax.pretrained import vae
-from dar_jax.pretrained.state_dict import read_state_dict
+from dar_jax.pretrained.state_dict import fingerprint, read_state_dict
 from dar_jax.training.loop import train
 from tests import gcs
 from tests.integration.doors import Doors, kill
@@ -187,10 +187,10 @@ def test_what_is_left_of_a_killed_save_is_no_checkpoint_and_a_copy_from_a_disk_i
             files.write_text(f"{killed}/{name}", content)
         if not name.startswith("ema/"):
             files.write_text(f"{torn}/{name}", content)
-    assert checkpoint.saved_steps(place) == [2]
+    assert checkpoint.saved_steps(place) == [2, 6] and checkpoint.set_damaged_aside(place) == 2
     jax.tree.map(np.testing.assert_array_equal, restore(place), make_state(2))
     steps = {name.split("/")[1].split("-")[0] for name in names(server, place) if "/" in name}
-    assert steps == {"2", "incomplete"}
+    assert steps == {"2", "damaged"}
 
 
 @pytest.fixture
@@ -231,7 +231,7 @@ def test_weights_and_references_in_a_bucket(server, place):
         lambda leaf: np.full(leaf.shape, 0.5, np.float32),
         jax.eval_shape(model.init, jax.random.key(0), np.zeros((1, 8, 8, 3)))["params"],
     )
-    vae.write(f"{place}/vae", vae.Vae(model, params, 2.0, vae._fingerprint(params)))
+    vae.write(f"{place}/vae", vae.Vae(model, params, vae.SCALE, fingerprint(params)))
     jax.tree.map(np.testing.assert_array_equal, vae.load(f"{place}/vae", "--vae").params, params)
     with pytest.raises(UserError, match="holds a VAE"):
         vae.write(f"{place}/vae", vae.Vae(model, params, 2.0, ""))
@@ -253,10 +253,10 @@ def test_images_in_a_bucket_are_an_error(place):
 
 
 def test_all_places_go_through_files():
-    """No other module takes a place apart, but for the cache of programs, its own package, and what must be local."""
+    """Others take places apart only for the cache of programs, the package itself, /proc, and what must be local."""
     root = pathlib.Path(files.__file__).parent
     found = {path.name for path in root.rglob("*.py") if re.search(r"pathlib|os\.path\.|shutil", path.read_text())}
-    assert found == {"files.py", "runtime.py", "plan.py", "cli.py", "sources.py"}
+    assert found == {"files.py", "runtime.py", "plan.py", "cli.py", "sources.py", "lock.py"}
 
 
 @pytest.mark.slow

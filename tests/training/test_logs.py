@@ -6,6 +6,7 @@ import sys
 
 import pytest
 
+from dar_jax.errors import UserError
 from dar_jax.logs import Logs
 
 
@@ -40,7 +41,7 @@ def test_damaged_lines_are_left_out_and_said(tmp_path, capsys):
 
 def test_metrics_that_cannot_be_written(tmp_path):
     os.mkdir(tmp_path / "metrics.jsonl")
-    with pytest.raises(IsADirectoryError):  # which the door makes one line of
+    with pytest.raises(UserError, match=r'metrics\.jsonl" is no file'):
         Logs(str(tmp_path), first_step=4, num_steps=10, batch_size=8, flops_per_step=1.0)
 
 
