@@ -46,13 +46,13 @@ def make(query, plain, monkeypatch, depth=4, **routing):
 
 CASES = [  # query, structure, remat, hidden_at: at the start of a chunk and within one
     ("residual", {}, "dense", 2),
-    ("static", {"chunk_size": 1}, "dense", 3),
+    pytest.param("static", {"chunk_size": 1}, "dense", 3, marks=pytest.mark.slow),
     ("static", {"chunk_size": 2, "summary": "sum", "final": "summaries"}, "block", None),
-    ("static_t", {"chunk_size": 2, "summary": "sum"}, "dense", 1),
+    pytest.param("static_t", {"chunk_size": 2, "summary": "sum"}, "dense", 1, marks=pytest.mark.slow),
     ("static_t", {"chunk_size": 4, "final": "shared"}, "block", 1),
-    ("dynamic", {"chunk_size": 1, "final": "shared"}, "block", 2),
+    pytest.param("dynamic", {"chunk_size": 1, "final": "shared"}, "block", 2, marks=pytest.mark.slow),
     ("dynamic", {"chunk_size": 4, "summary": "sum"}, "dense", 3),
-    ("timed_dynamic", {"chunk_size": 1, "final": "summaries"}, "dense", 1),
+    pytest.param("timed_dynamic", {"chunk_size": 1, "final": "summaries"}, "dense", 1, marks=pytest.mark.slow),
     ("timed_dynamic", {"chunk_size": 2}, "block", None),
 ]
 

@@ -107,6 +107,7 @@ def build(config):
 
 def make_config():
     config = tiny.make_config()
+    config.model.depth, config.model.routing.kind = 1, "residual"  # compiles sooner
     config.train.num_steps = 6
     config.checkpoint.every_steps = 2
     config.eval.update(every_steps=6, num_samples=0, grid_size=2)
