@@ -14,7 +14,7 @@ import numpy as np
 from jax import Array
 from ml_collections import ConfigDict
 
-from dar_jax.errors import UserError, check_choice
+from dar_jax.errors import UserError
 
 Condition = dict[str, Any]
 
@@ -72,18 +72,23 @@ class Labels(NamedTuple):
 
         Args:
           count: number of samples.
-          order: "balanced" (sample i is of class i % num_classes) or "random" (uniform draws).
-          seed: of the random draws.
+          order: one of `ORDERS`.
+          seed: of random draws.
         """
-        check_choice("config.eval.labels", order, ORDERS)
-        if order == "balanced":
-            return {"label": np.arange(count, dtype=np.int32) % self.num_classes}
-        # Doubles, one from each step of the generator, so that the list does not depend on its length.
-        draws = np.random.default_rng(seed).random(count)
-        return {"label": (draws * self.num_classes).astype(np.int32)}
+        return {"label": ORDERS[order](count, self.num_classes, seed).astype(np.int32)}
 
 
-ORDERS = ("balanced", "random")
+def _balanced(count: int, num_classes: int, seed: int) -> np.ndarray:
+    """Sample i is of class i % num_classes."""
+    return np.arange(count) % num_classes
+
+
+def _random(count: int, num_classes: int, seed: int) -> np.ndarray:
+    """Uniform draws: doubles, one from each step of the generator, so that the list does not depend on its length."""
+    return np.random.default_rng(seed).random(count) * num_classes
+
+
+ORDERS = {"balanced": _balanced, "random": _random}
 
 
 def build(model: ConfigDict) -> Labels:

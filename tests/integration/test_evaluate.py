@@ -223,7 +223,6 @@ def test_runs_that_cannot_be_scored(workdir, weights, tmp_path):
     np.savez(tmp_path / "large.npz", np.zeros((5, 16, 16, 3), np.uint8))
     for fields, scales, out, message in (
         ({"inception": "none.npz"}, [1.0], None, "none.npz.* are no file. Download https://github.com/mseitzer"),
-        ({"labels": "sorted"}, [1.0], None, 'config.eval.labels = "sorted" is unknown'),
         ({}, [1.0, 2.0], str(tmp_path / "s.npz"), "--samples_out takes one guidance scale"),
         ({}, [1.0], str(tmp_path / "s.png"), r"must end in \.npz"),
         ({"inception": weights, "reference": str(tmp_path / "large.npz")}, [1.0], None, "16 x 16, but .* of 8 x 8"),
