@@ -67,7 +67,7 @@ class _Best:
             return
         self.record = {"step": step, "metric": metric, "value": value}
         if jax.process_index() == 0:
-            files.write_json(self.path, self.record)
+            files.write_json(self.path, files.seal(self.record))
 
     def should_preserve(self, checkpoints, *, context) -> list[bool]:
         return [self.record is not None and checkpoint.step == self.record["step"] for checkpoint in checkpoints]
@@ -367,7 +367,8 @@ def claim_workdir(workdir: str, config: ConfigDict) -> None:
         files.check_directory(path / name, "--workdir")
     if jax.process_index() == 0:
         with files.writing(workdir, "--workdir"):
-            files.write_json(path / "config.json", {"format": FORMAT, **json.loads(config.to_json())}, indent=2)
+            content = {"format": FORMAT, **json.loads(config.to_json())}
+            files.write_json(path / "config.json", files.seal(content), indent=2)
 
 
 def write_weights(workdir: str, config: ConfigDict, params: dict) -> None:

@@ -7,6 +7,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
+from typing import Any, NoReturn
 
 from absl import flags
 from ml_collections import ConfigDict
@@ -37,6 +38,7 @@ def run(main: Callable) -> None:
 
     os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")  # else tensorflow, which clu imports, greets on stderr
     logging.set_verbosity(logging.FATAL)  # orbax describes its every move, and every error that it raises anyway
+    sys.unraisablehook = _print_unraisable
 
     def parse(argv):
         if {"--help", "-help", "--helpshort", "--helpfull"} & set(argv):
@@ -118,12 +120,15 @@ def _describe(error: BaseException, path: str) -> str:
     return f"{where}: {type(error).__name__}: {error.args[0] if isinstance(error, KeyError) else error}"
 
 
-def _exit(text: str) -> None:
-    message = " ".join(text.split())
-    if hosts.is_joined():
-        hosts.fail(message)
-    print(f"error: {message}", file=sys.stderr, flush=True)
-    sys.exit(2)
+def _print_unraisable(unraisable: Any) -> None:
+    """As Python does, but for the writes that are under way when a save has failed and complain that it is over."""
+    if str(unraisable.exc_value) != "Event loop is closed":
+        sys.__unraisablehook__(unraisable)
+
+
+def _exit(text: str) -> NoReturn:
+    """Ends at once: threads of a save that failed would go on to wait for each other, or to print what they think."""
+    hosts.fail(" ".join(text.split()))
 
 
 def _end_job(error: BaseException) -> None:

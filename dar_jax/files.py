@@ -17,6 +17,7 @@ import shutil
 import tempfile
 import time
 import uuid
+import zlib
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -31,6 +32,7 @@ Path = pathlib.PurePath  # what `path` returns is one, and has the methods of pa
 CACHE = pathlib.Path("~/.cache/dar_jax/gs")  # copies of what libraries can read from a local file only
 PUSH_SECONDS = 30  # between two copies of the logs to a bucket
 REPORT_SECONDS = 15  # between two lines about copies
+SEAL = "crc32"  # the key of the checksum in a JSON object
 _THREADS = 8  # files that are copied at the same time
 
 
@@ -157,6 +159,19 @@ def _create_local(target: pathlib.Path, text: str) -> None:
 def write_json(location: str | os.PathLike, content: Any, indent: int | None = None) -> None:
     """Writes `content` as JSON and a line end through `replacing`."""
     write_text(location, json.dumps(content, indent=indent) + "\n")
+
+
+def seal(content: dict[str, Any]) -> dict[str, Any]:
+    """`content` and its checksum, as the files hold it that dar_jax reads again."""
+    return {**content, SEAL: zlib.crc32(json.dumps(content, sort_keys=True).encode())}
+
+
+def unseal(content: dict[str, Any]) -> dict[str, Any]:
+    """`content` without its checksum, which may be missing. Raises ValueError if it differs."""
+    rest = {key: value for key, value in content.items() if key != SEAL}
+    if SEAL in content and content[SEAL] != seal(rest)[SEAL]:
+        raise ValueError(f'its checksum differs; if it was changed on purpose, remove "{SEAL}"')
+    return rest
 
 
 def sha256(location: str | os.PathLike) -> str:
@@ -352,13 +367,14 @@ def read_json(location: str | os.PathLike, form: Any, fix: str) -> Any:
       fix: what the user should do if the file is damaged.
 
     Raises:
-      UserError: the file is missing, no regular file, not readable, no JSON, or not of this form.
+      UserError: the file is missing, no regular file, not readable, no JSON, not of this form, or not as it was sealed.
     """
     try:
         file = path(location)
         if file.exists() and not file.is_file():  # a pipe would be waited for
             raise ValueError("not a regular file")
         content = json.loads(file.read_text())
+        content = unseal(content) if isinstance(content, dict) else content
         _check_form(content, form, "the whole")
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f'"{location}" cannot be read ({getattr(error, "strerror", None) or error}); {fix}.') from error

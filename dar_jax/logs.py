@@ -29,8 +29,8 @@ def read_metrics(workdir: str) -> list[dict[str, Any]]:
     path = files.path(workdir) / "metrics.jsonl"
     lines = files.read_text(path).splitlines() if path.is_file() else []
     found = [_parse(line) for line in lines]
-    if damaged := found[:-1].count(None):  # a crash may have cut the last one
-        say(f"{path}: {damaged} damaged lines are left out")
+    if damaged := found.count(None):
+        say(f"{path}: {damaged} lines that are damaged, or that a crash cut short, are left out")
     return [line for line in found if line is not None]
 
 
@@ -39,7 +39,7 @@ def _parse(line: str) -> dict[str, Any] | None:
     with contextlib.suppress(ValueError):
         content = json.loads(line)
         if isinstance(content, dict) and isinstance(content.get("step"), int):
-            return content
+            return files.unseal(content)
     return None
 
 
@@ -77,14 +77,14 @@ class Logs:
         """Removes lines of metrics.jsonl, and puts the others in the order of their steps."""
         if self.path is not None and self.path.is_file():
             kept = sorted((line for line in read_metrics(self.path.parent) if not which(line)), key=lambda x: x["step"])
-            files.write_text(self.path, "".join(json.dumps(line) + "\n" for line in kept))
+            files.write_text(self.path, "".join(json.dumps(files.seal(line)) + "\n" for line in kept))
 
     def write(self, step: int, scalars: dict[str, float]) -> None:
         if self.writer is not None:
             self.writer.write_scalars(step, scalars)
         if self.path is not None:
             with open(self.path, "a") as file:
-                file.write(json.dumps({"step": step, **scalars}) + "\n")
+                file.write(json.dumps(files.seal({"step": step, **scalars})) + "\n")
             self.mirror.push_sometimes()
 
     def progress(self, step: int, scalars: dict[str, float]) -> None:

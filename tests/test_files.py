@@ -1,6 +1,7 @@
 """A file that is damaged, or cannot be written, is one line that names it, and nothing waits for a pipe."""
 
 import json
+import math
 import os
 
 import pytest
@@ -50,6 +51,23 @@ def test_damaged_json_is_one_line(name, damage, tmp_path):
     with pytest.raises(UserError, match=path.name) as error:
         READERS[name](tmp_path)
     assert "\n" not in str(error.value)
+
+
+def test_one_flipped_bit_never_changes_what_is_read(tmp_path):
+    path, content = tmp_path / "x.json", {"step": 4, "value": 0.25, "names": ["a", None], "worst": math.inf}
+    files.write_json(path, files.seal(content))
+    assert files.read_json(path, {"step": int}, "") == content
+    written, refused = path.read_bytes(), 0
+    for bit in range(8 * len(written)):
+        damaged = bytearray(written)
+        damaged[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(damaged)
+        try:
+            found = files.read_json(path, dict, "")
+            assert {key: found.get(key) for key in content} == content
+        except UserError:
+            refused += 1
+    assert refused > 0.9 * 8 * len(written)
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ with moments if a VAE made them, and with the image if asked for or if there is 
     shard_size    source images per shard: shard i is made of images i * shard_size to (i + 1) * shard_size
     num_examples, skipped                    how many records there are; what was wrong with the other images
     shards        name, records, bytes and sha256 of every file, in order
+    crc32         of all this, `files.seal`
 """
 
 import contextlib

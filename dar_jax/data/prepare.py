@@ -135,7 +135,7 @@ def prepare(
     }
     if not manifest["num_examples"]:
         raise UserError(f"none of the {manifest['num_source']} images could be read: {manifest['skipped'][0]}")
-    files.write_json(directory / "manifest.json", manifest, indent=1)
+    files.write_json(directory / "manifest.json", files.seal(manifest), indent=1)
     size = sum(entry["bytes"] for entry in entries)
     say(
         f"wrote {out}: {manifest['num_examples']:,} examples in {count} shards, {size / 1e9:.3g} GB, "
@@ -198,7 +198,7 @@ def _claim(directory: files.Path, settings: dict[str, Any]) -> None:
     manifest, notes = directory / "manifest.json", directory / "progress" / "settings.json"
     if not manifest.exists() and not notes.exists():
         notes.parent.mkdir(parents=True, exist_ok=True)
-        files.write_json(notes, settings, indent=1)
+        files.write_json(notes, files.seal(settings), indent=1)
     stored = files.read_json(manifest if manifest.exists() else notes, dict, "take another --out")
     for key, value in settings.items():
         if stored.get(key) != value:
@@ -270,7 +270,7 @@ def _write_shard(directory, name, number, source, settings, encode, batch_size, 
             "sha256": files.sha256(temporary),
             "skipped": skipped,
         }
-    files.write_json(directory / "progress" / f"{name}.json", entry, indent=1)
+    files.write_json(directory / "progress" / f"{name}.json", files.seal(entry), indent=1)
 
 
 def _batches(

@@ -237,7 +237,7 @@ def write(path: str, vae: Vae) -> None:
     with files.writing(path, "--output"):
         directory.mkdir(parents=True, exist_ok=True)
         ocp.save_pytree(directory / "weights", vae.params, overwrite=True)
-        files.write_json(directory / "vae.json", content, indent=2)  # last: it marks a whole directory
+        files.write_json(directory / "vae.json", files.seal(content), indent=2)  # last: it marks a whole directory
 
 
 def read_header(path: str, field: str) -> dict[str, Any]:

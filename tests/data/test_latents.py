@@ -139,7 +139,7 @@ def copied(prepared, tmp_path):
 
 def change_manifest(out, **fields):
     manifest = json.loads((out / "manifest.json").read_text())
-    (out / "manifest.json").write_text(json.dumps({**manifest, **fields}))
+    (out / "manifest.json").write_text(json.dumps({**files.unseal(manifest), **fields}))
 
 
 def flip_a_byte(out):

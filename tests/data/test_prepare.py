@@ -1,7 +1,6 @@
 """Prepared shards: what they hold, that a kill does not change them, and that damage is found."""
 
 import io
-import json
 import random
 import re
 import resource
@@ -15,6 +14,7 @@ import pytest
 import tensorflow_datasets as tfds
 from PIL import Image
 
+from dar_jax import files
 from dar_jax.data import prepare as prepare_lib
 from dar_jax.data.images import center_crop, to_float
 from dar_jax.data.latents import LatentSource, read_manifest
@@ -53,7 +53,7 @@ def test_records_hold_moments_of_image_and_mirror(tmp_path, dtype, tolerance):
 def test_manifest_and_bytes_are_as_documented(tmp_path):
     images = write_folder(tmp_path / "images", 7)
     prepare_folder(tmp_path / "images", tmp_path / "out", shard=4)
-    manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
+    manifest = files.read_json(tmp_path / "out" / "manifest.json", dict, "")
     entries = manifest.pop("shards")
     assert manifest == {
         "schema": 1, "source": f"folder:{tmp_path / 'images'}", "split": "train", "num_source": 7, "num_classes": 3,

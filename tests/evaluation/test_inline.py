@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from dar_jax import files
 from dar_jax.evaluation import in_training
 from dar_jax.evaluation.features import Features
 from dar_jax.logs import read_metrics
@@ -46,12 +47,12 @@ def network(programs, monkeypatch):
 
 def test_run_scores_samples_and_keeps_the_best_checkpoint(network, tmp_path, capsys):
     loop.train(make_config(), str(tmp_path))
-    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    lines = read_metrics(tmp_path)
     found = {line["step"]: line for line in lines if "fd_test" in line}
     assert list(found) == [2, 4, 6]
     assert [set(line) - {"step"} for line in found.values()] == [{"fd_test"}, {"fd_test"}, {"fd_test", "fd_test_20"}]
     best = min(found, key=lambda step: found[step]["fd_test"])
-    assert json.loads((tmp_path / "best.json").read_text()) == {
+    assert files.read_json(tmp_path / "best.json", dict, "") == {
         "step": best, "metric": "fd_test", "value": found[best]["fd_test"],
     }  # fmt: skip
     kept = {path.name for path in (tmp_path / "checkpoints").iterdir()}

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from dar_jax import files
 from dar_jax.checkpoint import (
     CHECKSUMS,
     METADATA,
@@ -73,7 +74,7 @@ def test_keeps_the_best_too(tmp_path):
             checkpoints.note_score(step, "fid", value)
         checkpoints.close()
     assert sorted(os.listdir(tmp_path / "checkpoints")) == ["2", "6"]
-    assert json.loads((tmp_path / "best.json").read_text()) == {"step": 2, "metric": "fid", "value": 5.0}
+    assert files.read_json(tmp_path / "best.json", dict, "") == {"step": 2, "metric": "fid", "value": 5.0}
     checkpoints = Checkpoints(str(tmp_path), 1)
     for step, value in {7: 4.0, 8: 4.5}.items():
         checkpoints.save(make_state(step), step)

@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from dar_jax.errors import UserError
-from dar_jax.logs import Logs
+from dar_jax.logs import Logs, read_metrics
 
 
 def test_resumed_run_drops_what_it_takes_again(tmp_path):
@@ -18,14 +18,12 @@ def test_resumed_run_drops_what_it_takes_again(tmp_path):
     logs = Logs(str(tmp_path), first_step=4, num_steps=10, batch_size=8, flops_per_step=3e12)
     logs.progress(5, {"loss": 0.7})
     logs.close()
-    written = path.read_text().splitlines()
-    assert written[:4] == lines[:4]
-    last = json.loads(written[4])
+    *before, last = read_metrics(tmp_path)
+    assert before == [json.loads(line) for line in lines[:4]]
     assert (last["step"], last["loss"]) == (5, 0.7)
     assert last["images_per_second"] == last["steps_per_second"] * 8
     assert last["model_tflops_per_second"] == pytest.approx(last["steps_per_second"] * 3)
     assert "mfu" not in last
-    assert len(written) == 5
 
 
 def test_damaged_lines_are_left_out_and_said(tmp_path, capsys):
@@ -35,8 +33,21 @@ def test_damaged_lines_are_left_out_and_said(tmp_path, capsys):
         "\n".join([whole, "[1]", '{"step": "x"}', "", whole]).encode() + b"\n\xff\xfe\n" + b'{"step": 2, "lo'
     )
     Logs(str(tmp_path), first_step=4, num_steps=10, batch_size=8, flops_per_step=1.0).close()
-    assert path.read_text() == f"{whole}\n{whole}\n"
-    assert capsys.readouterr().out == f"{path}: 4 damaged lines are left out\n"
+    out = capsys.readouterr().out
+    assert read_metrics(tmp_path) == [json.loads(whole)] * 2
+    assert out == f"{path}: 5 lines that are damaged, or that a crash cut short, are left out\n"
+
+
+def test_one_changed_digit_is_damage(tmp_path, capsys):
+    logs = Logs(str(tmp_path), first_step=0, num_steps=10, batch_size=8, flops_per_step=1.0)
+    for step in (1, 2):
+        logs.write(step, {"loss": 0.5})
+    logs.close()
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(path.read_text().replace("0.5", "0.4", 1))
+    capsys.readouterr()
+    assert read_metrics(tmp_path) == [{"step": 2, "loss": 0.5}]
+    assert capsys.readouterr().out.startswith(f"{path}: 1 lines that are damaged")
 
 
 def test_metrics_that_cannot_be_written(tmp_path):
@@ -55,4 +66,4 @@ def test_without_tensorboard_the_numbers_are_written(missing, tmp_path, capsys, 
     logs.write(1, {"loss": 0.5})
     logs.close()
     assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
-    assert json.loads((tmp_path / "metrics.jsonl").read_text()) == {"step": 1, "loss": 0.5}
+    assert read_metrics(tmp_path) == [{"step": 1, "loss": 0.5}]
