@@ -155,7 +155,11 @@ def _is_whole(path: files.Path) -> bool:
 
 def _directories(workdir: str) -> dict[int, files.Path]:
     """The step directories whose save was finished, whole or not, by ascending step."""
-    paths = [path for path in _directory(workdir).glob("*") if path.name.isdigit() and _is_finished(path)]
+    paths = [
+        path
+        for path in _directory(workdir).glob("*")
+        if re.fullmatch("0|[1-9][0-9]*", path.name) and _is_finished(path)
+    ]
     return {int(path.name): path for path in sorted(paths, key=lambda path: int(path.name))}
 
 
@@ -359,7 +363,11 @@ def claim_workdir(workdir: str, config: ConfigDict) -> None:
                 f'workdir "{workdir}" holds converted weights, not a run; take another --workdir, and start from them '
                 f"with --config.init_from={workdir}."
             )
-        if difference := first_difference(load_config(workdir), config, FIXED):
+        stored = load_config(workdir)
+        difference = first_difference(stored, config, FIXED)
+        if _groups(stored) != _groups(config):  # they shape the optimizer's state
+            difference = f"config.optimizer.groups = {_groups(stored)}, not {_groups(config)}"
+        if difference:
             raise UserError(
                 f'workdir "{workdir}" holds a run with {difference}; take another --workdir, or the config of that run.'
             )
@@ -369,6 +377,11 @@ def claim_workdir(workdir: str, config: ConfigDict) -> None:
         with files.writing(workdir, "--workdir"):
             content = {"format": FORMAT, **json.loads(config.to_json())}
             files.write_json(path / "config.json", files.seal(content), indent=2)
+
+
+def _groups(config: ConfigDict) -> list[tuple[str, bool]]:
+    """The regular expression of each group of parameters, and whether it is frozen; rates and decays may change."""
+    return [(pattern, bool(settings.get("frozen"))) for pattern, settings in config.optimizer.groups]
 
 
 def write_weights(workdir: str, config: ConfigDict, params: dict) -> None:

@@ -70,6 +70,8 @@ def run(main: Callable) -> None:
                 _exit(f"a bucket cannot be used: {reason}; see docs/scale.md.")
             if isinstance(error, OSError):  # a file or disk that no check before has found
                 _exit(str(error))
+            if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
+                _exit(f"there is not enough memory: {str(error).partition(chr(10))[0]}; take smaller batches or sizes.")
             if hosts.is_joined():
                 _end_job(error)
             raise

@@ -6,6 +6,7 @@ Everything that takes a workdir, data, weights or an output from a user goes thr
 
 import concurrent.futures
 import contextlib
+import errno
 import fcntl
 import hashlib
 import importlib.util
@@ -176,7 +177,10 @@ def unseal(content: dict[str, Any]) -> dict[str, Any]:
 
 def sha256(location: str | os.PathLike) -> str:
     """SHA-256 of a file's bytes, in hexadecimal."""
-    with path(location).open("rb") as file:
+    source = path(location)
+    if not is_remote(source) and source.exists() and not source.is_file():  # a pipe would be waited for
+        raise IsADirectoryError(errno.EISDIR, "no regular file", str(source))
+    with source.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 

@@ -186,7 +186,8 @@ def _is_alive(path: files.Path, held: str, what: str) -> bool:
     """Whether the holder lives: by the process table of this machine, or by a beat."""
     fields, process = _parse(held), _process()
     if fields.get("machine") == process["machine"]:
-        return _started(fields["pid"]) == fields["started"]
+        started = _started(fields["pid"]) if isinstance(fields.get("pid"), int) else None
+        return started is not None and started == fields.get("started")
     print(f"waiting whether {_name(held)} still uses {what} ({STALE_SECONDS} s at most)", flush=True)
     deadline = time.monotonic() + STALE_SECONDS
     while time.monotonic() < deadline:

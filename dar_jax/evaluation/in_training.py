@@ -1,5 +1,6 @@
 """Evaluation inside a run: a sample grid of the EMA, and its distance from the reference."""
 
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -19,6 +20,7 @@ from dar_jax.evaluation.sampling import make_sampler, sample_images
 from dar_jax.logs import read_metrics, say
 from dar_jax.pretrained.inception import how_to_get
 
+REPORT_SECONDS = 15  # between two lines that say how many samples are drawn
 DISTANCES = ("fid", "fd_")  # how the first name of `metrics.score` begins
 MAX_TRAINING_IMAGES = 20_000  # for the convnet, which learns in seconds
 
@@ -48,7 +50,7 @@ def check(settings: ConfigDict) -> None:
 def is_due(config: ConfigDict, step: int) -> bool:
     """Whether a run evaluates after `step`."""
     every = config.eval.every_steps
-    return every > 0 and (step % every == 0 or step == config.train.num_steps)
+    return every > 0 and step > 0 and (step % every == 0 or step == config.train.num_steps)
 
 
 def is_evaluation(line: dict[str, Any]) -> bool:
@@ -117,11 +119,15 @@ class InlineEvaluation:
         """
         settings, sizes = self.config.eval, _sizes(self.config, step)
         grid_images = settings.grid_size**2
-        condition = self.kind.to_sample(max(*sizes, grid_images), settings.labels, self.config.seed)
+        total, reported = max(*sizes, grid_images), time.monotonic()
+        condition = self.kind.to_sample(total, settings.labels, self.config.seed)
         batches = sample_images(self.draw, ema, condition, settings.batch_size, self.mesh)
         grid, scores, collector, position = [], {}, Collector(), 0
         for images in _split_at(batches, (grid_images, *sizes)):
             position += len(images)
+            if time.monotonic() - reported > REPORT_SECONDS:
+                reported = time.monotonic()
+                self.log(f"step {step}: {position} of {total} samples")
             if position <= grid_images:
                 grid.append(images)
             if position <= sizes[-1]:

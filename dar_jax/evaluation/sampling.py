@@ -96,8 +96,8 @@ def sample_images(
       UserError: a sample holds NaN or infinity, which uint8 would hide.
     """
     sharded, parts = sharding.batch_sharding(mesh), sharding.batch_shards(mesh)
-    batch_size = parts * -(-batch_size // parts)
     total = conditions.length(condition)
+    batch_size = parts * -(-min(batch_size, total) // parts)
     for start in range(first, total, batch_size):
         count = min(batch_size, total - start)
         index = np.arange(batch_size, dtype=np.int32) + start

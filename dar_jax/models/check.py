@@ -29,6 +29,10 @@ def check(model: ConfigDict) -> None:
         model.input_size % model.patch_size == 0,
         f"config.model.input_size = {model.input_size} must be divisible by patch_size = {model.patch_size}.",
     )
+    require(
+        int(model.hidden_size * model.mlp_ratio) >= 1,
+        f"config.model.mlp_ratio = {model.mlp_ratio} leaves no hidden unit of hidden_size = {model.hidden_size}.",
+    )
     _check_routing(model.routing, 2 * model.depth)
 
 

@@ -28,7 +28,7 @@ def check(optimizer: ConfigDict) -> None:
         pattern, settings = group
         try:
             re.compile(pattern)
-        except re.error as error:
+        except (re.error, OverflowError, RecursionError) as error:
             raise UserError(f'{name}: "{pattern}" is no regular expression ({error}).') from error
         for field, value in settings.items():
             check_choice(name, field, GROUP_FIELDS)
