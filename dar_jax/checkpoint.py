@@ -313,7 +313,7 @@ def load_config(workdir: str) -> ConfigDict:
         )
     stored = files.read_json(path, dict, "copy it again")
     number = stored.pop("format", 1)
-    if number not in range(1, FORMAT + 1):
+    if type(number) is not int or number not in range(1, FORMAT + 1):
         raise UserError(f'"{path}" has format {number!r}, but this version reads up to {FORMAT}; update dar_jax.')
     config = default()
     try:

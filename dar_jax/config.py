@@ -71,7 +71,7 @@ def schema() -> ConfigDict:
     model.family = "sit"  # sit
     model.space = "pixels"  # what x1 is: pixels | latents (of data.vae)
     model.channels = Number(1, "[1, 65536]")
-    model.num_classes = Number(10, "[1, inf)")  # the null label of guidance is num_classes
+    model.num_classes = Number(10, "[1, 10000000]")  # the null label of guidance is num_classes
     model.patch_size = Number(2, "[1, 65536]")
     model.hidden_size = Number(128, "[4, 65536]")
     model.depth = Number(6, "[1, 1000]")  # blocks; a block is two sublayers, attention and MLP

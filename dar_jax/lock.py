@@ -86,7 +86,7 @@ class Lock:
         except Exception as error:
             if (reason := files.why(error)) is None:
                 raise
-            raise UserError(f"{self.what} cannot be written: {reason}; {self.fix}.") from error
+            raise UserError(f"{self.what} cannot be written: {reason}; take another directory.") from error
         self.thread.start()
 
     def is_seen(self) -> bool:

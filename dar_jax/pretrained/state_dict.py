@@ -54,7 +54,7 @@ def _read(path: str) -> dict[str, Any]:
         with torch.serialization.safe_globals([argparse.Namespace]):  # official checkpoints keep their flags so
             content = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises what its unpickler, zip reader or an old format happens to
-        reason = str(error).split("\n")[0]
+        reason = str(error).split("\n")[0] or type(error).__name__
         raise UserError(f'--input = "{path}" cannot be read as a PyTorch file of weights: {reason}') from error
     for key in ("ema", "model"):
         if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
