@@ -55,7 +55,8 @@ class Soak:
     """What nothing has disturbed, made once in `directory`, and the faults."""
 
     def __init__(self, directory: pathlib.Path):
-        sources = b"".join(path.read_bytes() for path in sorted((ROOT / "dar_jax").rglob("*.py")))
+        paths = sorted(path for folder in ("dar_jax", "tests/soak") for path in (ROOT / folder).rglob("*.py"))
+        sources = b"".join(path.read_bytes() for path in paths)  # results of another oracle are told apart too
         self.code = hashlib.sha256(sources).hexdigest()[:8]
         self.directory = directory.absolute() / self.code
         self.directory.mkdir(parents=True, exist_ok=True)

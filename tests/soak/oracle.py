@@ -42,7 +42,7 @@ def digest(path: pathlib.Path) -> str:
 def state_digest(path: pathlib.Path) -> str:
     import orbax.checkpoint.experimental.v1 as ocp
 
-    return tree_digest(ocp.load_checkpointables(path))
+    return tree_digest({name: ocp.load_checkpointables(path, {name: None})[name] for name in ("ema", "train")})
 
 
 def tree_digest(tree: Any) -> str:
