@@ -63,7 +63,7 @@ def make_optimizer(optimizer: ConfigDict, num_steps: int) -> optax.GradientTrans
     """
     clip = optax.clip_by_global_norm(optimizer.clip_norm) if optimizer.clip_norm else optax.identity()
     if not optimizer.groups:
-        return optax.chain(clip, _adamw(optimizer, num_steps, {}))
+        return optax.chain(clip, _adamw(optimizer, num_steps))
     groups = {str(i): group for i, (_, group) in enumerate(optimizer.groups)} | {"other": {}}
 
     def labels(params):
@@ -72,19 +72,19 @@ def make_optimizer(optimizer: ConfigDict, num_steps: int) -> optax.GradientTrans
     def is_frozen(params):
         return jax.tree.map(lambda name: bool(groups[name].get("frozen")), labels(params))
 
-    adamw = {name: _adamw(optimizer, num_steps, group) for name, group in groups.items()}
+    adamw = {
+        name: _adamw(ConfigDict({**optimizer, **group}, convert_dict=False), num_steps)
+        for name, group in groups.items()
+    }
     return optax.chain(optax.masked(optax.set_to_zero(), is_frozen), clip, optax.multi_transform(adamw, labels))
 
 
-def _adamw(optimizer: ConfigDict, num_steps: int, group: Any) -> optax.GradientTransformation:
-    if group.get("frozen"):
+def _adamw(settings: ConfigDict, num_steps: int) -> optax.GradientTransformation:
+    """Of one group of parameters: `settings` are those of the optimizer, with the group's own in their places."""
+    if settings.get("frozen"):
         return optax.set_to_zero()
-    peak = group.get("learning_rate", optimizer.learning_rate)
     return optax.adamw(
-        SCHEDULES[optimizer.schedule](peak, optimizer.warmup_steps, num_steps),
-        b1=optimizer.b1,
-        b2=optimizer.b2,
-        weight_decay=group.get("weight_decay", optimizer.weight_decay),
+        make_schedule(settings, num_steps), b1=settings.b1, b2=settings.b2, weight_decay=settings.weight_decay
     )
 
 
@@ -94,7 +94,7 @@ def _labels(optimizer: ConfigDict, params: Any) -> Any:
     found = set()
 
     def label(path, _) -> str:
-        name = path_name(path)
+        name = _path_name(path)
         group = next((str(i) for i, pattern in enumerate(patterns) if pattern.fullmatch(name)), "other")
         found.add(group)
         return group
@@ -102,7 +102,7 @@ def _labels(optimizer: ConfigDict, params: Any) -> Any:
     labels = jax.tree_util.tree_map_with_path(label, params, is_leaf=lambda x: hasattr(x, "unbox"))
     for i, (pattern, _) in enumerate(optimizer.groups):
         if str(i) not in found:
-            names = [path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
+            names = [_path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
             raise UserError(
                 f'config.optimizer.groups[{i}]: no parameter is left for "{pattern}"; paths are like {names[0]} and '
                 f"{names[-1]}."
@@ -110,6 +110,6 @@ def _labels(optimizer: ConfigDict, params: Any) -> Any:
     return labels
 
 
-def path_name(path: tuple) -> str:
+def _path_name(path: tuple) -> str:
     """The path of a leaf as "stack/steps/block_0/adaln/kernel"."""
     return "/".join(str(key.key) for key in path if hasattr(key, "key"))
