@@ -32,6 +32,7 @@ from dar_jax.logs import say
 FORMAT = 2
 
 CHECKSUMS = "checksums.json"
+FINISHED = "commit_success.txt"  # of orbax, which writes it last in a bucket, where it renames on a disk
 UNREADABLE = "cannot be read"
 METADATA = "_CHECKPOINT_METADATA"  # of orbax: names and types of the items, and when the save began and ended
 
@@ -145,8 +146,8 @@ def _parts(path: files.Path) -> set[str]:
 
 
 def _is_finished(path: files.Path) -> bool:
-    """False for what is left of a save in a bucket; there, orbax writes a mark last, where it renames on a disk."""
-    return not files.is_remote(path) or (path / "commit_success.txt").exists()
+    """False for what is left of a save in a bucket."""
+    return not files.is_remote(path) or (path / FINISHED).exists()
 
 
 def _is_whole(path: files.Path) -> bool:
@@ -250,7 +251,7 @@ def set_damaged_aside(workdir: str) -> int | None:
             step = number
             break
         damaged[path] = damage
-    finished = [path for path in damaged if any((path / name).exists() for name in (CHECKSUMS, "commit_success.txt"))]
+    finished = [path for path in damaged if any((path / name).exists() for name in (CHECKSUMS, FINISHED))]
     if step is None and finished:
         found = ", ".join(f"{path.name} ({damaged[path]})" for path in finished)
         raise UserError(
