@@ -168,11 +168,15 @@ def seal(content: dict[str, Any]) -> dict[str, Any]:
 
 
 def unseal(content: dict[str, Any]) -> dict[str, Any]:
-    """`content` without its checksum, which may be missing. Raises ValueError if it differs."""
-    rest = {key: value for key, value in content.items() if key != SEAL}
-    if SEAL in content and content[SEAL] != seal(rest)[SEAL]:
+    """`content` without its checksum, which may be missing. Raises ValueError if it differs, or its name is damaged."""
+    name = SEAL if SEAL in content else next(reversed(content), None)  # its place is the last
+    rest = {key: value for key, value in content.items() if key != name}
+    is_sealed = name is not None and content[name] == seal(rest)[SEAL]
+    if SEAL in content and not is_sealed:
         raise ValueError(f'its checksum differs; if it was changed on purpose, remove "{SEAL}"')
-    return rest
+    if SEAL not in content and is_sealed:
+        raise ValueError(f'"{name}" must be "{SEAL}"')
+    return rest if is_sealed else content
 
 
 def sha256(location: str | os.PathLike) -> str:

@@ -64,7 +64,7 @@ def test_one_flipped_bit_never_changes_what_is_read(tmp_path):
         path.write_bytes(damaged)
         try:
             found = files.read_json(path, dict, "")
-            assert {key: found.get(key) for key in content} == content
+            assert found == content
         except UserError:
             refused += 1
     assert refused > 0.9 * 8 * len(written)

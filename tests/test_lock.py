@@ -10,7 +10,7 @@ import time
 
 import pytest
 
-from dar_jax import hosts, lock
+from dar_jax import files, hosts, lock
 from dar_jax.errors import UserError
 
 HOLDER = """
@@ -141,7 +141,7 @@ def test_a_process_that_has_lost_its_lock_and_does_not_end_is_ended(path, monkey
         time.sleep(0.3)
         assert not ended
         left = json.loads(path.read_text())
-        path.write_text(json.dumps({**left, "id": "another", "pid": 77}))
+        files.write_json(path, {**left, "id": "another", "pid": 77})  # at once, as another run does
         time.sleep(0.5)
     assert len(ended) == 1 and 'workdir "w" was taken over by process 77 on' in ended[0]
     assert json.loads(path.read_text())["id"] == "another"

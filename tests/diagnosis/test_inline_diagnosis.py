@@ -1,7 +1,5 @@
 """Diagnosis inside a run: what is logged, of which weights, and that training does not notice."""
 
-import json
-
 import jax
 import numpy as np
 import pytest
@@ -9,6 +7,7 @@ import pytest
 from dar_jax import models, sharding
 from dar_jax.diagnosis.curves import InlineDiagnosis
 from dar_jax.errors import UserError
+from dar_jax.logs import read_metrics
 from dar_jax.training import loop
 from tests.training import tiny
 
@@ -21,26 +20,22 @@ def make_config(every_steps):
     return config
 
 
-def logged(workdir):
-    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-
-
 def test_run_logs_the_curves_and_trains_as_without_them(tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     with tiny.all_runs_on((1, 1), tmp_path / "cache"):
         for name, every_steps in (("with", 2), ("without", 0)):
             loop.train(make_config(every_steps), str(tmp_path / name))
-    lines = logged(tmp_path / "with")
-    found = {line["step"]: line for line in lines if "forward_rms/01" in line}
+    runs = [read_metrics(tmp_path / name) for name in ("with", "without")]
+    found = {line["step"]: line for line in runs[0] if "forward_rms/01" in line}
     assert list(found) == [2, 4]
     names = {"step", "similarity/01", *(f"{name}_rms/{k:02d}" for name in ("forward", "backward") for k in (1, 2))}
     assert found[2].keys() == names | {f"routing_entropy/{l:02d}" for l in (2, 3, 4, 5)}
     assert all(np.isfinite(list(line.values())).all() for line in found.values())
     assert all(found[4][name] != found[2][name] for name in names - {"step"})
-    losses = [[line["loss"] for line in logged(tmp_path / name) if "loss" in line] for name in ("with", "without")]
+    losses = [[line["loss"] for line in lines if "loss" in line] for lines in runs]
     assert losses[0] == losses[1] and len(losses[0]) == 4
-    assert not any("forward_rms/01" in line for line in logged(tmp_path / "without"))
+    assert not any("forward_rms/01" in line for line in runs[1])
     events = EventAccumulator(str(tmp_path / "with"), size_guidance={"tensors": 0}).Reload()
     assert names - {"step"} <= set(events.Tags()["tensors"] + events.Tags()["scalars"])
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from dar_jax import sharding
+from dar_jax import files, sharding
 from dar_jax.config import default
 from dar_jax.data.images import to_float
 from dar_jax.errors import UserError
@@ -166,8 +166,8 @@ def test_door_writes_a_directory_that_is_read_back(tmp_path):
     broken = convert(weights, tmp_path / "other")
     assert broken.returncode == 2 and "cannot be read" in broken.stderr and broken.stderr.count("\n") == 1
 
-    header = json.loads((out / "vae.json").read_text())
-    (out / "vae.json").write_text(json.dumps({**header, "fingerprint": "0" * 64}))
+    header = files.unseal(json.loads((out / "vae.json").read_text()))
+    files.write_json(out / "vae.json", files.seal({**header, "fingerprint": "0" * 64}))
     with pytest.raises(UserError, match=r"--vae = .* not those of vae\.json"):
         vae_lib.load(str(out), "--vae")
     with pytest.raises(UserError, match=r"vae\.json. cannot be read .*config\.data\.vae must be .*--kind=vae"):

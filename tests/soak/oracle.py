@@ -67,11 +67,11 @@ def compare(found: dict[str, Any], wanted: dict[str, Any], said: str = "") -> tu
 # Damage
 
 
-def damage(rng: random.Random, folder: pathlib.Path, only: str = "**/*") -> str:
-    """Damages one file of a folder, of any of its kinds alike, and says how."""
+def damage(rng: random.Random, folder: pathlib.Path) -> str:
+    """Damages one file of a folder, of any of its kinds alike, and says how. Pictures that nothing reads are spared."""
     kinds = collections.defaultdict(list)
-    for path in sorted(folder.glob(only)):
-        if path.is_file():
+    for path in sorted(folder.rglob("*")):
+        if path.is_file() and path.suffix != ".png" and "tfevents" not in path.name:
             kinds[path.relative_to(folder).parts[0], path.suffix, "/ema/" in f"{path}", len(path.name) > 30].append(
                 path
             )
