@@ -28,25 +28,26 @@ def show(module: nn.Module, reader: int, state: Array) -> Array:
 
 
 class ResidualStep(nn.Module):
-    """One block of the ordinary residual stream; it also returns the stream as an output if `emits`."""
+    """One block of the ordinary residual stream, which keeps the streams after the blocks `hidden_at` beside it."""
 
     block: Callable[..., nn.Module]
-    emits: bool
+    hidden_at: tuple[int, ...]
 
     @nn.compact
-    def __call__(self, h: Array, condition: Array) -> tuple[Array, Array | None]:
-        block = self.block(name="block_0")
+    def __call__(self, carry: tuple[Array, tuple[Array, ...]], index: Array, condition: Array) -> tuple:
+        (h, kept), block = carry, self.block(name="block_0")
         for j, (branch, shift, scale, gate) in enumerate(block.branches(condition)):
             output = branch(modulated_norm(show(self, j, h), shift, scale), gate)
             self.sow("intermediates", "outputs", output)
             h = constrain(h + output)
-        return h, h if self.emits else None
+        kept = tuple(jnp.where(index == k - 1, h, old) for k, old in zip(self.hidden_at, kept, strict=True))
+        return (h, kept), None
 
 
 class ResidualStack(nn.Module):
     """`depth` blocks on a residual stream: `[B, T, D]` and condition `[B, D]` -> what the head reads, `[B, T, D]`.
 
-    Also returns the stream after block `hidden_at`, `[B, T, D]`, or None.
+    Also returns the stream after each block of `hidden_at`, `[B, T, D]`.
     """
 
     block: Callable[..., nn.Module]
@@ -55,14 +56,15 @@ class ResidualStack(nn.Module):
 
     @nn.compact
     def __call__(
-        self, v_0: Array, condition: Array, e_t: Array, shift: Array, scale: Array, hidden_at: int | None = None
-    ) -> tuple[Array, Array | None]:
+        self, v_0: Array, condition: Array, e_t: Array, shift: Array, scale: Array, hidden_at: tuple[int, ...] = ()
+    ) -> tuple[Array, tuple[Array, ...]]:
         del e_t
-        emits = hidden_at is not None
         step = nn.remat(ResidualStep, prevent_cse=False) if self.remat == "block" else ResidualStep
-        h, stream = scan_steps(step, self.depth, nn.broadcast)(self.block, emits, name="steps")(v_0, condition)
+        steps = scan_steps(step, self.depth, (0, nn.broadcast))(self.block, hidden_at, name="steps")
+        start = v_0, tuple(jnp.zeros_like(v_0) for _ in hidden_at)
+        (h, kept), _ = steps(start, jnp.arange(self.depth), condition)
         self.sow("intermediates", "outputs", v_0)
-        return modulated_norm(show(self, 0, h), shift, scale), stream[hidden_at - 1] if emits else None
+        return modulated_norm(show(self, 0, h), shift, scale), kept
 
 
 class PlainRoutedStep(nn.Module):
@@ -97,7 +99,7 @@ class PlainRoutedStep(nn.Module):
 class PlainRoutedStack(nn.Module):
     """`layout.depth` blocks routed by DAR and the final aggregator: `[B, T, D]` -> what the head reads, `[B, T, D]`.
 
-    Also returns what the block after block `hidden_at` reads, `[B, T, D]`, or None.
+    Also returns what the block after each block of `hidden_at` reads, `[B, T, D]`.
 
     frozen_weights: None, or `[A, A, B or 1]`: the weights of sources for each of the A = 2 * depth + 1 readers, both
       by position (`aggregate`), which stand in place of the softmax. Those of a reader sum to 1.
@@ -110,9 +112,9 @@ class PlainRoutedStack(nn.Module):
 
     @nn.compact
     def __call__(
-        self, v_0: Array, condition: Array, e_t: Array, shift: Array, scale: Array, hidden_at: int | None = None
-    ) -> tuple[Array, Array | None]:
-        layout, steps = self.layout, plain_steps(self, emits=hidden_at is not None)
+        self, v_0: Array, condition: Array, e_t: Array, shift: Array, scale: Array, hidden_at: tuple[int, ...] = ()
+    ) -> tuple[Array, tuple[Array, ...]]:
+        layout, steps = self.layout, plain_steps(self, emits=bool(hidden_at))
         start, indices, _ = first_inputs(layout, v_0)
         fixed, last_fixed = None, None
         if self.frozen_weights is not None:
@@ -127,10 +129,8 @@ class PlainRoutedStack(nn.Module):
         self.sow("intermediates", "outputs", v_0)
         self.sow("intermediates", "weights", weights)
         x = modulated_norm(show(self, 0, h), shift, scale)
-        if hidden_at is None:
-            return x, None
-        step, position = divmod(2 * hidden_at, layout.sublayers_per_step)
-        return x, states[position][step]
+        places = [divmod(2 * k, layout.sublayers_per_step) for k in hidden_at]
+        return x, tuple(states[position][step] for step, position in places)
 
 
 def plain_steps(stack: nn.Module, *, emits: bool = False) -> nn.Module:

@@ -19,11 +19,11 @@ class Output(NamedTuple):
 
     Attributes:
       prediction: of the velocity, or of what else the model is trained to predict, float32 `[B, H, W, C]`.
-      hidden: the state that was asked for, `[B, T, D]` in the type of the activations, or None.
+      hidden: the states that were asked for, each `[B, T, D]` in the type of the activations.
     """
 
     prediction: Array
-    hidden: Array | None = None
+    hidden: tuple[Array, ...] = ()
 
 
 class SiT(nn.Module):
@@ -32,8 +32,8 @@ class SiT(nn.Module):
     Labels are 0 to num_classes; the last is the null label (dar_jax/conditions.py). The fields are those of
     `config.model` (dar_jax/config.py), with the routing as `layout` (None: residual), `query` and `implementation`.
 
-    `hidden_at` = k, of 1 to depth - 1, asks for the state that enters block k + 1, before its norm: the residual stream
-    after block k, or what the first aggregator of block k + 1 hands on.
+    Each k of `hidden_at`, of 1 to depth - 1, asks for the state that enters block k + 1, before its norm: the residual
+    stream after block k, or what the first aggregator of block k + 1 hands on.
 
     A `plain` model computes the same from the same parameters. It has derivatives of all modes and orders and shows its
     states (plain_stack.py), but trains more slowly and in more memory. `frozen_weights` are of `PlainRoutedStack`.
@@ -57,8 +57,8 @@ class SiT(nn.Module):
     frozen_weights: Array | None = None  # of a plain routed stack
 
     @nn.compact
-    def __call__(self, x_t: Array, t: Array, condition: Condition, *, hidden_at: int | None = None) -> Output:
-        if hidden_at is not None and not 0 < hidden_at < self.depth:
+    def __call__(self, x_t: Array, t: Array, condition: Condition, *, hidden_at: tuple[int, ...] = ()) -> Output:
+        if not all(0 < k < self.depth for k in hidden_at):
             raise ValueError(f"hidden_at = {hidden_at} must be in 1 to {self.depth - 1}, the depth less one.")
         size, dtype = self.hidden_size, self.dtype
         arithmetic = numerics.Arithmetic(dtype, numerics.plain_matmul if self.plain else numerics.matmul)

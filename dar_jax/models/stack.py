@@ -39,6 +39,13 @@ def execution(implementation: str, mean_count: float) -> Execution:
     return Execution(implementation, batch_axes, token_axes, mean_count)
 
 
+class Keep(NamedTuple):
+    """The first `count` outputs of step `step` are kept."""
+
+    step: int
+    count: int
+
+
 class History(NamedTuple):
     """What the routed scan carries.
 
@@ -46,22 +53,22 @@ class History(NamedTuple):
       sources: the buffer, `[K, B, T, D]`; rows not yet appended mean nothing.
       inv_rms: 1 / rms of every row, `[K, B, T]` float32.
       recent: all outputs of the latest step, P times `[B, T, D]`: the final aggregator reads them in full.
-      kept: the first outputs of one step, which a hidden state is made of, or none.
+      kept: for every hidden state the first outputs of its step, of which it is made.
     """
 
     sources: Array
     inv_rms: Array
     recent: tuple[Array, ...]
-    kept: tuple[Array, ...]
+    kept: tuple[tuple[Array, ...], ...]
 
     @classmethod
-    def start(cls, layout: Layout, v_0: Array, implementation: str, num_kept: int) -> "History":
+    def start(cls, layout: Layout, v_0: Array, implementation: str, keeps: tuple[Keep, ...]) -> "History":
         # Kernels do not read rows that are not filled. XLA multiplies them by zero, so they must be finite.
         new = jnp.zeros if implementation == "xla" else jax.lax.empty
         sources = constrain(new((layout.num_rows, *v_0.shape), v_0.dtype))
         inv_rms = jnp.zeros(sources.shape[:-1], statistics_dtype(v_0))
         outputs = layout.sublayers_per_step * (jnp.zeros_like(v_0),)
-        return cls(sources, inv_rms, outputs, outputs[:num_kept]).append(0, v_0[None])
+        return cls(sources, inv_rms, outputs, tuple(outputs[: keep.count] for keep in keeps)).append(0, v_0[None])
 
     def append(self, count: Array, rows: Array) -> "History":
         """The history with `rows` from row `count` on."""
@@ -69,9 +76,12 @@ class History(NamedTuple):
         inv_rms = jax.lax.dynamic_update_slice_in_dim(self.inv_rms, inverse_rms(rows), count, axis=0)
         return self._replace(sources=sources, inv_rms=inv_rms)
 
-    def after(self, layout: Layout, index: Array, outputs: tuple[Array, ...], kept_step: int) -> "History":
-        """The history after step `index`; the outputs of step `kept_step` are kept."""
-        kept = tuple(jnp.where(index == kept_step, new, old) for new, old in zip(outputs, self.kept, strict=False))
+    def after(self, layout: Layout, index: Array, outputs: tuple[Array, ...], keeps: tuple[Keep, ...]) -> "History":
+        """The history after step `index`."""
+        kept = tuple(
+            tuple(jnp.where(index == keep.step, new, old) for new, old in zip(outputs, olds, strict=False))
+            for keep, olds in zip(keeps, self.kept, strict=True)
+        )
         return self.append(layout.count(index), layout.rows(outputs))._replace(recent=outputs, kept=kept)
 
 
@@ -123,7 +133,7 @@ class RoutedStep(nn.Module):
 class RoutedStack(nn.Module):
     """`layout.depth` blocks routed by DAR and the final aggregator: `[B, T, D]` -> what the head reads, `[B, T, D]`.
 
-    Also returns what the block after block `hidden_at` reads, `[B, T, D]`, or None.
+    Also returns what the block after each block of `hidden_at` reads, `[B, T, D]`.
     """
 
     block: Callable[..., nn.Module]
@@ -134,16 +144,17 @@ class RoutedStack(nn.Module):
 
     @nn.compact
     def __call__(
-        self, v_0: Array, condition: Array, e_t: Array, shift: Array, scale: Array, hidden_at: int | None = None
-    ) -> tuple[Array, Array | None]:
+        self, v_0: Array, condition: Array, e_t: Array, shift: Array, scale: Array, hidden_at: tuple[int, ...] = ()
+    ) -> tuple[Array, tuple[Array, ...]]:
         layout, steps = self.layout, plain_steps(self)
-        count, kept_step, num_kept = layout.sources_of(2 * hidden_at) if hidden_at else (0, 0, 0)
+        places = [layout.sources_of(2 * k) for k in hidden_at]
+        keeps = tuple(Keep(step, num_recent) for _, step, num_recent in places)
         if self.is_initializing():  # the plain steps make the parameters
             steps(*first_inputs(layout, v_0), condition, e_t)
-            history = History.start(layout, v_0, self.implementation, num_kept)
+            history = History.start(layout, v_0, self.implementation, keeps)
         else:
             step = RoutedStep(self.block, layout, self.query, self.implementation, parent=None)
-            run = Run(step, self.remat, kept_step, num_kept)
+            run = Run(step, self.remat, keeps)
             history = run_steps(run, steps.variables["params"], v_0, condition, e_t)
 
         def read_history(query, recent, count):
@@ -155,10 +166,11 @@ class RoutedStack(nn.Module):
         recent = history.recent if layout.final_set.sees_outputs else ()
         read_by_head = read_history(final_query(self, steps), recent, layout.num_final_rows)
         x = constrain(sublayer_input(*read_by_head, shift, scale)[0])
-        if hidden_at is None:
-            return x, None
-        read_by_block = read_history(sublayer_query(self, steps, 2 * hidden_at), history.kept, count)
-        return x, constrain(state(*read_by_block[1:]))
+        reads_by_blocks = [
+            read_history(sublayer_query(self, steps, 2 * k), kept, count)
+            for k, kept, (count, _, _) in zip(hidden_at, history.kept, places, strict=True)
+        ]
+        return x, tuple(constrain(state(*found[1:])) for found in reads_by_blocks)
 
 
 class Run(NamedTuple):
@@ -167,13 +179,12 @@ class Run(NamedTuple):
     Attributes:
       step: as a pure function.
       remat: "block" or "dense".
-      kept_step, num_kept: `History.kept` are so many outputs of this step.
+      keeps: what is kept for the hidden states.
     """
 
     step: RoutedStep
     remat: str
-    kept_step: int
-    num_kept: int
+    keeps: tuple[Keep, ...]
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -194,9 +205,9 @@ def _run_steps_forward(run, params, v_0, condition, e_t):
         else:
             outputs, linear = _linearize(step, index, *known)
             saved = _save(linear, known)
-        return history.after(layout, index, outputs, run.kept_step), saved
+        return history.after(layout, index, outputs, run.keeps), saved
 
-    start = History.start(layout, v_0, step.implementation, run.num_kept)
+    start = History.start(layout, v_0, step.implementation, run.keeps)
     history, saved = jax.lax.scan(advance, start, (jnp.arange(layout.num_steps), params))
     return history, (params, history, condition, e_t, saved)
 
@@ -247,13 +258,13 @@ def _output_cotangents(run: Run, index: Array, d_sources: Array, d_final: Histor
 
     The final aggregator reads those of the last step, a hidden state those that are kept.
     """
-    layout = run.step.layout
+    layout, is_last = run.step.layout, index == run.step.layout.num_steps - 1
     d_rows = jax.lax.dynamic_slice_in_dim(d_sources, layout.count(index), layout.rows_per_step)
     (d_outputs,) = jax.linear_transpose(layout.rows, d_final.recent)(d_rows)
-    is_last, is_kept = index == layout.num_steps - 1, index == run.kept_step
     d_outputs = [d + jnp.where(is_last, r, 0) for d, r in zip(d_outputs, d_final.recent, strict=True)]
-    for i, d_kept in enumerate(d_final.kept):
-        d_outputs[i] += jnp.where(is_kept, d_kept, 0)
+    for keep, d_kept in zip(run.keeps, d_final.kept, strict=True):
+        for i, d in enumerate(d_kept):
+            d_outputs[i] += jnp.where(index == keep.step, d, 0)
     return tuple(d_outputs)
 
 

@@ -44,16 +44,16 @@ def make(query, plain, monkeypatch, depth=4, **routing):
     return model, params, inputs
 
 
-CASES = [  # query, structure, remat, hidden_at: at the start of a chunk and within one
-    ("residual", {}, "dense", 2),
-    pytest.param("static", {"chunk_size": 1}, "dense", 3, marks=pytest.mark.slow),
-    ("static", {"chunk_size": 2, "summary": "sum", "final": "summaries"}, "block", None),
-    pytest.param("static_t", {"chunk_size": 2, "summary": "sum"}, "dense", 1, marks=pytest.mark.slow),
-    ("static_t", {"chunk_size": 4, "final": "shared"}, "block", 1),
-    pytest.param("dynamic", {"chunk_size": 1, "final": "shared"}, "block", 2, marks=pytest.mark.slow),
-    ("dynamic", {"chunk_size": 4, "summary": "sum"}, "dense", 3),
-    pytest.param("timed_dynamic", {"chunk_size": 1, "final": "summaries"}, "dense", 1, marks=pytest.mark.slow),
-    ("timed_dynamic", {"chunk_size": 2}, "block", None),
+CASES = [  # query, structure, remat, hidden_at: at the start of a chunk, within one, or both
+    ("residual", {}, "dense", (2, 1)),
+    pytest.param("static", {"chunk_size": 1}, "dense", (3,), marks=pytest.mark.slow),
+    ("static", {"chunk_size": 2, "summary": "sum", "final": "summaries"}, "block", ()),
+    pytest.param("static_t", {"chunk_size": 2, "summary": "sum"}, "dense", (1,), marks=pytest.mark.slow),
+    ("static_t", {"chunk_size": 4, "final": "shared"}, "block", (1,)),
+    pytest.param("dynamic", {"chunk_size": 1, "final": "shared"}, "block", (2,), marks=pytest.mark.slow),
+    ("dynamic", {"chunk_size": 4, "summary": "sum"}, "dense", (3, 2)),
+    pytest.param("timed_dynamic", {"chunk_size": 1, "final": "summaries"}, "dense", (1,), marks=pytest.mark.slow),
+    ("timed_dynamic", {"chunk_size": 2}, "block", ()),
 ]
 
 
@@ -67,7 +67,7 @@ def test_fused_equals_plain(query, structure, remat, hidden_at, monkeypatch):
 
         def loss(model, params, x_t, t):
             output = model.apply({"params": params}, x_t, t, inputs[2], hidden_at=hidden_at)
-            extra = 0 if hidden_at is None else jnp.sum(jnp.sin(output.hidden))
+            extra = sum(jnp.sum(jnp.sin(hidden)) for hidden in output.hidden)
             return jnp.sum(output.prediction * probe) + extra, output
 
         def gradients(model):
@@ -75,8 +75,9 @@ def test_fused_equals_plain(query, structure, remat, hidden_at, monkeypatch):
 
         found, expected = gradients(fused), gradients(plain)
         states = jax.jit(functools.partial(forward, plain))(params, *inputs)[1].states
-    if hidden_at is not None:
-        np.testing.assert_allclose(found[1].hidden, states[2 * hidden_at], rtol=1e-10, atol=1e-12)
+    assert len(found[1].hidden) == len(hidden_at)
+    for k, hidden in zip(hidden_at, found[1].hidden, strict=True):
+        np.testing.assert_allclose(hidden, states[2 * k], rtol=1e-10, atol=1e-12)
     whole = np.sqrt(sum(np.sum(np.square(b)) for b in jax.tree.leaves(expected)))
     for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(found), jax.tree.leaves(expected), strict=True):
         # With one source a query has no effect: its gradient is zero, up to rounding of terms that are not.
