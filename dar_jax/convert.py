@@ -9,6 +9,10 @@ dar_jax.evaluate --inception and config.eval.inception.
 
 vae: --input is diffusion_pytorch_model.safetensors of stabilityai/sd-vae-ft-ema or -mse, and --output a directory for
 dar_jax.prepare --vae, dar_jax.sample --vae and config.data.vae.
+
+dinov2, dinov3: --input is model.safetensors of facebook/dinov2-base, facebook/dinov2-with-registers-base or
+facebook/dinov3-vitb16-pretrain-lvd1689m (or of another size S, B or L), or Meta's own .pth of the same. --output is a
+directory for representation alignment.
 """
 
 from absl import flags
@@ -16,18 +20,22 @@ from absl import flags
 from dar_jax import cli, errors, files
 
 KIND = flags.DEFINE_string(
-    "kind", None, "What the weights are: sit (residual, any size) | inception (of FID) | vae (f8)"
+    "kind",
+    None,
+    "What the weights are: sit (residual, any size) | inception (of FID) | vae (f8) | dinov2, dinov3 (ViT-S, B, L)",
 )
 INPUT = flags.DEFINE_string("input", None, "A .pt, .pth, .npz or .safetensors file of weights")
 OUTPUT = flags.DEFINE_string(
-    "output", None, "sit: the workdir to write, without checkpoints; inception: an .npz; vae: a directory"
+    "output",
+    None,
+    "sit: the workdir to write, without checkpoints; inception: an .npz; vae, dinov2, dinov3: a directory",
 )
 NUM_HEADS = flags.DEFINE_integer("num_heads", None, "sit: attention heads; default: those of the published size")
 
 
 def main(_):
     cli.require_flags(kind=KIND.value, input=INPUT.value, output=OUTPUT.value)
-    errors.check_choice("--kind", KIND.value, ("sit", "inception", "vae"))
+    errors.check_choice("--kind", KIND.value, ("sit", "inception", "vae", "dinov2", "dinov3"))
     if KIND.value == "inception":
         files.check_output(OUTPUT.value, "--output", ".npz")
     else:
@@ -42,12 +50,27 @@ def main(_):
 
         inception.write_params(OUTPUT.value, inception.params_from_torch(state_dict))
         print(f"wrote {OUTPUT.value}: the FID Inception network")
-    else:
+    elif KIND.value == "vae":
         from dar_jax.pretrained import vae
 
         converted = vae.from_torch(state_dict)
         vae.write(OUTPUT.value, converted)
         print(f"wrote {OUTPUT.value}: AutoencoderKL, f{converted.model.factor}, fingerprint {converted.fingerprint}")
+    else:
+        _convert_dino(state_dict)
+
+
+def _convert_dino(state_dict: dict) -> None:
+    from dar_jax.pretrained import dino_weights
+
+    converted = dino_weights.from_torch(state_dict)
+    model, kind = converted.model, f"dinov{converted.model.version}"
+    errors.require(kind == KIND.value, f"--kind = {KIND.value}: the weights are those of {kind}; set --kind={kind}.")
+    dino_weights.write(OUTPUT.value, converted)
+    print(
+        f"wrote {OUTPUT.value}: DINOv{model.version} of {model.depth} blocks x {model.hidden_size}, {model.num_heads} "
+        f"heads, patch {model.patch_size}, {model.num_registers} registers, fingerprint {converted.fingerprint}"
+    )
 
 
 def _convert_sit(state_dict: dict) -> None:
