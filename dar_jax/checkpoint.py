@@ -43,7 +43,13 @@ REMOVE_BEST = "remove it, and the next evaluation writes it again"
 FOLDERS = ("checkpoints", "samples", "profile", "evaluation")
 
 # What a run keeps for life: its function, its randomness, and what makes a batch of a step.
-FIXED = ("model", "diffusion", "seed", "data.source", "data.name", "data.train_split", "train.batch_size")
+FIXED = (
+    *("model", "diffusion", "seed", "data.source", "data.name", "data.train_split", "train.batch_size"),
+    *(
+        f"repa.{name}"
+        for name in ("target", "block", "later_block", "projector", "standardize", "mean_share", "encoder")
+    ),
+)
 
 
 def _items(state) -> dict[str, Any]:

@@ -100,6 +100,19 @@ def schema() -> ConfigDict:
     diffusion.time_mean = Number(0.0, "[-10, 10]")  # logit_normal: mean of logit(t)
     diffusion.time_std = Number(1.0, "(0, 10]")  # logit_normal: standard deviation of logit(t)
 
+    config.repa = repa = ConfigDict()  # representation alignment: a state of the model is drawn to features of x1
+    repa.target = "none"  # none | encoder | hog (oriented gradients) | latents (x1 itself) | later_block (of the model)
+    repa.coefficient = Number(0.5, "[0, inf)")  # factor of its loss
+    repa.stop_step = Number(0, "[0, inf)")  # the alignment ends after so many steps; 0 = never
+    repa.block = Number(8, "[1, 1000]")  # the state behind this block is aligned; REPA: 8, SiT-B 4
+    repa.later_block = Number(16, "[1, 1000]")  # later_block: the state behind this block is the target
+    repa.projector = "mlp"  # mlp (REPA) | conv (3x3 on the grid of tokens, iREPA); later_block needs none
+    repa.standardize = False  # targets are standardised over the tokens of an image (iREPA)
+    repa.mean_share = Number(1.0, "[0, 1]")  # standardize: the share of the mean that is subtracted
+    repa.encoder = "dinov2_b"  # dinov2_s|b|l, dinov2_s_reg|b_reg|l_reg (with registers), dinov3_s|b
+    repa.weights = ""  # encoder: directory of its weights, which dar_jax.convert has made
+    repa.dtype = "bfloat16"  # encoder: computation, float32 | bfloat16
+
     config.sampler = sampler = ConfigDict()
     sampler.method = "heun"  # ODE: euler | heun | dopri5; SDE: sde_euler | sde_heun
     sampler.num_steps = Number(50, "[1, inf)")  # of the fixed-step solvers; includes the last step of the SDE

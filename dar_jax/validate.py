@@ -14,6 +14,7 @@ def validate(config: ConfigDict) -> None:
     from dar_jax.diffusion import sampler
     from dar_jax.evaluation import in_training
     from dar_jax.models import check as models
+    from dar_jax.objectives import repa
     from dar_jax.training import loop, optimizer
 
     check_fields(config)
@@ -26,6 +27,7 @@ def validate(config: ConfigDict) -> None:
     in_training.check(config.eval)
     sharding.check(config.mesh)
     _check_space(config, feed.encodes_online(config))
+    repa.check(config)
     require(
         config.sampler.cfg_channels <= config.model.channels,
         f"config.sampler.cfg_channels = {config.sampler.cfg_channels} must be in 0 (all) to "

@@ -4,6 +4,7 @@ A batch is a dictionary with the samples on the leading axis of every array:
 
     x1          float32 [B, H, W, C]: images in [-1, 1], or scaled latents
     condition   what the model is conditioned on (`dar_jax.conditions`): {"label": int32 [B]}
+    image       uint8 [B, S, S, 3]: the images of latents, only if the objective looks at them (`repa.needs_images`)
 
 Further entries are passed on as they are.
 """
@@ -18,11 +19,12 @@ from jax import Array
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from dar_jax import conditions, sharding
+from dar_jax import conditions, files, sharding
 from dar_jax.data.pipeline import train_iterator
 from dar_jax.data.sources import LATENT_SOURCES
 from dar_jax.errors import UserError
-from dar_jax.pretrained.vae import load, make_encoder
+from dar_jax.objectives.repa import needs_images
+from dar_jax.pretrained.vae import AutoencoderKL, load, make_encoder, read_header
 
 ENCODER_STREAM = 2**32 - 1  # of the seed's random streams; the others are numbered by steps, which never reach it
 
@@ -32,11 +34,25 @@ def encodes_online(config: ConfigDict) -> bool:
     return config.model.space == "latents" and config.data.source not in LATENT_SOURCES
 
 
+def image_size(config: ConfigDict) -> int:
+    """Height and width of the images behind x1; of latents whose VAE is not there, what an f8 has encoded."""
+    if config.model.space == "pixels" or encodes_online(config):
+        return config.data.image_size
+    factor = 8
+    if config.data.vae and (files.path(config.data.vae) / "vae.json").exists():
+        header = read_header(config.data.vae, "config.data.vae")
+        factor = AutoencoderKL(tuple(header["channels"]), header["latent_channels"]).factor
+    return factor * config.model.input_size
+
+
 def abstract_batch(config: ConfigDict, mesh: Mesh) -> dict:
     """Shapes, dtypes and shardings of a train step's batch."""
     model, size = config.model, config.train.batch_size
     x1 = jax.ShapeDtypeStruct((size, model.input_size, model.input_size, model.channels), jnp.float32)
     batch, sharded = {"x1": x1, "condition": conditions.build(model).abstract(size)}, sharding.batch_sharding(mesh)
+    if needs_images(config):
+        side = image_size(config)
+        batch["image"] = jax.ShapeDtypeStruct((size, side, side, 3), jnp.uint8)
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharded), batch)
 
 
@@ -67,6 +83,7 @@ def open_batches(
         config.data,
         space="pixels" if encode else config.model.space,
         channels=3 if encode else config.model.channels,
+        image_size=image_size(config) if needs_images(config) else None,
         batch_size=batch_size,
         seed=config.seed,
         first_step=first_step,

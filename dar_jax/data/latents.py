@@ -181,6 +181,19 @@ class LatentSource:
                 f"{self.manifest['vae']['fingerprint'][:12]}; name the VAE that made them, or prepare them with this."
             )
 
+    def check_images(self, size: int) -> None:
+        """Raises UserError unless the records have images of size * size pixels, whose features are needed."""
+        if "image" not in self.dtype.names:
+            raise UserError(
+                f'config.repa.target needs images, but the records of "{self.path}" have only '
+                f"{', '.join(self.dtype.names)}; prepare them with --keep_images."
+            )
+        if self.dtype["image"].shape != (size, size, 3):
+            raise UserError(
+                f'config.repa.target needs the images of the latents, {size}x{size}x3, but those of "{self.path}" are '
+                f"{'x'.join(map(str, self.dtype['image'].shape))}; prepare the data again."
+            )
+
 
 def draw_latent(moments: np.ndarray, scale: float, rng: np.random.Generator) -> np.ndarray:
     """scale * (mean + std * noise), float32 [h, w, C], of the moments [2, h, w, C] of one image."""

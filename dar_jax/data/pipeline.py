@@ -36,6 +36,7 @@ def train_iterator(
     seed: int,
     first_step: int = 0,
     rows: np.ndarray | None = None,
+    image_size: int | None = None,
 ) -> grain.DatasetIterator:
     """Iterates over this process's rows of the training batches, without end.
 
@@ -55,10 +56,13 @@ def train_iterator(
       seed: of the order and the flips, 0 <= seed.
       first_step: steps to leave out.
       rows: which rows of every batch to read, int [b] ascending (`sharding.local_rows`); None for all.
+      image_size: side of the images that are read beside latents, or instead of them and before their encoding; None
+        if they are not asked for.
 
     Returns:
       A grain iterator of {"x1": float32 [b, S, S, channels], "condition": {"label": int32 [b]}}, S = data.image_size:
-      images in [-1, 1], or scaled latents.
+      images in [-1, 1], or scaled latents. With `image_size` also "image", uint8 [b, image_size, image_size, 3], which
+      is flipped where x1 is.
 
     Raises:
       UserError: the split cannot be opened, prepared data do not fit `space`, channels or `data.vae`, or a shard is
@@ -68,7 +72,7 @@ def train_iterator(
     rows = np.arange(batch_size) if rows is None else rows
     source, size, flip = open_source(data, data.train_split), data.image_size, data.flip
     if data.source == "latents":
-        _check_latents(source, data, space, channels, batch_size, rows)
+        _check_latents(source, data, space, channels, image_size, batch_size, rows)
 
     def load(i: int) -> dict[str, Any]:
         step, row = divmod(i, len(rows))
@@ -82,7 +86,11 @@ def train_iterator(
         else:
             image = example["image"] if is_latent else center_crop(to_channels(example["image"], channels), size)
             x1 = image[:, ::-1] if mirrored else image
-        return {"x1": x1, "condition": {"label": np.int32(example["label"])}}
+        loaded = {"x1": x1, "condition": {"label": np.int32(example["label"])}}
+        if image_size is None:
+            return loaded
+        image = example["image"] if is_latent else image
+        return {**loaded, "image": image[:, ::-1] if mirrored else image}
 
     def scale(batch: dict[str, Any]) -> dict[str, Any]:
         x1 = batch["x1"]
@@ -113,7 +121,13 @@ def _end_with_the_run(worker: int, workers: int) -> None:
 
 
 def _check_latents(
-    source: LatentSource, data: ConfigDict, space: str, channels: int, batch_size: int, rows: np.ndarray
+    source: LatentSource,
+    data: ConfigDict,
+    space: str,
+    channels: int,
+    image_size: int | None,
+    batch_size: int,
+    rows: np.ndarray,
 ) -> None:
     fingerprint = None
     if data.vae:
@@ -121,6 +135,8 @@ def _check_latents(
 
         fingerprint = read_header(data.vae, "config.data.vae")["fingerprint"]
     source.check(space, data.image_size, channels, fingerprint)
+    if image_size:
+        source.check_images(image_size)
     if data.verify:
         # Each shard goes with one row of the batch, so that processes, whatever rows they have, check all together.
         shards = source.manifest["shards"]

@@ -107,7 +107,7 @@ def _call(predict: Callable[[Array, Array], Array], x_t: Array, t: Array) -> Arr
     output = predict(x_t, t)
     if output.shape != x_t.shape:
         raise ValueError(f"the network returned {output.shape} for data of shape {x_t.shape}; they must be equal.")
-    return output.astype(jnp.float32)
+    return output.astype(jnp.promote_types(output.dtype, jnp.float32))
 
 
 def _mean_square(error: Array) -> Array:

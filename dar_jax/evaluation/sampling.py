@@ -74,7 +74,8 @@ def restore(config: ConfigDict, workdir: str, mesh: Mesh, step: int | None) -> t
     facts = {f'the config of "{workdir}"': config.to_json(), f'the steps of "{workdir}"': saved_steps(workdir)}
     hosts.agree(facts, "the checkpoint")
     objective = objectives.build(config)
-    return restore_ema(workdir, sharding.abstract(mesh, lambda: objective.init(jax.random.key(config.seed))), step)
+    weights = sharding.abstract(mesh, lambda: objective.sampled(objective.init(jax.random.key(config.seed))))
+    return restore_ema(workdir, weights, step)
 
 
 def sample_images(

@@ -1,4 +1,4 @@
-"""The form of an objective."""
+"""The form of an objective, and of a term that is added to one."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -6,18 +6,54 @@ from typing import Any, NamedTuple
 from jax import Array
 
 
+def nothing(key: Array) -> Any:
+    """No networks."""
+    return ()
+
+
 class Objective(NamedTuple):
-    """What is minimised, and how its model is sampled. Every entry is a pure function.
+    """What is minimised, and how its model is sampled. Every entry but `load_frozen` is a pure function.
 
     Attributes:
-      init: key -> initial parameters, with their logical axes (linen boxes).
-      draw: (key, batch) -> the batch with all that is random in a loss: noises, times, dropped conditions. The samples
-        stay on the leading axis of every array, so that the result can be cut into microbatches.
+      init: key -> initial parameters, with their logical axes (linen boxes): a dictionary.
+      draw: (key, step, frozen, batch) -> the batch with all that is random in a loss: noises, times, dropped
+        conditions; and with what the frozen networks make of it. The samples stay on the leading axis of every array,
+        so that the result can be cut into microbatches.
       loss: (params, drawn batch) -> (mean loss, float32 scalar; further metrics, scalars by name).
       sample: (params, x0 `[B, H, W, C]` N(0, 1), keys `[B]`, condition) -> x1 `[B, H, W, C]` float32.
+      helpers: entries of the parameters that only the loss needs. They are trained, but neither averaged nor sampled.
+      init_frozen, load_frozen: networks that are not trained, as those of `training.algorithm.Algorithm`.
     """
 
-    init: Callable[[Array], Any]
-    draw: Callable[[Array, dict], dict]
-    loss: Callable[[Any, dict], tuple[Array, dict[str, Array]]]
-    sample: Callable[[Any, Array, Array, dict], Array]
+    init: Callable[[Array], dict]
+    draw: Callable[[Array, Array, Any, dict], dict]
+    loss: Callable[[dict, dict], tuple[Array, dict[str, Array]]]
+    sample: Callable[[dict, Array, Array, dict], Array]
+    helpers: tuple[str, ...] = ()
+    init_frozen: Callable[[Array], Any] = nothing
+    load_frozen: Callable[[Any], Any] | None = None
+
+    def sampled(self, params: dict) -> dict:
+        """The parameters that `sample` needs."""
+        return {name: value for name, value in params.items() if name not in self.helpers}
+
+
+class HiddenTerm(NamedTuple):
+    """A term of a loss that looks at states within the model.
+
+    Attributes:
+      name: of its parameters among those of the model, and of its metrics.
+      blocks: the states it looks at, as `hidden_at` of a model.
+      init: key -> its own parameters, with their logical axes; {} if it has none.
+      draw: (step, frozen, batch) -> what it compares the states with: arrays, samples on the leading axis.
+      loss: (its parameters, states, drawn) -> (weighted mean, float32 scalar; metrics, scalars by name).
+      init_frozen, load_frozen: networks that are not trained, as those of `Objective`.
+    """
+
+    name: str
+    blocks: tuple[int, ...]
+    init: Callable[[Array], dict]
+    draw: Callable[[Array, Any, dict], dict]
+    loss: Callable[[dict, tuple[Array, ...], dict], tuple[Array, dict[str, Array]]]
+    init_frozen: Callable[[Array], Any] = nothing
+    load_frozen: Callable[[Any], Any] | None = None

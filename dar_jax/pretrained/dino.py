@@ -23,6 +23,19 @@ EPSILON = {2: 1e-6, 3: 1e-5}  # of LayerNorm, by version
 ROPE_BASE = 100.0
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet's pixels in [0, 1]
 
+_S, _B, _L = (
+    {"hidden_size": size, "depth": depth, "num_heads": size // HEAD_SIZE}
+    for size, depth in ((384, 12), (768, 12), (1024, 24))
+)
+_V2 = {"version": 2, "patch_size": 14, "table_size": 37}
+_V3 = {"version": 3, "patch_size": 16, "table_size": 0, "num_registers": 4}
+# The fields of `Dino` by the published sizes.
+SIZES = {
+    **{f"dinov2_{name}": {**_V2, **size, "num_registers": 0} for name, size in (("s", _S), ("b", _B), ("l", _L))},
+    **{f"dinov2_{name}_reg": {**_V2, **size, "num_registers": 4} for name, size in (("s", _S), ("b", _B), ("l", _L))},
+    **{f"dinov3_{name}": {**_V3, **size} for name, size in (("s", _S), ("b", _B))},
+}
+
 
 class Dino(nn.Module):
     """Images float32 `[B, H, W, 3]`, normalised as by `preprocess` -> patch tokens float32 `[B, T, hidden_size]`.

@@ -5,9 +5,7 @@ from typing import Any, NamedTuple
 
 from jax import Array
 
-
-def _nothing(key: Array) -> Any:
-    return ()
+from dar_jax.objectives.objective import nothing
 
 
 class Algorithm(NamedTuple):
@@ -33,5 +31,5 @@ class Algorithm(NamedTuple):
     init: Callable[[Array], Any]
     step: Callable[[Any, Any, dict], tuple[Any, dict[str, Array]]]
     sample: Callable[[Any, Array, Array, dict], Array]
-    init_frozen: Callable[[Array], Any] = _nothing
+    init_frozen: Callable[[Array], Any] = nothing
     load_frozen: Callable[[Any], Any] | None = None

@@ -33,23 +33,27 @@ def build(config: ConfigDict, objective: Objective) -> Algorithm:
     """Minimises `objective` with the optimizer of `config.optimizer`, in the microbatches of `config.train`.
 
     The metrics are those of the objective with "loss" (mean over the batch), "grad_norm" (before clipping) and
-    "param_norm" (of the new weights, which overflows before they do). Randomness follows from config.seed and the step.
+    "param_norm" (of the new weights, which overflows before they do); for every helper of the objective "grad_norm_"
+    and its name. Randomness follows from config.seed and the step.
     """
     optimizer = make_optimizer(config.optimizer, config.train.num_steps)
     seed, num_micro, decay = config.seed, config.train.accumulate_steps, config.optimizer.ema_decay
 
     def init(key: Array) -> TrainState:
         params = objective.init(key)
-        ema = jax.tree.map(jnp.copy, params)  # a copy, because the step donates the state and no buffer twice
+        ema = jax.tree.map(
+            jnp.copy, objective.sampled(params)
+        )  # a copy, because the step donates the state and no buffer twice
         return TrainState(jnp.int32(0), params, ema, optimizer.init(params))
 
     def step(state: TrainState, frozen: tuple, batch: dict) -> tuple[TrainState, dict]:
-        drawn = objective.draw(jax.random.fold_in(jax.random.key(seed), state.step), batch)
+        drawn = objective.draw(jax.random.fold_in(jax.random.key(seed), state.step), state.step, frozen, batch)
         metrics, grads = value_and_grad(objective.loss, state.params, drawn, num_micro)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        ema = averaged(state.ema, params, decay)
+        ema = averaged(state.ema, objective.sampled(params), decay)
         metrics |= {"grad_norm": optax.global_norm(grads), "param_norm": optax.global_norm(params)}
+        metrics |= {f"grad_norm_{name}": optax.global_norm(grads[name]) for name in objective.helpers if name in grads}
         return TrainState(state.step + 1, params, ema, opt_state), metrics
 
-    return Algorithm(init, step, objective.sample)
+    return Algorithm(init, step, objective.sample, objective.init_frozen, objective.load_frozen)

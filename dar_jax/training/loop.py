@@ -31,6 +31,7 @@ from dar_jax.evaluation.in_training import InlineEvaluation, is_due, is_evaluati
 from dar_jax.lock import Lock
 from dar_jax.logs import Logs, say
 from dar_jax.models.flops import forward_flops
+from dar_jax.objectives import repa
 from dar_jax.training.init_from import check_init_from, restore_initial
 from dar_jax.training.setup import Setup, build_algorithm, set_up
 
@@ -68,6 +69,7 @@ def train(config: ConfigDict, workdir: str, profile_steps: int = 0) -> None:
         with open_batches(config, mesh, batch_size=config.train.batch_size, first_step=first_step) as batches:
             if config.init_from and latest is None:
                 check_init_from(config)
+            repa.check_files(config)
             claim_workdir(workdir, config)
             with closing(Checkpoints(workdir, config.checkpoint.keep)) as checkpoints:
                 run = set_up(config, build_algorithm(config), mesh)
@@ -93,9 +95,9 @@ def _first_state(config: ConfigDict, workdir: str, mesh: Mesh, run: Setup, check
         return state
     state = run.init()
     if config.init_from:
-        params = restore_initial(config, run.state.params, mesh)
+        ema = restore_initial(config, run.state.ema, mesh)
         # A copy, because the step donates the state and no buffer twice.
-        state = state.replace(params=params, ema=jax.tree.map(jnp.copy, params))
+        state = state.replace(params={**state.params, **jax.tree.map(jnp.copy, ema)}, ema=ema)
     _describe(state.params)
     return state
 

@@ -69,7 +69,7 @@ def build(config):
         )
 
     def step(state, frozen, batch):
-        drawn = objective.draw(jax.random.fold_in(jax.random.key(config.seed), state.step), batch)
+        drawn = objective.draw(jax.random.fold_in(jax.random.key(config.seed), state.step), state.step, (), batch)
         x_t = drawn["t"][:, None, None, None] * drawn["x1"]
 
         def distances(params):
