@@ -4,8 +4,9 @@
     python -m dar_jax.main --config=configs/fashion_mnist.py --workdir=runs/fashion
 
 The package is Debian's. On other systems, point --config.data.path at the directory of the four idx files. The variants
-are residual, static, static_t (the default) and dynamic. A patch is 7x7 pixels, and an image is 16 tokens. Nobody has
-run this config to the end yet, so its cost and its result are not measured.
+are residual, static, static_t (the default) and dynamic; :residual+repa and :static_t+repa align a state with
+histograms of oriented gradients (docs/repa.md). A patch is 7x7 pixels, and an image is 16 tokens. Nobody has run this
+config to the end yet, so its cost and its result are not measured.
 """
 
 from dar_jax import config as config_lib
@@ -20,6 +21,6 @@ def get_config(variant=None):
     config.train.update(num_steps=3000, batch_size=64, log_every_steps=50)
     config.optimizer.update(learning_rate=1e-3, warmup_steps=200, schedule="cosine", ema_decay=0.998)
     config.sampler.update(method="heun", num_steps=20, cfg_scale=1.5)
-    config.eval.update(every_steps=500, num_samples=512, final_samples=512, batch_size=256)
+    config.eval.update(every_steps=500, num_samples=512, final_samples=512, batch_size=256, loss_images=1024)
     config.checkpoint.every_steps = 500
-    return config_lib.route(config, variant)
+    return config_lib.route(config, variant, repa={"repa.target": "hog", "repa.block": 4, "repa.later_block": 8})

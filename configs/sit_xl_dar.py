@@ -4,7 +4,8 @@
 
 The recipe has batch 1024. The variants are residual, static, static_t (the default) and dynamic, all with chunks of 4
 sublayers ("c4"). After an @ comes the hardware, which sets config.mesh: v4, v5e, v5p or v6e (TPU slices), or gpu8
-(hosts of 8 GPUs).
+(hosts of 8 GPUs). A +repa, as in static_t+repa@v5e, adds REPA's alignment with DINOv2-B: the latents must have been
+prepared with --keep_images, and dinov2_b must hold the weights (docs/repa.md).
 
 The paper reports FID 7.56 for static_t (ODE, 600K steps, no guidance), at 0.59 s a step on its H20 GPUs. It reports
 9.67 for the residual SiT at 1.75M steps. Nothing is measured here: no TPU and no GPU has run this config.
@@ -28,4 +29,6 @@ def get_config(variant=None):
     config.sampler.update(method="heun", num_steps=125, cfg_scale=1.0)
     config.eval.update(every_steps=10_000, num_samples=0, grid_size=8, batch_size=64)
     config.checkpoint.update(every_steps=10_000, keep=3)
-    return config_lib.route(config, variant)
+    repa = {"repa.target": "encoder", "repa.encoder": "dinov2_b", "repa.weights": "dinov2_b", "repa.block": 8}
+    repa |= {"optimizer.clip_norm": 1.0, "model.routing.final": "shared"}
+    return config_lib.route(config, variant, repa=repa)

@@ -4,7 +4,7 @@ A config with a key that is not here is an error that names the near miss. Which
 fields suit each other, is checked by the package that reads them, and by `dar_jax.validate` for all of them.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
@@ -150,6 +150,9 @@ def schema() -> ConfigDict:
     evaluation.every_steps = Number(0, "[0, inf)")  # grid and metrics of the EMA, after saving a checkpoint; 0 = off
     evaluation.num_samples = Number(10_000, "[0, inf)")  # for the metrics; 0 = grid only
     evaluation.final_samples = Number(50_000, "[0, inf)")  # the last step's metrics once more, if this is more
+    evaluation.loss_images = Number(
+        0, "[0, inf)"
+    )  # of data.eval_split, for val_loss at fixed noises and times; 0 = off
     evaluation.batch_size = Number(250, "[1, inf)")  # samples at a time over all devices, rounded up to even shares
     evaluation.grid_size = Number(10, "[1, 1000]")  # rows = columns of the grid
     evaluation.labels = "balanced"  # balanced (sample i is of class i % num_classes) | random
@@ -171,11 +174,19 @@ def schema() -> ConfigDict:
     return config
 
 
-def route(config: ConfigDict, variant: str | None) -> ConfigDict:
-    """Sets what a config argument names, routing and hardware (`configs/x.py:static_t@v5e`), alike in all configs."""
+def route(config: ConfigDict, variant: str | None, **additions: dict[str, Any]) -> ConfigDict:
+    """Sets what a config argument names, routing, additions and hardware, alike in all configs.
+
+    `configs/x.py:static_t+repa@v5e` is static_t, the fields that `additions` has for "repa", as {"repa.block": 8}, and
+    the mesh of a v5e. Names may be left out: `+repa` is static_t with REPA.
+    """
     variant, _, hardware = (variant or "").partition("@")
+    variant, *names = variant.split("+")
     variant = variant or "static_t"
     check_choice("config variant", variant, VARIANTS)
+    for name in names:
+        check_choice("addition to the config variant", name, additions)
+        config.update_from_flattened_dict(additions[name])
     if hardware:
         check_choice("hardware of the config variant", hardware, MESHES)
         config.mesh.update(MESHES[hardware])

@@ -1,4 +1,4 @@
-"""Evaluation inside a run: a sample grid of the EMA, and its distance from the reference."""
+"""Evaluation inside a run: a sample grid of the EMA, its distance from the reference, and the loss on held-out data."""
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -17,11 +17,13 @@ from dar_jax.evaluation.features import Features, convnet_features, extract_all,
 from dar_jax.evaluation.grid import save_grid
 from dar_jax.evaluation.metrics import Collector, load_reference, score, warn_if_few
 from dar_jax.evaluation.sampling import make_sampler, sample_images
+from dar_jax.evaluation.validation import ValidationLoss
 from dar_jax.logs import read_metrics, say
 from dar_jax.pretrained.inception import how_to_get
 
 REPORT_SECONDS = 15  # between two lines that say how many samples are drawn
 DISTANCES = ("fid", "fd_")  # how the first name of `metrics.score` begins
+VALIDATION = "val_loss"  # how the names of the losses on held-out data begin
 MAX_TRAINING_IMAGES = 20_000  # for the convnet, which learns in seconds
 
 
@@ -54,8 +56,8 @@ def is_due(config: ConfigDict, step: int) -> bool:
 
 
 def is_evaluation(line: dict[str, Any]) -> bool:
-    """Whether a line of metrics.jsonl is that of an evaluation: it has a Frechet distance, or the step alone."""
-    return set(line) == {"step"} or any(name.startswith(DISTANCES) for name in line)
+    """Whether a line of metrics.jsonl is that of an evaluation: it has a score of it, or the step alone."""
+    return set(line) == {"step"} or any(name.startswith((*DISTANCES, VALIDATION)) for name in line)
 
 
 def unfinished(config: ConfigDict, workdir: str, steps: Sequence[int]) -> list[int]:
@@ -110,12 +112,15 @@ class InlineEvaluation:
             self.features = load_features(config, mesh, workdir, log)
             self.reference = load_reference(config, self.features, mesh)
             warn_if_few(self.reference, config.eval.num_samples, log)
+        self.validation = ValidationLoss(config, mesh) if config.eval.loss_images else None
 
-    def run(self, ema: dict, step: int) -> dict[str, float]:
+    def run(self, ema: dict, step: int, params: dict | None = None) -> dict[str, float]:
         """Writes samples/<step>.png and returns the scores of `metrics.score`, {} when num_samples is 0.
 
-        At the last step those of `config.eval.final_samples` follow, if they are more: {..., "fid_50000": ...}. The
-        first grid_size^2 samples are the grid, row by row.
+        At the last step those of `config.eval.final_samples` follow, if they are more: {..., "fid_50000": ...}. Then
+        come the losses on held-out data, if they are asked for: "val_loss" of the EMA, by time as "val_loss/t0.05", and
+        "val_loss_raw" of the weights `params` that are averaged, if given. The first grid_size^2 samples are the grid,
+        row by row.
         """
         settings, sizes = self.config.eval, _sizes(self.config, step)
         grid_images = settings.grid_size**2
@@ -139,7 +144,17 @@ class InlineEvaluation:
         if jax.process_index() == 0:
             path = self.workdir / "samples" / f"{step:08d}.png"
             save_grid(path, np.concatenate(grid), columns=settings.grid_size)
-        return scores
+        return scores | self._validate(ema, params)
+
+    def _validate(self, ema: dict, params: dict | None) -> dict[str, float]:
+        if self.validation is None:
+            return {}
+        mean, by_bucket = self.validation.run(ema)
+        found = {VALIDATION: mean}
+        if params is not None:
+            found[f"{VALIDATION}_raw"] = self.validation.run(params)[0]
+        times = (np.arange(len(by_bucket)) + 0.5) / len(by_bucket)
+        return found | {f"{VALIDATION}/t{t:.2f}": float(loss) for t, loss in zip(times, by_bucket, strict=True)}
 
 
 def _split_at(batches: Iterable[np.ndarray], stops: Sequence[int]) -> Iterator[np.ndarray]:

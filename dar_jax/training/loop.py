@@ -132,11 +132,14 @@ def _make_up(steps: list[int], run: Setup, state: Any, hooks: _Hooks) -> None:
     for step in steps:
         say(f"making up for the evaluation of step {step}, which did not finish")
         try:
-            ema = state.ema if step == state.step else restore_ema(hooks.workdir, run.state.ema, step)[0]
+            if step == state.step:
+                ema, params = state.ema, state.params
+            else:
+                ema, params = restore_ema(hooks.workdir, run.state.ema, step)[0], None
         except UserError as error:
             say(f"it cannot be made up for: {error}")
             continue
-        _evaluate(hooks, ema, step)
+        _evaluate(hooks, ema, step, params)
 
 
 def _loop(config: ConfigDict, run: Setup, state: Any, batches, hooks: _Hooks, stop: "_StopSignal", lock: Lock) -> None:
@@ -159,7 +162,7 @@ def _loop(config: ConfigDict, run: Setup, state: Any, batches, hooks: _Hooks, st
             hooks.logs.flush()  # first, so that no metrics are missing before a checkpoint
             hooks.checkpoints.save(state, step)
             if evaluate:
-                _evaluate(hooks, state.ema, step)
+                _evaluate(hooks, state.ema, step, state.params)
             hooks.logs.start_window(step)
     hooks.metrics.settle()
     hooks.profile.stop()
@@ -170,13 +173,16 @@ def _loop(config: ConfigDict, run: Setup, state: Any, batches, hooks: _Hooks, st
         say(f"stopped by a signal at step {step}, saved; the same command goes on from here")
 
 
-def _evaluate(hooks: _Hooks, ema: Any, step: int) -> None:
-    scores = hooks.evaluation.run(ema, step)
+def _evaluate(hooks: _Hooks, ema: Any, step: int, params: Any) -> None:
+    scores = hooks.evaluation.run(ema, step, params)
     if scores:
         hooks.checkpoints.note_score(step, *next(iter(scores.items())))
     hooks.logs.drop(lambda line: line["step"] == step and is_evaluation(line))
     hooks.logs.write(step, scores)  # last, because it says that the evaluation is finished
-    say(f"step {step}: {hooks.workdir}/samples/{step:08d}.png  " + _format(scores))
+    say(
+        f"step {step}: {hooks.workdir}/samples/{step:08d}.png  "
+        + _format({k: v for k, v in scores.items() if "/" not in k})
+    )
 
 
 class _Metrics:
