@@ -1,6 +1,7 @@
 """The image encoders compute what transformers computes, know every form of the published weights, and keep them."""
 
 import json
+import re
 import subprocess
 import sys
 
@@ -50,7 +51,7 @@ def check_equals_transformers(kind, reference, x):
     actual, expected = apply(model, encoder.params, x), torch_dino.tokens(reference, x)
     assert actual.shape == expected.shape and actual.dtype == np.float32
     print("relative error:", error := relative(actual, expected))
-    assert error < 1e-4 and expected.std() > 0.1
+    assert error < 2e-5 and expected.std() > 0.1
     assert np.std(expected, axis=1).mean() > 0.1  # the tokens differ
 
 
@@ -76,13 +77,25 @@ def test_tokens_of_other_grids_equal_transformers(kind, height, width):
 
 
 @pytest.mark.parametrize("kind", ALL)
+def test_tokens_of_faint_activations_equal_transformers(kind):
+    """Where LayerNorm's epsilon, which differs between the versions, is as large as the variance."""
+    reference = small(kind)
+    with torch.no_grad():
+        for name, parameter in reference.named_parameters():
+            if "embeddings" in name or "lambda" in name:
+                parameter *= 1e-3
+    check_equals_transformers(kind, reference, images(2, 112, 112))
+
+
+@pytest.mark.parametrize("kind", ALL)
 def test_all_names_are_the_same_weights(kind):
     reference = small(kind)
     first = weights_lib.from_torch(torch_dino.published(reference))
     meta = torch_dino.meta(reference)
     assert ("blocks.2.attn.qkv.bias_mask" in meta) == ("storage_tokens" in meta) == (kind == "dinov3")
     arrays = {name: tensor.float().numpy() for name, tensor in meta.items()}
-    for names in (reference.state_dict(), meta, torch_dino.chunked(meta), arrays):
+    bare = {name: tensor for name, tensor in meta.items() if not re.search("mask|periods", name)}
+    for names in (reference.state_dict(), meta, torch_dino.chunked(meta), arrays, bare):
         other = weights_lib.from_torch(names)
         assert other.model == first.model and other.fingerprint == first.fingerprint
         jax.tree.map(np.testing.assert_array_equal, other.params, first.params)
@@ -212,7 +225,7 @@ def test_features_are_tokens_of_resized_images(kind):
     expected = torch_dino.tokens(reference, resized)
     actual = jax.jit(dino.features, static_argnums=(0, 3))(encoder.model, encoder.params, x, grid)
     assert actual.shape == (2, 16, 128)
-    assert relative(actual, expected) < 1e-4
+    assert relative(actual, expected) < 2e-5
 
 
 @pytest.mark.parametrize("kind", ALL)
