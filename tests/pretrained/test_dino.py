@@ -254,6 +254,14 @@ def test_float32_is_multiplied_at_full_precision():
     assert products(jnp.bfloat16) == (9, 2)
 
 
+def test_softmax_and_statistics_are_float32_in_bfloat16():
+    encoder = weights_lib.from_torch(torch_dino.published(small("dinov3")))
+    model = encoder.model.clone(dtype=jnp.bfloat16)
+    text = str(jax.make_jaxpr(lambda x: model.apply({"params": encoder.params}, x))(images(1, 32, 32)))
+    dtypes = re.findall(r":(\w+)\[[\d,]*\] = (exp|rsqrt) ", text)
+    assert sorted(dtypes) == [("f32", "exp")] + 3 * [("f32", "rsqrt")]
+
+
 def convert(kind, weights, out):
     command = [sys.executable, "-m", "dar_jax.convert", f"--kind={kind}", f"--input={weights}", f"--output={out}"]
     return subprocess.run(command, capture_output=True, text=True)
