@@ -23,8 +23,7 @@ ROPE_BASE = 100.0
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet's pixels in [0, 1]
 
 _S, _B, _L = (
-    {"hidden_size": size, "depth": depth, "num_heads": size // HEAD_SIZE}
-    for size, depth in ((384, 12), (768, 12), (1024, 24))
+    {"hidden_size": size, "depth": depth, "num_heads": size // 64} for size, depth in ((384, 12), (768, 12), (1024, 24))
 )
 _V2 = {"version": 2, "patch_size": 14, "table_size": 37}
 _V3 = {"version": 3, "patch_size": 16, "table_size": 0, "num_registers": 4}
