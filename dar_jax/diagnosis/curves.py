@@ -27,12 +27,16 @@ class InlineDiagnosis:
         self.mask = source_mask(model.depth, model.layout)
 
     def run(self, params: dict) -> dict[str, float]:
-        """Returns forward_rms, backward_rms and similarity by block, as "forward_rms/01", and of a routed model the
-        entropy of each reader with a choice, relative to uniform weights, as "routing_entropy/02"."""
+        """Returns forward_rms, backward_rms, similarity and, if there is one, alignment by block, as "forward_rms/01".
+
+        Of a routed model also the entropy of each reader with a choice, relative to uniform weights, as
+        "routing_entropy/02".
+        """
         found = averages(jax.device_get(self.measure(params, self.batch, self.t)))
         scalars = {
             f"{name}/{k:02d}": float(value)
-            for name in ("forward_rms", "backward_rms", "similarity")
+            for name in ("forward_rms", "backward_rms", "similarity", "alignment")
+            if name in found
             for k, value in enumerate(found[name], start=1)
         }
         if "entropy" in found:

@@ -34,6 +34,7 @@ CURVES = (
     ("forward_rms", "RMS of the state $z_k$", True),
     ("backward_rms", "RMS of $\\partial$Loss/$\\partial z_k$", True),
     ("similarity", "cosine of $z_k$ and $z_{k+1}$", False),
+    ("alignment", "CKA of $z_k$ and the target", False),
 )
 
 
@@ -74,7 +75,8 @@ def draw(results: Sequence[dict], folder: files.Path) -> list[Figure]:
         "curves",
         "Magnitude, gradient and similarity by depth",
         "z_k is what block k hands on. Lines: over all times (root mean square; mean of cosines). Shaded: the range "
-        "over the times. Loss is the velocity MSE of one example.",
+        "over the times. Loss is the velocity MSE of one example. The target, if there is one, is that of config.repa: "
+        "its linear CKA with a state over the tokens of an image is 1 where both see the same tokens as alike.",
         None,
         lambda: _curves(results, names),
     )
@@ -89,7 +91,7 @@ def draw(results: Sequence[dict], folder: files.Path) -> list[Figure]:
     for owner, result in enumerate(results):
         save(
             "by_time",
-            "The three curves at single times",
+            "These curves at single times",
             "t = 0 is noise, t = 1 data.",
             owner,
             lambda: _by_time(result),  # noqa: B023
@@ -164,8 +166,9 @@ def _with_legend(canvas: Canvas, ax: Axes) -> Canvas:
 
 
 def _curves(results, names) -> Canvas:
+    chosen = [curve for curve in CURVES if all(curve[0] in result for result in results)]
     canvas = Canvas(figsize=(WIDTH, 2.3))
-    for ax, (name, y, is_log) in zip(canvas.subplots(1, 3), CURVES, strict=True):
+    for ax, (name, y, is_log) in zip(canvas.subplots(1, len(chosen)), chosen, strict=True):
         for i, (result, label) in enumerate(zip(results, names, strict=True)):
             blocks, line = np.arange(1, result[name].shape[1] + 1), _line(i, 0.7 * i)
             ax.plot(blocks, over_times(result, name), label=label, **line)
@@ -181,11 +184,12 @@ def _some_times(result: dict) -> np.ndarray:
 
 
 def _by_time(result) -> Canvas:
-    canvas, chosen = Canvas(figsize=(WIDTH, 2.3)), _some_times(result)
-    for ax, (name, y, is_log) in zip(canvas.subplots(1, 3), CURVES, strict=True):
-        for i, at in enumerate(chosen):
+    canvas, times = Canvas(figsize=(WIDTH, 2.3)), _some_times(result)
+    chosen = [curve for curve in CURVES if curve[0] in result]
+    for ax, (name, y, is_log) in zip(canvas.subplots(1, len(chosen)), chosen, strict=True):
+        for i, at in enumerate(times):
             curve = result[name][at]
-            line = _line(i, 0.9 * i / len(chosen))
+            line = _line(i, 0.9 * i / len(times))
             ax.plot(np.arange(1, len(curve) + 1), curve, label=f"$t$ = {result['timesteps'][at]:.2g}", **line)
         _block_axis(ax, y, is_log)
     return _with_legend(canvas, ax)

@@ -1,7 +1,7 @@
 """Batches of pairs of an image and a noise that stay the same for every timestep, checkpoint and batch size."""
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import jax
@@ -11,7 +11,11 @@ from jax import Array
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from dar_jax.data.feed import open_batches
+from dar_jax.data.feed import image_size, open_batches
+from dar_jax.data.sources import open_source
+from dar_jax.errors import UserError
+from dar_jax.logs import say
+from dar_jax.objectives import repa
 
 
 class Pairs(NamedTuple):
@@ -38,10 +42,12 @@ def batches(config: ConfigDict, chosen: Pairs, mesh: Mesh) -> Iterator[dict[str,
 
     Yields:
       Batches as in `data.feed` with "index" int32 [B], the pair's number, from which its noise follows, and "weight"
-      float32 [B], 1, or 0 for filling.
+      float32 [B], 1, or 0 for filling. If the model is aligned with features of the images (config.repa), they are
+      "target" [B, T, F]; a line says so if they cannot be had.
     """
     config = config.copy_and_resolve_references()
     config.data.update(train_split=chosen.split, flip=False, verify=False)
+    features = _features(config, mesh)
 
     def extra(step: int, rows: np.ndarray) -> dict[str, np.ndarray]:
         index = (step * chosen.batch_size + rows).astype(np.int32)
@@ -49,7 +55,20 @@ def batches(config: ConfigDict, chosen: Pairs, mesh: Mesh) -> Iterator[dict[str,
 
     count = -(-chosen.num_images // chosen.batch_size)
     with open_batches(config, mesh, batch_size=chosen.batch_size, extra=extra) as endless:
-        yield from itertools.islice(endless, count)
+        for batch in itertools.islice(endless, count):
+            yield {**batch, "target": features(batch)} if features else batch
+
+
+def _features(config: ConfigDict, mesh: Mesh) -> Callable[[dict], Array] | None:
+    """`repa.make_features`; without weights or images the alignment is taken out of `config`."""
+    try:
+        if repa.needs_images(config) and config.data.source == "latents":
+            open_source(config.data, config.data.train_split).check_images(image_size(config))
+        return repa.make_features(config, mesh)
+    except UserError as error:
+        say(f"the alignment is not measured: {error}")
+        config.repa.target = "none"
+        return None
 
 
 def noise(seed: int, index: Array, shape: tuple[int, ...]) -> Array:

@@ -46,6 +46,7 @@ def make_measure(config: ConfigDict, model: SiT) -> Callable[[dict, dict, Array]
       count, loss: []
       forward_rms, backward_rms: [depth], squares of z_k and of dLoss/dz_k, means over tokens and features
       similarity: [depth - 1], cos(z_k, z_(k+1)), means over tokens
+      alignment, if the batch has a "target": [depth], `token_alignment` of z_k with it
       routed: weights [A, A], of source i for reader l, and entropy [A] of a reader's weights in nats, means over
         tokens
       residual: gate_gradient and gate_gradient_abs [A, A]: dLoss/dg of a gate g = 1 in front of source i where
@@ -92,6 +93,8 @@ def make_measure(config: ConfigDict, model: SiT) -> Callable[[dict, dict, Array]
             "backward_rms": total(jnp.mean(jnp.square(d_z), axis=(-2, -1))),
             "similarity": total(jnp.mean(cosines, axis=-1)),
         }
+        if "target" in batch:
+            sums["alignment"] = total(jax.vmap(token_alignment, (0, None))(z, _wide(batch["target"])))
         if reads.weights is None:
             # h_l is linear in its gates: the derivative is that with respect to h_l times the source.
             gates = jnp.einsum("lbtd,ibtd->lib", d_reads, outputs)
@@ -110,6 +113,18 @@ def make_measure(config: ConfigDict, model: SiT) -> Callable[[dict, dict, Array]
         return sums, features
 
     return measure
+
+
+def token_alignment(a: Array, b: Array) -> Array:
+    """Whether two sets of features see the same tokens as alike: `[B, T, D]` and `[B, T, F]` -> `[B]` in 0 to 1.
+
+    Linear CKA over the tokens of an image (Kornblith et al. 2019, arXiv:1905.00414), which needs no trained map between
+    the two. Zero where one is the same for all tokens.
+    """
+    a, b = (x - jnp.mean(x, axis=1, keepdims=True) for x in (a, b))
+    a, b = (jnp.einsum("btd,bsd->bts", x, x) for x in (a, b))
+    norms = jnp.linalg.norm(a, axis=(1, 2)) * jnp.linalg.norm(b, axis=(1, 2))
+    return jnp.sum(a * b, axis=(1, 2)) / jnp.maximum(norms, jnp.finfo(norms.dtype).tiny)
 
 
 def _wide(x: Array) -> Array:
@@ -151,9 +166,9 @@ def relative_entropy(entropy: np.ndarray, mask: np.ndarray) -> np.ndarray:
 
 
 def over_times(result: dict, name: str) -> np.ndarray:
-    """A curve [times, depth] over all times: the root mean square of an RMS, the mean of the similarity."""
+    """A curve [times, depth] over all times: the root mean square of an RMS, the mean of what else there is."""
     curve = result[name]
-    return curve.mean(axis=0) if name == "similarity" else np.sqrt(np.square(curve).mean(axis=0))
+    return np.sqrt(np.square(curve).mean(axis=0)) if name.endswith("_rms") else curve.mean(axis=0)
 
 
 def summary(result: dict) -> dict[str, float]:

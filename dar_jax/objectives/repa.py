@@ -16,8 +16,10 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from dar_jax import sharding
 from dar_jax.errors import UserError, check_choice, require
 from dar_jax.models import layers, numerics
 from dar_jax.objectives.hog import WIDTH, hog, neighbourhood
@@ -139,6 +141,19 @@ def _images(batch: dict) -> Array:
 def needs_images(config: ConfigDict) -> bool:
     """Whether a batch of the run must hold the images of its latents, uint8 `[B, S, S, 3]`, as "image"."""
     return config.repa.target in ("encoder", "hog") and config.model.space == "latents"
+
+
+def make_features(config: ConfigDict, mesh: Mesh) -> Callable[[dict], Array] | None:
+    """Returns batch -> the features `[B, T, F]` that a state of the model is aligned with.
+
+    None if there is no alignment, or one with a state of the model. Raises UserError as `check_files`.
+    """
+    target = TARGETS.get(config.repa.target, _later_block)(config, config.model.input_size // config.model.patch_size)
+    if target.features is None:
+        return None
+    abstract = sharding.abstract(mesh, lambda: target.init_frozen(jax.random.key(0)))
+    frozen, features = target.load_frozen(abstract) if target.load_frozen else (), jax.jit(target.features)
+    return lambda batch: features(frozen, batch)
 
 
 def build(config: ConfigDict, model: nn.Module) -> HiddenTerm:

@@ -61,10 +61,10 @@ def test_loss_and_gradients_equal_pytorch(case):
     to_torch = lambda x: torch.tensor(np.asarray(x))  # noqa: E731
     leaves = jax.tree.map(lambda p: to_torch(p).requires_grad_(), params)
     inputs = {name: to_torch(drawn[name]) for name in ("x1", "x0", "t")}
-    inputs["constants"] = {"frequencies": to_torch(frequencies), "positions": to_torch(position_table(4, 8)).double()}
+    inputs["constants"] = {"frequencies": to_torch(frequencies), "positions": to_torch(position_table(4, 8))}
     inputs["label"] = to_torch(drawn["condition"]["label"]).long()
     target = to_torch(drawn["repa"]["target"]).double() if "target" in drawn["repa"] else None
-    expected, flow, error = torch_repa.loss(leaves, config, inputs, target)
+    expected, flow, error = torch_repa.loss(leaves, config, models.build(config.model).layout, inputs, target)
     expected.backward()
     for found, wanted in ((value, expected), (metrics["loss_flow"], flow), (metrics["loss_repa"], error)):
         assert found == pytest.approx(wanted.item(), rel=1e-10)

@@ -38,15 +38,19 @@ def routed_reads(params, layout, query, num_heads, v_0, condition, e_t):
     return states, weights
 
 
-def embed(params, model, x, t, y):
-    """v_0 [B, T, D], the condition and e(t) [B, D] of x [B, H, W, C]."""
-    angle = t[:, None] * 10000.0 ** (-torch.arange(128, dtype=x.dtype) / 128)
+def embed(params, model, x, t, y, frequencies=None, positions=None):
+    """v_0 [B, T, D], the condition and e(t) [B, D] of x [B, H, W, C].
+
+    The frequencies of t and the table of positions may be given, because libraries round float32 differently.
+    """
+    frequencies = 10000.0 ** (-torch.arange(128, dtype=x.dtype) / 128) if frequencies is None else frequencies
+    angle = t[:, None] * frequencies
     features = torch.cat([angle.cos(), angle.sin()], dim=1)
     e_t = linear(F.silu(linear(features, params["timestep"]["dense_0"])), params["timestep"]["dense_1"])
     p, grid = model.patch_size, model.input_size // model.patch_size
     tokens = x.unflatten(2, (grid, p)).unflatten(1, (grid, p)).permute(0, 1, 3, 2, 4, 5).reshape(len(x), grid**2, -1)
-    position = torch_sit.position_embedding(grid, model.hidden_size).to(x.dtype)
-    return linear(tokens, params["patch"]) + position, e_t + params["label"]["table"][y], e_t
+    positions = torch_sit.position_embedding(grid, model.hidden_size) if positions is None else positions
+    return linear(tokens, params["patch"]) + positions.to(x.dtype), e_t + params["label"]["table"][y], e_t
 
 
 def head(params, model, h, condition):

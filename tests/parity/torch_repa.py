@@ -1,52 +1,23 @@
-"""A SiT with REPA in PyTorch, from parameters as linen holds them: the loss of one drawn batch. Linear path, velocity.
-
-Shares no code with dar_jax. The states are those that the first sublayer of a block reads.
-"""
+"""The loss of a SiT with REPA in PyTorch, on linen parameters. Linear path, velocity. Shares no code with dar_jax."""
 
 import torch
 import torch.nn.functional as F
 
-from tests.parity import torch_stack
-from tests.parity.torch_stack import linear, modulated_norm
+from tests.parity import torch_reads
+from tests.parity.torch_stack import linear
 
 
-def model(params, config, x_t, t, constants, label, blocks):
-    """The velocity `[B, H, W, C]` and the states behind `blocks`, each `[B, T, D]`.
-
-    The frequencies of the time and the table of positions are given, because libraries round them differently in
-    float32, in which they are computed.
-    """
-    heads, patch = config.num_heads, config.patch_size
-    angle = t[:, None] * constants["frequencies"]
-    features = torch.cat([angle.cos(), angle.sin()], dim=1)
-    e_t = linear(F.silu(linear(features, params["timestep"]["dense_0"])), params["timestep"]["dense_1"])
-    condition = e_t + params["label"]["table"][label]
-    b, h, w, c = x_t.shape
-    pixels = x_t.reshape(b, h // patch, patch, w // patch, patch, c).transpose(2, 3).reshape(b, -1, patch * patch * c)
-    x = linear(pixels, params["patch"]) + constants["positions"]
-    stack, reads = params["stack"], []
-    if config.routing.kind == "residual":
-        for k in range(config.depth):
-            reads += [x, None]
-            for sublayer in (1, 2):
-                x = x + torch_stack.sublayer(
-                    torch_stack.index(stack["steps"]["block_0"], k), x, condition, heads, sublayer
-                )
+def states(params, model, layout, x_t, t, label, constants):
+    """What every sublayer and the head read, and the prediction. `layout` is None for the residual model."""
+    v_0, condition, e_t = torch_reads.embed(params, model, x_t, t, label, **constants)
+    if layout is None:
+        gates = torch.ones(2 * model.depth + 1, 2 * model.depth + 1, dtype=x_t.dtype)
+        found, _ = torch_reads.residual_stack(params["stack"], model.depth, model.num_heads, v_0, condition, gates)
     else:
-        x, _, _ = torch_stack.routed_stack(
-            stack, _Layout(config), config.routing.query, heads, x, condition, e_t, lambda h: reads.append(h) or h
+        found, _ = torch_reads.routed_reads(
+            params["stack"], layout, model.routing.query, model.num_heads, v_0, condition, e_t
         )
-    shift, scale = linear(F.silu(condition), params["head"]["adaln"])[:, None].chunk(2, dim=-1)
-    out = linear(modulated_norm(x, shift, scale), params["head"]["dense"])
-    out = out.reshape(b, h // patch, w // patch, patch, patch, c).transpose(2, 3).reshape(b, h, w, c)
-    return out, [reads[2 * k] for k in blocks]
-
-
-class _Layout:
-    def __init__(self, config):
-        routing = config.routing
-        self.depth, self.chunk_size = config.depth, routing.chunk_size
-        self.summary, self.final = routing.summary, routing.final
+    return found, torch_reads.head(params, model, found[-1], condition)
 
 
 def project(params, x, grid):
@@ -60,16 +31,16 @@ def project(params, x, grid):
     return x
 
 
-def loss(params, config, drawn, target):
+def loss(params, config, layout, drawn, target):
     """Of config.repa, with `target` `[B, T, F]` for what is no state of the model; and its parts."""
     settings, t = config.repa, drawn["t"]
     x_t = t[:, None, None, None] * drawn["x1"] + (1 - t[:, None, None, None]) * drawn["x0"]
-    is_layer = settings.target == "later_block"
-    blocks = [settings.block, *([settings.later_block] if is_layer else [])]
-    velocity, states = model(params, config.model, x_t, t, drawn["constants"], drawn["label"], blocks)
-    grid = config.model.input_size // config.model.patch_size
-    projected = states[0] if is_layer else project(params["repa"], states[0], grid)
-    target = states[1].detach() if is_layer else target
+    read, velocity = states(params, config.model, layout, x_t, t, drawn["label"], drawn["constants"])
+    if settings.target == "later_block":
+        projected, target = read[2 * settings.block], read[2 * settings.later_block].detach()
+    else:
+        grid = config.model.input_size // config.model.patch_size
+        projected = project(params["repa"], read[2 * settings.block], grid)
     if settings.standardize:
         mean, std = target.mean(1, keepdim=True), target.std(1, keepdim=True)
         target = (target - settings.mean_share * mean) / (std + 1e-6)
