@@ -50,8 +50,8 @@ class Dino(nn.Module):
       patch_size: p.
       table_size: rows and columns of the table of positions; 0 for DINOv3, which has none.
       dtype: of activations and of the kernels that they are multiplied with; float32 is multiplied at full precision.
-      antialias: whether a table that shrinks is smoothed, as REPA and DINOv2 with registers do; DINOv2 without
-        registers does not, in its own code and in transformers.
+      antialias: whether a table that shrinks is smoothed, as REPA and DINOv2 with registers do it. Without registers,
+        transformers does not smooth it.
     """
 
     version: int

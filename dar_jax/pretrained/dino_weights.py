@@ -208,7 +208,7 @@ def _infer_model(state_dict: Mapping[str, Any], names: _Names) -> Dino:
         num_heads=size // HEAD_SIZE,
         num_registers=_shape(state_dict, names.registers, 3)[1] if has_registers else 0,
         patch_size=patch_size,
-        table_size=math.isqrt(_shape(state_dict, names.table, 3)[1] - 1) if names.version == 2 else 0,
+        table_size=max(1, math.isqrt(_shape(state_dict, names.table, 3)[1] - 1)) if names.version == 2 else 0,
     )
 
 
