@@ -31,10 +31,10 @@ def hog(images: Array, grid: int) -> Array:
     magnitude = jnp.hypot(rows, columns)
     place = jnp.arctan2(rows, columns) / jnp.pi * BINS - 0.5  # of the orientation among the centres of the bins
     lower = jnp.floor(place)
-    upper_share = place - lower
+    upper_share, lower = place - lower, lower.astype(jnp.int32) + BINS
     bins = jnp.arange(BINS)
-    at_lower = jnp.mod(lower, BINS)[..., None] == bins
-    at_upper = jnp.mod(lower + 1, BINS)[..., None] == bins
+    at_lower = (lower % BINS)[..., None] == bins
+    at_upper = ((lower + 1) % BINS)[..., None] == bins
     votes = magnitude[..., None] * (at_lower * (1 - upper_share)[..., None] + at_upper * upper_share[..., None])
 
     cells = votes.reshape(b, grid, height // grid, grid, width // grid, BINS).mean(axis=(2, 4))

@@ -1,4 +1,4 @@
-"""The alignment of states with the target of REPA, by depth: against NumPy, and what happens where there is no target."""
+"""How far states agree with the target of REPA, by depth: against NumPy, and where there is no target."""
 
 import jax
 import numpy as np
