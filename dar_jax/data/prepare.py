@@ -197,6 +197,8 @@ def _claim(directory: files.Path, settings: dict[str, Any]) -> None:
     """Notes what is prepared in `directory`, or raises UserError if that is something else."""
     manifest, notes = directory / "manifest.json", directory / "progress" / "settings.json"
     if not manifest.exists() and not notes.exists():
+        if (directory / "config.json").exists():
+            raise UserError(f'--out = "{directory}" is the workdir of a run; take another.')
         notes.parent.mkdir(parents=True, exist_ok=True)
         files.write_json(notes, files.seal(settings), indent=1)
     stored = files.read_json(manifest if manifest.exists() else notes, dict, "take another --out")

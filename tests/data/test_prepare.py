@@ -236,6 +236,15 @@ def test_another_command_cannot_go_on(tmp_path):
         prepare_folder(images, tmp_path / "images" / "train" / "class0" / "0000.png" / "out")
 
 
+def test_a_workdir_is_no_place_for_data(tmp_path):
+    write_folder(tmp_path / "images", 3)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.json").write_text("{}")
+    with pytest.raises(UserError, match="is the workdir of a run; take another"):
+        prepare_folder(tmp_path / "images", tmp_path / "run")
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["config.json"]
+
+
 def test_numbers_that_float16_cannot_hold(tmp_path):
     write_folder(tmp_path / "images", 3)
     vae = tiny_vae()
