@@ -1,6 +1,7 @@
 """What a run says: TensorBoard (clu), workdir/metrics.jsonl and a progress line."""
 
 import contextlib
+import itertools
 import json
 import os
 import sys
@@ -68,6 +69,15 @@ class Logs:
         if self.path is not None and self.path != written and written.exists():
             self.path.write_text(written.read_text())
         self.drop(lambda line: line["step"] > first_step)
+
+    def say_what_is_missing(self, first_step: int, every_steps: int) -> None:
+        """Says so if the last lines before `first_step` are gone, of a run that logs every `every_steps` steps."""
+        if self.path is None:
+            return
+        steps = [0, *(line["step"] for line in read_metrics(self.path.parent) if "loss" in line)]
+        widest = max((b - a for a, b in itertools.pairwise(steps)), default=0)
+        if first_step >= steps[-1] + max(widest, every_steps):
+            say(f"{self.path} is damaged: it has no lines of steps {steps[-1] + 1} to {first_step}")
 
     def start_window(self, step: int) -> None:
         """Starts the measurement of speed anew, after time that was not training."""

@@ -4,6 +4,8 @@ Any field of the config can be overridden: --config.train.num_steps=100. A workd
 from the latest one.
 """
 
+import contextlib
+import os
 import signal
 import sys
 
@@ -21,25 +23,34 @@ WORKDIR = flags.DEFINE_string("workdir", None, "Directory of checkpoints, sample
 
 def main(_):
     cli.require_flags(config=CONFIG.value, workdir=WORKDIR.value)
-    _listen(signal.SIGTERM, signal.SIGHUP)  # the imports take seconds, and only then does the loop listen
-    if runtime.start() == 1:  # with several processes, jax.distributed listens and tells all of them
-        _listen(signal.SIGTERM)
+    _listen(_end, signal.SIGTERM, signal.SIGHUP)  # the imports take seconds, and only then does the loop listen
+    alone = runtime.start() == 1  # with several processes, jax.distributed listens and tells all of them
+    if alone:
+        _listen(_end, signal.SIGTERM)
     from dar_jax.training.loop import train
     from dar_jax.validate import validate
 
+    _listen(_leave, signal.SIGHUP, *([signal.SIGTERM] if alone else []))
     validate(CONFIG.value)
     train(CONFIG.value, WORKDIR.value, PROFILE.value)
 
 
-def _listen(*signals):
+def _listen(handler, *signals):
     for number in signals:
         if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup does with SIGHUP
-            signal.signal(number, _stop)
+            signal.signal(number, handler)
 
 
-def _stop(*_):
+def _leave(*_):
     print("stopped by a signal before the first step; the same command starts again", flush=True)
     sys.exit(0)
+
+
+def _end(*_):
+    """Ends within an import, where an exception would come out as another one."""
+    with contextlib.suppress(SystemExit):
+        _leave()
+    os._exit(0)
 
 
 if __name__ == "__main__":

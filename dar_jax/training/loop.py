@@ -122,6 +122,7 @@ class _Hooks(NamedTuple):
             diagnosis = InlineDiagnosis(config, model, mesh)
         flops_per_step = 3 * config.train.batch_size * forward_flops(model)
         logs = Logs(workdir, first_step, config.train.num_steps, config.train.batch_size, flops_per_step)
+        logs.say_what_is_missing(first_step, config.train.log_every_steps)
         metrics = _Metrics(config, workdir, logs, checkpoints, first_step)
         profile = _Profile(workdir, first_step + PROFILE_AFTER, profile_steps)
         return cls(workdir, checkpoints, logs, metrics, profile, evaluation, diagnosis)

@@ -50,6 +50,31 @@ def test_one_changed_digit_is_damage(tmp_path, capsys):
     assert capsys.readouterr().out.startswith(f"{path}: 1 lines that are damaged")
 
 
+@pytest.mark.parametrize(
+    ("steps", "first_step", "words"),
+    [
+        ([], 40, "it has no lines of steps 1 to 40"),  # emptied, or removed
+        ([10, 20], 40, "it has no lines of steps 21 to 40"),
+        ([10, 20], 30, "it has no lines of steps 21 to 30"),
+        ([10, 20], 29, None),
+        ([50, 100], 140, None),  # of a run that logged less often before
+        ([], 9, None),
+    ],
+)
+def test_lines_that_are_gone_are_told(steps, first_step, words, tmp_path, capsys):
+    logs = Logs(str(tmp_path), first_step=0, num_steps=200, batch_size=8, flops_per_step=1.0)
+    for step in steps:
+        logs.write(step, {"loss": 0.5})
+    logs.close()
+    if not steps:
+        (tmp_path / "metrics.jsonl").write_text("")
+    resumed = Logs(str(tmp_path), first_step=first_step, num_steps=200, batch_size=8, flops_per_step=1.0)
+    capsys.readouterr()
+    resumed.say_what_is_missing(first_step, 10)
+    resumed.close()
+    assert capsys.readouterr().out == (f"{tmp_path}/metrics.jsonl is damaged: {words}\n" if words else "")
+
+
 def test_metrics_that_cannot_be_written(tmp_path):
     os.mkdir(tmp_path / "metrics.jsonl")
     with pytest.raises(UserError, match=r'metrics\.jsonl" is no file'):
