@@ -125,3 +125,23 @@ def test_plain_and_fused_models_start_from_the_same_parameters(query, monkeypatc
         model, _, inputs = make(query, plain, monkeypatch, depth=2, chunk_size=4)
         made.append(model.init(jax.random.key(3), *inputs)["params"])
     jax.tree.map(np.testing.assert_array_equal, *made)
+
+
+@pytest.mark.parametrize(("variant", "remat"), [("residual", "dense"), ("residual", "block"), ("static_t", "block")])
+def test_hidden_states_take_no_memory_of_other_blocks(variant, remat):
+    """The gradient of a loss on two of eight states needs room for a few states more, not for eight."""
+    config = config_lib.route(config_lib.default(), variant)
+    config.model.update(patch_size=1, depth=8, hidden_size=32, num_heads=2, remat=remat)
+    model = models.build(config.model)
+    inputs = jnp.zeros((32, 8, 8, 1)), jnp.zeros(32), {"label": jnp.zeros(32, jnp.int32)}
+    params = nn.meta.unbox(jax.eval_shape(model.init, jax.random.key(0), *inputs)["params"])
+
+    def temporaries(hidden_at):
+        def loss(params):
+            output = model.apply({"params": params}, *inputs, hidden_at=hidden_at)
+            return jnp.sum(output.prediction) + sum(jnp.sum(jnp.sin(hidden)) for hidden in output.hidden)
+
+        return jax.jit(jax.grad(loss)).lower(params).compile().memory_analysis().temp_size_in_bytes
+
+    state = 4 * 32 * 64 * 32
+    assert temporaries((3, 5)) - temporaries(()) < 4.5 * state
