@@ -1,0 +1,222 @@
+"""The MM-DiT against diffusers' Qwen-Image, and its routed streams against an unrolled PyTorch reference."""
+
+import functools
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from diffusers import QwenImageTransformer2DModel
+
+from dar_jax.errors import UserError
+from dar_jax.models import attention
+from dar_jax.models.mmdit import SIZES, MMDiT, pack, unpack
+from dar_jax.pretrained import qwen_image
+from dar_jax.routing import QUERIES, Layout
+
+CHANNELS, TEXT_SIZE, LENGTHS = 4, 12, (6, 2, 4)
+TINY = {
+    "channels": CHANNELS,
+    "patch_size": 2,
+    "hidden_size": 48,
+    "num_heads": 3,
+    "text_size": TEXT_SIZE,
+    "rope_axes": (8, 4, 4),
+}
+TEXT_OUT_OF_LAST_BLOCK = ("to_add_out", "txt_mlp", "norm_added_q", "add_q_proj")
+
+
+def model_of(depth=2, layout=None, query="static", streams="image", dtype="float32", remat="block", **fields):
+    fields = {**TINY, **fields}
+    routing = {"layout": layout, "query": QUERIES[query], "streams": streams}
+    return MMDiT(**fields, depth=depth, dtype=jnp.dtype(dtype), remat=remat, **routing)
+
+
+def inputs_of(grid, lengths=LENGTHS, seed=0):
+    """x_t, t and a condition of prompts of unlike lengths; padding holds what must have no influence."""
+    rng = np.random.default_rng(seed)
+    x_t = rng.normal(size=(len(lengths), 2 * grid[0], 2 * grid[1], CHANNELS))
+    text = rng.normal(size=(len(lengths), max(lengths), TEXT_SIZE))
+    t = np.array([0.25, 0.8125, 0.5])[: len(lengths)]
+    return x_t, t, {"text": text, "mask": np.arange(max(lengths)) < np.array(lengths)[:, None]}
+
+
+def single(tree):
+    """Arrays in the type of the current test: float32, or float64 where that is enabled."""
+    return jax.tree.map(lambda a: jnp.asarray(a, None if a.dtype == bool else jnp.asarray(0.0).dtype), tree)
+
+
+def abstract_params(model, grid=(2, 2)):
+    x_t, t, condition = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), single(inputs_of(grid)))
+    x_t = jax.ShapeDtypeStruct((*x_t.shape[:3], model.channels), x_t.dtype)
+    condition["text"] = jax.ShapeDtypeStruct((*condition["text"].shape[:2], model.text_size), x_t.dtype)
+    return nn.meta.unbox(jax.eval_shape(model.init, jax.random.key(0), x_t, t, condition)["params"])
+
+
+def relative(actual, expected):
+    return float(np.linalg.norm(actual - expected) / np.linalg.norm(expected))
+
+
+@functools.cache
+def reference(depth):
+    """diffusers' own model with random weights, also where ours starts at zero."""
+    model = QwenImageTransformer2DModel(
+        patch_size=2,
+        in_channels=4 * CHANNELS,
+        out_channels=CHANNELS,
+        num_layers=depth,
+        attention_head_dim=16,
+        num_attention_heads=3,
+        joint_attention_dim=TEXT_SIZE,
+        axes_dims_rope=(8, 4, 4),
+    )
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            noise = torch.randn(p.shape, generator=generator)
+            p.copy_(1 + 0.3 * noise if "norm_" in name and p.ndim == 1 else 0.8 * noise / max(1, p[0].numel()) ** 0.5)
+    return model
+
+
+def published_order(x):
+    """[B, H, W, C] -> [B, T, 4 C] as diffusers' pipeline packs latents."""
+    b, h, w, c = x.shape
+    x = x.permute(0, 3, 1, 2).reshape(b, c, h // 2, 2, w // 2, 2)
+    return x.permute(0, 2, 4, 1, 3, 5).reshape(b, h * w // 4, 4 * c)
+
+
+@pytest.mark.parametrize(("grid", "depth", "remat"), [((5, 7), 2, "block"), ((4, 3), 3, "dense")], ids=str)
+def test_outputs_and_gradients_equal_diffusers(grid, depth, remat):
+    """For prompts of unlike lengths. The velocity x1 - x0 at t is minus the published output at sigma = 1 - t."""
+    x_t, t, condition = inputs_of(grid)
+    probe = np.random.default_rng(1).normal(size=x_t.shape)
+
+    torch_model = reference(depth)
+    torch_model.zero_grad()
+    torch_x, torch_text = (torch.tensor(a, dtype=torch.float32, requires_grad=True) for a in (x_t, condition["text"]))
+    expected = -torch_model(
+        hidden_states=published_order(torch_x),
+        encoder_hidden_states=torch_text,
+        encoder_hidden_states_mask=torch.tensor(condition["mask"]),
+        timestep=torch.tensor(1 - t, dtype=torch.float32),
+        img_shapes=[[(1, *grid)]] * len(t),
+        return_dict=False,
+    )[0]
+    torch.sum(expected * published_order(torch.tensor(probe, dtype=torch.float32))).backward()
+
+    params = qwen_image.params_from_torch(torch_model.state_dict())
+    model = model_of(depth, remat=remat)
+    assert jax.tree.map(np.shape, params) == jax.tree.map(np.shape, abstract_params(model))
+    x_t, t, condition = single((x_t, t, condition))
+
+    @functools.partial(jax.value_and_grad, argnums=(0, 1, 2), has_aux=True)
+    def loss(params, x_t, text):
+        prediction = model.apply({"params": params}, x_t, t, {**condition, "text": text}).prediction
+        return jnp.sum(prediction * probe), prediction
+
+    (_, prediction), (d_params, d_x, d_text) = jax.jit(loss)(params, x_t, condition["text"])
+    errors = {
+        "prediction": relative(pack(prediction, 2), expected.detach().numpy()),
+        "x_t": relative(d_x, torch_x.grad.numpy()),
+        "text": relative(d_text, torch_text.grad.numpy()),
+    }
+    assert not np.any(d_text[~np.asarray(condition["mask"])])
+    found = qwen_image.params_to_torch(d_params)
+    whole = np.sqrt(sum(float(torch.sum(p.grad**2)) for p in torch_model.parameters() if p.grad is not None))
+    for name, p in torch_model.named_parameters():
+        is_unread = name.startswith(f"transformer_blocks.{depth - 1}.") and any(
+            word in name for word in TEXT_OUT_OF_LAST_BLOCK
+        )
+        assert np.any(found[name]) != is_unread, name
+        if not is_unread:
+            # A bias of keys moves all scores of a query alike where nothing turns them; its gradient may be small.
+            size = max(float(torch.linalg.norm(p.grad)), 1e-3 * whole)
+            errors[name] = float(np.linalg.norm(found[name] - p.grad.numpy())) / size
+    worst = max(errors, key=errors.get)
+    print(f"largest relative error {errors[worst]:.1e} of {worst}; prediction {errors['prediction']:.1e}")
+    assert errors[worst] < 1e-5, (worst, errors[worst])
+
+
+@pytest.mark.parametrize("streams", [None, "both"])
+def test_a_batch_of_mixed_lengths_equals_the_single_runs(streams):
+    """Without padding, whatever padding holds."""
+    layout = streams and Layout(2, 2)
+    model = model_of(2, layout, "dynamic", streams or "image")
+    rng = np.random.default_rng(2)
+    params = jax.tree.map(lambda p: jnp.asarray(0.3 * rng.normal(size=p.shape), p.dtype), abstract_params(model))
+    apply = jax.jit(lambda x_t, t, condition: model.apply({"params": params}, x_t, t, condition).prediction)
+    lengths = 5, 2
+    x_t, t, condition = single(inputs_of((3, 2), lengths))
+    together = apply(x_t, t, condition)
+    for i, length in enumerate(lengths):
+        alone = {name: a[i : i + 1, :length] for name, a in condition.items()}
+        assert relative(together[i : i + 1], apply(x_t[i : i + 1], t[i : i + 1], alone)) < 1e-5
+
+
+def test_published_weights_fit_and_return():
+    """All tensors of the published model by shape alone; a small model's bit for bit."""
+    published = MMDiT(
+        **SIZES["qwen_image"], channels=16, patch_size=2, dtype=jnp.dtype("bfloat16"), remat="block",
+        layout=None, query=QUERIES["static"], streams="image",
+    )  # fmt: skip
+    params = abstract_params(published)
+    assert sum(p.size for p in jax.tree.leaves(params)) == 20_430_401_088
+    with torch.device("meta"):
+        theirs = QwenImageTransformer2DModel(num_layers=60).state_dict()
+    assert sorted(theirs) == sorted(qwen_image.names(60)) and len(theirs) == 60 * 32 + 13
+    leaves = {
+        jax.tree_util.keystr(k, simple=True, separator="/"): p.shape for k, p in jax.tree.leaves_with_path(params)
+    }
+    for name, tensor in theirs.items():
+        path, block, transposed = qwen_image.place(name)
+        shape = leaves[path] if block is None else leaves[path][1:]
+        assert tuple(tensor.shape) == (shape[::-1] if transposed else shape), name
+    assert {qwen_image.place(name).path for name in theirs} == set(leaves)
+
+    state_dict = reference(3).state_dict()
+    back = qwen_image.params_to_torch(qwen_image.params_from_torch(state_dict))
+    assert sorted(back) == sorted(state_dict)
+    for name, tensor in state_dict.items():
+        np.testing.assert_array_equal(back[name], tensor.numpy())
+
+    with pytest.raises(UserError, match=r"lack the key .transformer_blocks.1.attn.to_v.bias"):
+        qwen_image.params_from_torch(
+            {k: v for k, v in state_dict.items() if k != "transformer_blocks.1.attn.to_v.bias"}
+        )
+    for wrong in ("pos_embed.weight", "txt_norm.bias", "transformer_blocks.0.attn.to_out.1.weight", "img_in"):
+        with pytest.raises(UserError, match="which Qwen-Image has not"):
+            qwen_image.place(wrong)
+
+
+def test_blockwise_attention_equals_the_plain_one():
+    """Outputs and gradients, for a number of queries that the block does not divide."""
+    rng = np.random.default_rng(0)
+    q, k, v = (jnp.asarray(rng.normal(size=(2, n, 2, 4)), jnp.float32) for n in (11, 9, 9))
+    mask = jnp.asarray(np.arange(9) % 7 < np.array([[7], [3]]))
+
+    def loss(attend, q, k, v):
+        out = attend(q, k, v, mask)
+        return jnp.sum(jnp.sin(out)), out
+
+    def run(attend):
+        return jax.jit(jax.grad(functools.partial(loss, attend), (0, 1, 2), has_aux=True))(q, k, v)
+
+    plain, blockwise = run(attention.plain), run(functools.partial(attention.blockwise, size=4))
+    for a, b in zip(jax.tree.leaves(blockwise), jax.tree.leaves(plain), strict=True):
+        assert relative(a, b) < 1e-5
+
+
+def test_long_sequences_take_blocks(monkeypatch):
+    """No array of all scores is made, forward or backward."""
+    monkeypatch.setattr(attention, "MOST_KEYS_AT_ONCE", 8)
+    monkeypatch.setattr(attention, "QUERIES_PER_BLOCK", 4)
+    q = jnp.ones((1, 12, 2, 4))
+    text = str(jax.make_jaxpr(jax.grad(lambda q: jnp.sum(attention.attention(q, q, q))))(q))
+    assert "1,2,4,12" in text and "1,2,12,12" not in text
+
+
+def test_packing_has_an_inverse():
+    x = np.arange(2 * 4 * 6 * 3).reshape(2, 4, 6, 3)
+    np.testing.assert_array_equal(unpack(pack(x, 2), 2, (2, 3)), x)
