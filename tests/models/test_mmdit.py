@@ -11,10 +11,12 @@ import torch
 from diffusers import QwenImageTransformer2DModel
 
 from dar_jax.errors import UserError
-from dar_jax.models import attention
+from dar_jax.models import attention, layers
 from dar_jax.models.mmdit import SIZES, MMDiT, pack, unpack
+from dar_jax.models.numerics import Arithmetic
 from dar_jax.pretrained import qwen_image
 from dar_jax.routing import QUERIES, Layout
+from tests.parity import torch_mmdit
 
 CHANNELS, TEXT_SIZE, LENGTHS = 4, 12, (6, 2, 4)
 TINY = {
@@ -137,6 +139,76 @@ def test_outputs_and_gradients_equal_diffusers(grid, depth, remat):
     worst = max(errors, key=errors.get)
     print(f"largest relative error {errors[worst]:.1e} of {worst}; prediction {errors['prediction']:.1e}")
     assert errors[worst] < 1e-5, (worst, errors[worst])
+
+
+ROUTED = [  # query, layout, streams, hidden_at
+    ("static", Layout(2, 1), "both", (1,)),
+    ("static_t", Layout(4, 4, "sum"), "both", (3, 1)),
+    ("dynamic", Layout(3, 2, final="shared"), "image", (2,)),
+    pytest.param("dynamic", Layout(2, 2), "both", (), marks=pytest.mark.slow),
+    pytest.param("static", Layout(3, 6, "last", "summaries"), "both", (), marks=pytest.mark.slow),
+    pytest.param("static_t", Layout(3, 1, final="shared"), "image", (1, 2), marks=pytest.mark.slow),
+]
+NARROW = {"hidden_size": 16, "num_heads": 2, "rope_axes": (4, 2, 2)}
+
+
+@pytest.mark.parametrize(("query", "layout", "streams", "hidden_at"), ROUTED, ids=str)
+def test_routed_streams_equal_an_unrolled_reference(query, layout, streams, hidden_at):
+    """Predictions, hidden states and gradients of all parameters, of x_t and of the text, in float64."""
+    with jax.enable_x64(True):
+        grid, rng = (2, 3), np.random.default_rng(3)
+        model = model_of(layout.depth, layout, query, streams, "float64", **NARROW)
+        shapes = abstract_params(model)
+        params = jax.tree.map(lambda p: jnp.asarray(0.4 * rng.normal(size=p.shape)), shapes)
+        x_t, t, condition = single(inputs_of(grid, (4, 2)))
+        probe = rng.normal(size=x_t.shape)
+
+        @jax.jit
+        @functools.partial(jax.grad, argnums=(0, 1, 2), has_aux=True)
+        def gradients(params, x_t, text):
+            output = model.apply({"params": params}, x_t, t, {**condition, "text": text}, hidden_at=hidden_at)
+            return jnp.sum(output.prediction * probe) + sum(jnp.sum(jnp.sin(h)) for h in output.hidden), output
+
+        (d_params, d_x, d_text), output = gradients(params, x_t, condition["text"])
+        embedder = layers.TimestepEmbedder(16, False, Arithmetic(jnp.dtype("float64")))
+        e_t, vjp = jax.vjp(lambda p: embedder.apply({"params": p}, 1000 * (1 - t)), params["timestep"])
+
+        theirs = {name: p for name, p in params.items() if name != "timestep"}
+        theirs["e_t"], theirs["tokens"], theirs["words"] = e_t, pack(x_t, 2), condition["text"]
+        theirs = jax.tree.map(lambda p: torch.tensor(np.asarray(p), requires_grad=True), theirs)
+        predicted, entered = torch_mmdit.mmdit(
+            theirs, layout, query, 2, (4, 2, 2), theirs["tokens"], grid, theirs["words"],
+            torch.tensor(np.asarray(condition["mask"])), theirs["e_t"],
+        )  # fmt: skip
+        total = torch.sum(predicted * torch.tensor(np.asarray(pack(probe, 2))))
+        (total + sum(torch.sin(entered[k]).sum() for k in hidden_at)).backward()
+
+        errors = {"prediction": relative(pack(output.prediction, 2), predicted.detach().numpy())}
+        for k, hidden in zip(hidden_at, output.hidden, strict=True):
+            errors[f"hidden_{k}"] = relative(hidden, entered[k].detach().numpy())
+        expected = jax.tree.map(lambda p: np.zeros(p.shape) if p.grad is None else p.grad.numpy(), theirs)
+        found = {**d_params, "tokens": pack(d_x, 2), "words": d_text}
+        expected["timestep"] = vjp(jnp.asarray(expected.pop("e_t")))[0]
+        whole = np.sqrt(sum(np.sum(np.square(g)) for g in jax.tree.leaves(expected)))
+        for (path, a), b in zip(jax.tree.leaves_with_path(found), jax.tree.leaves(expected), strict=True):
+            errors[jax.tree_util.keystr(path)] = np.linalg.norm(a - b) / max(np.linalg.norm(b), 1e-3 * whole)
+    worst = max(errors, key=errors.get)
+    print(f"largest relative error {errors[worst]:.1e} of {worst}; prediction {errors['prediction']:.1e}")
+    assert errors[worst] < 1e-9, (worst, errors[worst])
+
+    aggregators = {name: p for name, p in d_params["stack"].items() if name.endswith("_query")}
+    counts = {"image_query": 2 * layout.depth, "text_query": 2 * layout.depth - 1, "final_query": None}
+    absent = ({"final_query"} if layout.final == "shared" else set()) | (
+        {"text_query"} if streams == "image" else set()
+    )
+    assert set(aggregators) == set(counts) - absent
+    for name, parameters in aggregators.items():
+        for g in jax.tree.leaves(parameters):
+            if name == "final_query":
+                assert np.any(g)
+            else:  # the first aggregator has one source, which it takes whatever its query is
+                assert len(g) == counts[name] and not np.any(np.abs(g[0]) > 1e-12)
+                assert np.all(np.any(g[1:], axis=tuple(range(1, g.ndim)))), name
 
 
 @pytest.mark.parametrize("streams", [None, "both"])
