@@ -15,7 +15,7 @@ from dar_jax.models import attention, layers
 from dar_jax.models.mmdit import SIZES, MMDiT, pack, unpack
 from dar_jax.models.numerics import Arithmetic
 from dar_jax.pretrained import qwen_image
-from dar_jax.routing import QUERIES, Layout
+from dar_jax.routing import QUERIES, Layout, keeps_function, warm_start_streams
 from tests.parity import torch_mmdit
 
 CHANNELS, TEXT_SIZE, LENGTHS = 4, 12, (6, 2, 4)
@@ -225,6 +225,33 @@ def test_a_batch_of_mixed_lengths_equals_the_single_runs(streams):
     for i, length in enumerate(lengths):
         alone = {name: a[i : i + 1, :length] for name, a in condition.items()}
         assert relative(together[i : i + 1], apply(x_t[i : i + 1], t[i : i + 1], alone)) < 1e-5
+
+
+WARM = [
+    ("static_t", Layout(2, 1), "both"),
+    ("static_t", Layout(2, 2, "sum"), "both"),
+    ("dynamic", Layout(2, 2, "sum", "shared"), "image"),
+    ("static_t", Layout(2, 2), "both"),
+]
+
+
+@pytest.mark.parametrize(("query", "layout", "streams"), WARM, ids=str)
+def test_warm_start_keeps_the_function(query, layout, streams):
+    """Of a residual model with random weights, whose e(t) is not zero; not with summaries by the last output."""
+    rng = np.random.default_rng(4)
+    shapes = abstract_params(model_of(2))
+    params = jax.tree.map(lambda p: jnp.asarray(0.3 * rng.normal(size=p.shape), p.dtype), shapes)
+    inputs = single(inputs_of((3, 2)))
+    routed = model_of(2, layout, query, streams)
+    warm = warm_start_streams(params, layout, routed.query, streams)
+    assert jax.tree.map(jnp.shape, warm) == jax.tree.map(jnp.shape, abstract_params(routed))
+
+    def predict(model, params):
+        return jax.jit(lambda params: model.apply({"params": params}, *inputs).prediction)(params)
+
+    error = relative(predict(routed, warm), predict(model_of(2), params))
+    print(f"relative error {error:.1e}")
+    assert error < 1e-5 if keeps_function(layout) else error > 1e-2
 
 
 def test_published_weights_fit_and_return():
