@@ -105,6 +105,7 @@ class Half(nn.Module):
         self.out = Dense((size,), ("heads", "embed"), arithmetic)
         self.mlp = layers.Mlp(4, arithmetic)
 
+    @layers.keep_dense_outputs
     def modulation(self, condition: Array) -> tuple[list[Array], list[Array]]:
         """Shift, scale and gate `[B, 1, D]` of the attention and of the MLP, from `[B, D]`."""
         parts = jnp.split(layers.modulate_by(self.adaln, condition), 6, axis=-1)
@@ -139,6 +140,7 @@ class Block(nn.Module):
         joint_attention = partial(self.joint_attention, by=by, key_mask=key_mask)
         return (joint_attention, attention_modulation), (self.mlps, mlp_modulation)
 
+    @layers.keep_dense_outputs
     def joint_attention(self, text: Array, image: Array, by, key_mask: Array) -> tuple[Array, Array]:
         parts = zip(self.text.qkv(text, by[0]), self.image.qkv(image, by[1]), strict=True)
         out = attention(*(jnp.concatenate(part, axis=1) for part in parts), key_mask)
@@ -146,6 +148,7 @@ class Block(nn.Module):
         num_text = text.shape[1]
         return self.text.out(out[:, :num_text]), self.image.out(out[:, num_text:])
 
+    @layers.keep_dense_outputs
     def mlps(self, text: Array, image: Array) -> tuple[Array, Array]:
         return self.text.mlp(text), self.image.mlp(image)
 
@@ -174,6 +177,8 @@ class MMDiT(nn.Module):
       layout: structure of the routing; None: residual.
       query: of the aggregators. e(t) is the embedding of the time that modulates both streams.
       streams: which are routed, "image" or "both". The other one stays residual.
+      implementation: of aggregations, one of `routing.IMPLEMENTATIONS`.
+      plain: whether to compute the same from the same parameters by plain autodiff, which has derivatives of all modes.
     """
 
     channels: int
@@ -187,13 +192,15 @@ class MMDiT(nn.Module):
     layout: Layout | None
     query: type[Query]
     streams: str
+    implementation: str
     rope_axes: tuple[int, int, int] = (16, 56, 56)
+    plain: bool = False
 
     @nn.compact
     def __call__(self, x_t: Array, t: Array, condition: Condition, *, hidden_at: tuple[int, ...] = ()) -> Output:
         self._check(x_t, condition, hidden_at)
         size, dtype, patch = self.hidden_size, self.dtype, self.patch_size
-        arithmetic = Arithmetic(dtype, numerics.matmul)
+        arithmetic = Arithmetic(dtype, numerics.plain_matmul if self.plain else numerics.matmul)
         starts_at_zero = self.layout is not None and self.query.adds_time
         e_t = layers.TimestepEmbedder(size, starts_at_zero, arithmetic, name="timestep")(1000 * (1 - t))
 
@@ -203,12 +210,12 @@ class MMDiT(nn.Module):
         v_0 = layers.constrain(text), layers.constrain(image)
 
         grid = x_t.shape[1] // patch, x_t.shape[2] // patch
-        by = rotations(self.rope_axes, grid, text.shape[1])
+        by = jax.tree.map(jnp.asarray, rotations(self.rope_axes, grid, text.shape[1]))
         key_mask = jnp.concatenate([condition["mask"], jnp.ones(image.shape[:2], bool)], axis=1)
 
         block = partial(Block, size, self.num_heads, arithmetic)
         kinds = stream_kinds(self.layout, self.query, self.streams)
-        stack = Stack(block, self.depth, self.remat, kinds, name="stack")
+        stack = Stack(block, self.depth, self.remat, kinds, self.implementation, self.plain, name="stack")
         head = layers.Head(size, patch**2 * self.channels, arithmetic, name="head")
         h, hidden = stack(v_0, e_t, by, key_mask, hidden_at)
         scale, shift = head.modulation(e_t)

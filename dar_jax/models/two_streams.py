@@ -1,11 +1,12 @@
-"""The stack of double-stream blocks, text and image, each stream residual or routed. Scanned, plain autodiff.
+"""The stack of double-stream blocks, text and image, each stream residual or routed, as scans with plain autodiff.
 
 A block has two pairs of sublayers, and a stream has one of each pair. What a sublayer reads and what becomes of its
 output is the business of the stream's kind. A routed stream has a history of its own: a joint one would be ill-posed,
 because the streams have different tokens.
 
 The parameters of the blocks are the same whatever the streams are, so that one copy serves a residual and a routed
-model. The gradient of a loss through routed streams takes memory that is quadratic in depth.
+model. The gradient of a loss through plain routed streams takes memory that is quadratic in depth. They make the
+parameters, and are the reference for the fused form (fused_streams.py), which models use.
 """
 
 import dataclasses
@@ -18,7 +19,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from dar_jax.models import numerics
+from dar_jax.models.fused_streams import FusedStep, fused_streams
 from dar_jax.models.layers import constrain, modulated_norm, scan_steps
 from dar_jax.models.plain_stack import source_weights, weighted
 from dar_jax.routing import SUMMARIES, Layout, Query
@@ -157,17 +158,24 @@ class Stack(nn.Module):
     depth: int
     remat: str
     kinds: tuple[Kind, Kind]
+    implementation: str
+    plain: bool
 
     @nn.compact
     def __call__(
         self, v_0: tuple[Array, Array], e_t: Array, by: tuple, key_mask: Array, hidden_at: tuple[int, ...] = ()
     ) -> tuple[Array, tuple[Array, ...]]:
         queries = tuple(self._queries(*of) for of in zip(("text", "image"), self.kinds, v_0, (e_t, e_t), strict=True))
-        policy = numerics.keep_dense_outputs if self.remat == "dense" else None
-        step = nn.remat(Step, prevent_cse=False, policy=policy)
-        steps = scan_steps(step, self.depth, (0, 0, *3 * (nn.broadcast,)))(
-            self.block, self.kinds, hidden_at, name="steps"
-        )
+        is_routed = any(kind.num_queries for kind in self.kinds)
+        if is_routed and not (self.plain or self.is_initializing()):
+            step = FusedStep(self.block, self.kinds, self.implementation, parent=None)
+            params = nn.meta.unbox(self.variables["params"])["steps"]["block_0"]
+            final_query = self._final_query(queries[-1])
+            inputs = v_0, e_t, by, key_mask, hidden_at
+            return fused_streams(step, self.remat, params, queries, final_query, *inputs)
+        step = nn.remat(Step, prevent_cse=False) if is_routed or self.remat == "block" else Step
+        in_axes = 0, 0, *3 * (nn.broadcast,)
+        steps = scan_steps(step, self.depth, in_axes)(self.block, self.kinds, hidden_at, name="steps")
         states = tuple(kind.start(v) for kind, v in zip(self.kinds, v_0, strict=True))
         kept = tuple(jnp.zeros_like(v_0[-1]) for _ in hidden_at)
         (states, kept), _ = steps((states, kept), jnp.arange(self.depth), queries, e_t, by, key_mask)

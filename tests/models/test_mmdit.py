@@ -32,7 +32,7 @@ TEXT_OUT_OF_LAST_BLOCK = ("to_add_out", "txt_mlp", "norm_added_q", "add_q_proj")
 
 def model_of(depth=2, layout=None, query="static", streams="image", dtype="float32", remat="block", **fields):
     fields = {**TINY, **fields}
-    routing = {"layout": layout, "query": QUERIES[query], "streams": streams}
+    routing = {"layout": layout, "query": QUERIES[query], "streams": streams, "implementation": "auto"}
     return MMDiT(**fields, depth=depth, dtype=jnp.dtype(dtype), remat=remat, **routing)
 
 
@@ -152,12 +152,14 @@ ROUTED = [  # query, layout, streams, hidden_at
 NARROW = {"hidden_size": 16, "num_heads": 2, "rope_axes": (4, 2, 2)}
 
 
+@pytest.mark.parametrize("form", ["plain", "dense", "block"])
 @pytest.mark.parametrize(("query", "layout", "streams", "hidden_at"), ROUTED, ids=str)
-def test_routed_streams_equal_an_unrolled_reference(query, layout, streams, hidden_at):
+def test_routed_streams_equal_an_unrolled_reference(query, layout, streams, hidden_at, form):
     """Predictions, hidden states and gradients of all parameters, of x_t and of the text, in float64."""
     with jax.enable_x64(True):
         grid, rng = (2, 3), np.random.default_rng(3)
-        model = model_of(layout.depth, layout, query, streams, "float64", **NARROW)
+        remat = "block" if form == "plain" else form
+        model = model_of(layout.depth, layout, query, streams, "float64", remat, **NARROW, plain=form == "plain")
         shapes = abstract_params(model)
         params = jax.tree.map(lambda p: jnp.asarray(0.4 * rng.normal(size=p.shape)), shapes)
         x_t, t, condition = single(inputs_of(grid, (4, 2)))
@@ -258,7 +260,7 @@ def test_published_weights_fit_and_return():
     """All tensors of the published model by shape alone; a small model's bit for bit."""
     published = MMDiT(
         **SIZES["qwen_image"], channels=16, patch_size=2, dtype=jnp.dtype("bfloat16"), remat="block",
-        layout=None, query=QUERIES["static"], streams="image",
+        layout=None, query=QUERIES["static"], streams="image", implementation="auto",
     )  # fmt: skip
     params = abstract_params(published)
     assert sum(p.size for p in jax.tree.leaves(params)) == 20_430_401_088
