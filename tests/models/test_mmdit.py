@@ -141,19 +141,23 @@ def test_outputs_and_gradients_equal_diffusers(grid, depth, remat):
     assert errors[worst] < 1e-5, (worst, errors[worst])
 
 
-ROUTED = [  # query, layout, streams, hidden_at
-    ("static", Layout(2, 1), "both", (1,)),
-    ("static_t", Layout(4, 4, "sum"), "both", (3, 1)),
-    ("dynamic", Layout(3, 2, final="shared"), "image", (2,)),
-    pytest.param("dynamic", Layout(2, 2), "both", (), marks=pytest.mark.slow),
-    pytest.param("static", Layout(3, 6, "last", "summaries"), "both", (), marks=pytest.mark.slow),
-    pytest.param("static_t", Layout(3, 1, final="shared"), "image", (1, 2), marks=pytest.mark.slow),
+ROUTED = [  # query, layout, streams, hidden_at, and the form that the quick tests run
+    ("static", Layout(2, 1), "both", (1,), "dense"),
+    ("static_t", Layout(4, 2, "sum"), "both", (3, 1), "block"),
+    ("dynamic", Layout(3, 2, final="shared"), "image", (2,), "plain"),
+    ("dynamic", Layout(4, 4), "both", (3,), None),
+    ("static", Layout(3, 6, "last", "summaries"), "both", (), None),
+    ("static_t", Layout(3, 1, final="shared"), "image", (1, 2), None),
+]
+FORMS = [  # fused with the two kinds of remat, or plain
+    pytest.param(*case, form, marks=() if form == quick else pytest.mark.slow)
+    for *case, quick in ROUTED
+    for form in ("plain", "dense", "block")
 ]
 NARROW = {"hidden_size": 16, "num_heads": 2, "rope_axes": (4, 2, 2)}
 
 
-@pytest.mark.parametrize("form", ["plain", "dense", "block"])
-@pytest.mark.parametrize(("query", "layout", "streams", "hidden_at"), ROUTED, ids=str)
+@pytest.mark.parametrize(("query", "layout", "streams", "hidden_at", "form"), FORMS, ids=str)
 def test_routed_streams_equal_an_unrolled_reference(query, layout, streams, hidden_at, form):
     """Predictions, hidden states and gradients of all parameters, of x_t and of the text, in float64."""
     with jax.enable_x64(True):
@@ -229,10 +233,27 @@ def test_a_batch_of_mixed_lengths_equals_the_single_runs(streams):
         assert relative(together[i : i + 1], apply(x_t[i : i + 1], t[i : i + 1], alone)) < 1e-5
 
 
+def temp_bytes(depth, streams, remat):
+    """Temporaries of a gradient of a fused model."""
+    model = model_of(depth, Layout(depth, 4, "sum"), "static_t", streams, remat=remat)
+    x_t, t, condition = single(inputs_of((8, 8), (16, 9, 12)))
+    loss = lambda params: jnp.sum(model.apply({"params": params}, x_t, t, condition).prediction)  # noqa: E731
+    return jax.jit(jax.grad(loss)).lower(abstract_params(model)).compile().memory_analysis().temp_size_in_bytes
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("streams", "remat"), [("both", "block"), ("image", "dense")])
+def test_gradient_memory_is_linear_in_depth(streams, remat):
+    """Temporaries at depths 4, 8, 16: the second doubling may add at most 2.3 times what the first added."""
+    small, middle, large = (temp_bytes(depth, streams, remat) for depth in (4, 8, 16))
+    print(small, middle, large)
+    assert large - middle < 2.3 * (middle - small), (small, middle, large)
+
+
 WARM = [
-    ("static_t", Layout(2, 1), "both"),
+    ("static_t", Layout(2, 1), "image"),
     ("static_t", Layout(2, 2, "sum"), "both"),
-    ("dynamic", Layout(2, 2, "sum", "shared"), "image"),
+    pytest.param("dynamic", Layout(2, 2, "sum", "shared"), "image", marks=pytest.mark.slow),
     ("static_t", Layout(2, 2), "both"),
 ]
 
