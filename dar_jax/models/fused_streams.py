@@ -122,7 +122,7 @@ class FusedStep(nn.Module):
         return {group: jax.tree.map(lambda *p: jnp.stack(p), *members) for group, members in groups.items()}
 
 
-def _index(tree, i: int):
+def _index(tree: dict, i: int | tuple[int, int]) -> dict:
     return jax.tree.map(lambda p: p[i], tree)
 
 
@@ -141,24 +141,28 @@ class Run(NamedTuple):
 
 
 def fused_streams(
-    step: FusedStep, remat: str, block: dict, queries: tuple, final_query: Callable[[Array, Array], Array],
-    v_0: tuple[Array, Array], e_t: Array, by: tuple, key_mask: Array, hidden_at: tuple[int, ...],
+    run: tuple[FusedStep, str], params: dict, final_query: Callable[[Array, Array], Array], inputs: tuple,
+    hidden_at: tuple[int, ...],
 ) -> tuple[Array, tuple[Array, ...]]:  # fmt: skip
     """What the head reads of the image, and what the image stream of blocks reads, as `two_streams.Stack` returns them.
 
-    `block` and `queries` are the parameters of the blocks, `[depth, ...]`, and for each stream of the aggregators,
-    `[depth, 2, ...]`.
+    Args:
+      run: the step and `remat`.
+      params: of the "block"s, `[depth, ...]`, and of the aggregators, "image_query" and perhaps "text_query",
+        `[depth, 2, ...]`.
+      final_query: of the head's aggregator.
+      inputs: those of `two_streams.Stack` but `hidden_at`.
     """
-    layout = step.layout
+    step, remat = run
+    layout, (_, e_t, *_) = step.layout, inputs
 
-    def by_step(tree, leading: int):
+    def by_step(tree: dict, leading: int) -> dict:
         return jax.tree.map(lambda p: p.reshape(layout.num_steps, -1, *p.shape[leading:]), tree)
 
-    params = {"block": by_step(block, 1)}
-    params |= {f"{name}_query": by_step(of, 2) for name, of in zip(NAMES, queries, strict=True) if of}
     places = [layout.sources_of(2 * k) for k in hidden_at]
     keeps = (), tuple(Keep(number, num_recent) for _, number, num_recent in places)
-    _, image = run_steps(Run(step, remat, keeps), params, v_0, e_t, by, key_mask)
+    stacked = {name: by_step(tree, 1 if name == "block" else 2) for name, tree in params.items()}
+    _, image = run_steps(Run(step, remat, keeps), stacked, *inputs)
 
     def look(query, recent: tuple[Array, ...], count: int) -> Array:
         return constrain(state(*read_history(step.implementation, query, e_t, image, recent, count)[1:]))
@@ -167,7 +171,7 @@ def fused_streams(
     h = look(final_query, recent, layout.num_final_rows)
     hidden = []
     for k, kept, (count, _, _) in zip(hidden_at, image.kept, places, strict=True):
-        query = partial(step.kinds[-1].query(parent=None).apply, {"params": _index(queries[-1], (k, 0))})
+        query = partial(step.kinds[-1].query(parent=None).apply, {"params": _index(params["image_query"], (k, 0))})
         hidden.append(look(query, kept, count))
     return h, tuple(hidden)
 

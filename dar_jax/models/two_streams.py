@@ -5,21 +5,21 @@ output is the business of the stream's kind. A routed stream has a history of it
 because the streams have different tokens.
 
 The parameters of the blocks are the same whatever the streams are, so that one copy serves a residual and a routed
-model. The gradient of a loss through plain routed streams takes memory that is quadratic in depth. They make the
-parameters, and are the reference for the fused form (fused_streams.py), which models use.
+model. The plain form of routed streams makes the parameters and is the reference for the fused form
+(fused_streams.py), which models use: the gradient of a loss through the plain form takes memory that is quadratic in
+depth.
 """
 
 import dataclasses
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax import Array
 
-from dar_jax.models.fused_streams import FusedStep, fused_streams
+from dar_jax.models.fused_streams import NAMES, FusedStep, fused_streams
 from dar_jax.models.layers import constrain, modulated_norm, scan_steps
 from dar_jax.models.plain_stack import source_weights, weighted
 from dar_jax.routing import SUMMARIES, Layout, Query
@@ -27,7 +27,8 @@ from dar_jax.routing import SUMMARIES, Layout, Query
 STREAMS = ("image", "both")
 
 
-class Residual(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Residual:
     """A residual stream: the state is the sum of v_0 and all outputs, `[B, T, D]`. It has no aggregators."""
 
     num_queries = 0
@@ -165,14 +166,14 @@ class Stack(nn.Module):
     def __call__(
         self, v_0: tuple[Array, Array], e_t: Array, by: tuple, key_mask: Array, hidden_at: tuple[int, ...] = ()
     ) -> tuple[Array, tuple[Array, ...]]:
-        queries = tuple(self._queries(*of) for of in zip(("text", "image"), self.kinds, v_0, (e_t, e_t), strict=True))
+        queries = tuple(self._queries(*of) for of in zip(NAMES, self.kinds, v_0, (e_t, e_t), strict=True))
         is_routed = any(kind.num_queries for kind in self.kinds)
         if is_routed and not (self.plain or self.is_initializing()):
             step = FusedStep(self.block, self.kinds, self.implementation, parent=None)
-            params = nn.meta.unbox(self.variables["params"])["steps"]["block_0"]
-            final_query = self._final_query(queries[-1])
-            inputs = v_0, e_t, by, key_mask, hidden_at
-            return fused_streams(step, self.remat, params, queries, final_query, *inputs)
+            params = {"block": nn.meta.unbox(self.variables["params"])["steps"]["block_0"]}
+            params |= {f"{name}_query": of for name, of in zip(NAMES, queries, strict=True) if of}
+            final_query, inputs = self._final_query(queries[-1]), (v_0, e_t, by, key_mask)
+            return fused_streams((step, self.remat), params, final_query, inputs, hidden_at)
         step = nn.remat(Step, prevent_cse=False) if is_routed or self.remat == "block" else Step
         in_axes = 0, 0, *3 * (nn.broadcast,)
         steps = scan_steps(step, self.depth, in_axes)(self.block, self.kinds, hidden_at, name="steps")

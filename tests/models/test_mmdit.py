@@ -10,6 +10,8 @@ import pytest
 import torch
 from diffusers import QwenImageTransformer2DModel
 
+from dar_jax import config as config_lib
+from dar_jax import sharding
 from dar_jax.errors import UserError
 from dar_jax.models import attention, layers
 from dar_jax.models.mmdit import SIZES, MMDiT, pack, unpack
@@ -277,6 +279,50 @@ def test_warm_start_keeps_the_function(query, layout, streams):
     assert error < 1e-5 if keeps_function(layout) else error > 1e-2
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("streams", ["image", "both"])
+def test_a_sharded_model_computes_the_same(streams):
+    """Prediction and gradients on eight devices; the tensor axis does not divide the numbers of tokens."""
+    model = model_of(2, Layout(2, 2, "sum"), "dynamic", streams, "float64", **NARROW)
+    with jax.enable_x64(True):
+        rng = np.random.default_rng(5)
+        params = jax.tree.map(lambda p: jnp.asarray(0.3 * rng.normal(size=p.shape)), abstract_params(model))
+        x_t, t, condition = single(inputs_of((3, 1), (5, 2)))
+        x_t, t, condition = jax.tree.map(lambda a: jnp.concatenate([a, a]), (x_t, t, condition))
+
+        def loss(params, x_t, t, condition):
+            prediction = model.apply({"params": params}, x_t, t, condition).prediction
+            return jnp.sum(jnp.sin(prediction)), prediction
+
+        gradients = lambda *args: jax.jit(jax.grad(loss, has_aux=True))(*args)  # noqa: E731
+        expected = gradients(params, x_t, t, condition)
+        axes = config_lib.default().mesh
+        axes.update(data=2, fsdp=2, tensor=2)
+        mesh = sharding.make_mesh(axes)
+        with sharding.use(mesh):
+            batch = jax.device_put((x_t, t, condition), sharding.batch_sharding(mesh))
+            found = gradients(params, *batch)
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-10)
+
+
+def test_what_does_not_fit_is_refused():
+    def refused(message, hidden_at=(), channels=CHANNELS, **fields):
+        model = model_of(**{"text_size": TEXT_SIZE, **fields})
+        x_t, t, condition = single(inputs_of((2, 2)))
+        with pytest.raises(ValueError, match=message):
+            jax.eval_shape(
+                lambda: model.init(jax.random.key(0), x_t[..., :channels], t, condition, hidden_at=hidden_at)
+            )
+
+    refused("the depth less one", hidden_at=(2,))
+    refused("must add up to 48 / 3", rope_axes=(8, 8, 8))
+    refused("must have 4 channels", channels=3)
+    refused("multiples of 3", patch_size=3)
+    refused("not text_size = 13", text_size=13)
+    refused('"text" must be one of', streams="text")
+
+
 def test_published_weights_fit_and_return():
     """All tensors of the published model by shape alone; a small model's bit for bit."""
     published = MMDiT(
@@ -336,7 +382,7 @@ def test_long_sequences_take_blocks(monkeypatch):
     monkeypatch.setattr(attention, "QUERIES_PER_BLOCK", 4)
     q = jnp.ones((1, 12, 2, 4))
     text = str(jax.make_jaxpr(jax.grad(lambda q: jnp.sum(attention.attention(q, q, q))))(q))
-    assert "1,2,4,12" in text and "1,2,12,12" not in text
+    assert "1,2,4,12" in text and "1,2,12,12" not in text and "3,1,2,4,12" not in text  # not as a stack either
 
 
 def test_packing_has_an_inverse():
