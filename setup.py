@@ -35,6 +35,7 @@ setup(
     ],
     extras_require={
         "test": [
+            "diffusers",
             "etils[epath]",
             "gcsfs",
             "hypothesis",

@@ -10,11 +10,13 @@ import numpy as np
 from jax import Array
 
 from dar_jax.models import numerics
+from dar_jax.models.attention import attention
 from dar_jax.models.numerics import Arithmetic
 
 logical = nn.with_logical_partitioning
 keep_dense_outputs = partial(nn.remat, policy=numerics.keep_dense_outputs, prevent_cse=False)
-xavier, normal, zeros = nn.initializers.xavier_uniform(), nn.initializers.normal(0.02), nn.initializers.zeros
+xavier, normal = nn.initializers.xavier_uniform(), nn.initializers.normal(0.02)
+zeros, ones = nn.initializers.zeros, nn.initializers.ones
 
 
 def constrain(x: Array) -> Array:
@@ -104,7 +106,7 @@ class Dense(nn.Module):
 
 
 class TimestepEmbedder(nn.Module):
-    """t in [0, 1] `[B]` -> `[B, D]`: 256 features [cos, sin] with max period 10000, then a two-layer SiLU MLP.
+    """Times `[B]` -> `[B, D]`: 256 features [cos, sin] with max period 10000, then a two-layer SiLU MLP.
 
     `zero_last` zero-initialises the last layer, so that a query of DAR which adds the embedding starts without it.
     """
@@ -149,9 +151,7 @@ class Attention(nn.Module):
         qkv = Dense((3, size), ("embed", "qkv", "heads"), self.arithmetic, name="qkv")(x)
         qkv = qkv.reshape(b, tokens, 3, self.num_heads, size // self.num_heads)
         q, k, v = (jnp.squeeze(x, 2) for x in jnp.split(qkv, 3, axis=2))
-        scores = jnp.einsum("bqhd,bkhd->bhqk", q, k, preferred_element_type=jnp.promote_types(x.dtype, jnp.float32))
-        weights = jax.nn.softmax(scores * (size // self.num_heads) ** -0.5).astype(x.dtype)
-        out = jnp.einsum("bhqk,bkhd->bqhd", weights, v)
+        out = attention(q, k, v)
         return Dense((size,), ("heads", "embed"), self.arithmetic, name="out")(out.reshape(b, tokens, size))
 
 
@@ -210,7 +210,7 @@ class Head(nn.Module):
         self.dense = Dense((self.features,), ("embed", "patch"), self.arithmetic, zeros)
 
     def modulation(self, condition: Array) -> list[Array]:
-        """Shift and scale, `[B, 1, D]`, from `[B, D]`."""
+        """Shift and scale of SiT, `[B, 1, D]`, from `[B, D]`. In Qwen-Image the first is the scale."""
         return jnp.split(modulate_by(self.adaln, condition), 2, axis=-1)
 
     def __call__(self, x: Array) -> Array:

@@ -172,14 +172,26 @@ def aggregate(
     """
     sources = jnp.stack([*rows, *recent])  # [K + R, B, T, D]
     place = jnp.arange(len(sources))
-    is_source = ((place < count) | (place >= len(rows)))[:, None, None]
+    is_source = (place < count) | (place >= len(rows))
     row_stride = layout.sublayers_per_step // layout.rows_per_step
     first_recent = index * layout.sublayers_per_step + 1
     position = jnp.where(place < len(rows), place * row_stride, first_recent + place - len(rows))
     if fixed is None:
-        scores = jnp.sum(u * sources, axis=-1) * inverse_rms(sources)
-        alpha = jax.nn.softmax(jnp.where(is_source, scores, -jnp.inf), axis=0)
+        alpha = source_weights(u, sources, is_source)
     else:
-        alpha = jnp.broadcast_to(jnp.where(is_source, fixed[position][..., None], 0), sources.shape[:-1])
-    h = constrain(jnp.sum(alpha[..., None] * sources, axis=0).astype(rows.dtype))
-    return h, jnp.zeros((2 * layout.depth + 1, *alpha.shape[1:]), alpha.dtype).at[position].add(alpha)
+        fixed = jnp.where(is_source[:, None, None], fixed[position][..., None], 0)
+        alpha = jnp.broadcast_to(fixed, sources.shape[:-1])
+    return weighted(sources, alpha), jnp.zeros((2 * layout.depth + 1, *alpha.shape[1:]), alpha.dtype).at[position].add(
+        alpha
+    )
+
+
+def source_weights(u: Array, sources: Array, is_source: Array) -> Array:
+    """Softmax over those of the sources `[K, B, T, D]` where `is_source` `[K]` is true (paper Eq. 5): `[K, B, T]`."""
+    scores = jnp.sum(u * sources, axis=-1) * inverse_rms(sources)
+    return jax.nn.softmax(jnp.where(is_source[:, None, None], scores, -jnp.inf), axis=0)
+
+
+def weighted(sources: Array, weights: Array) -> Array:
+    """The state `[B, T, D]` of sources `[K, B, T, D]` and their weights `[K, B, T]`, in the type of the sources."""
+    return constrain(jnp.sum(weights[..., None] * sources, axis=0).astype(sources.dtype))

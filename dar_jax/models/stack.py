@@ -85,6 +85,68 @@ class History(NamedTuple):
         return self.append(layout.count(index), layout.rows(outputs))._replace(recent=outputs, kept=kept)
 
 
+def queries_per_read(layout: Layout, query: type[Query]) -> int:
+    """All queries of a step share a pass over the history if they are known when it starts."""
+    return 1 if query.reads_newest else layout.sublayers_per_step
+
+
+def make_taps(layout: Layout, query: type[Query], v_0: Array) -> list[tuple[tuple[Array, ...], Array]]:
+    """Zeros in the shape of what every `read` of a step returns."""
+    q = queries_per_read(layout, query)
+    tap = q * (jnp.zeros_like(v_0),), jnp.zeros((q, *v_0.shape[:-1]), statistics_dtype(v_0))
+    return layout.sublayers_per_step // q * [tap]
+
+
+class Reader:
+    """The aggregators of a stream in one step, which is read and written in turn.
+
+    Args:
+      how: implementation.
+      queries: modules, one for each of the P sublayers, of `size` per read.
+      e_t: embedding of the time, `[B, D]`.
+      history: what earlier steps wrote; `count` rows are filled, and `newest` is the last of them.
+      taps: None, or of `make_taps`: then the history gets no cotangent (`read`).
+
+    Attributes:
+      recent: the outputs written so far, `[B, T, D]` each.
+      reads: the queries and log sums of the reads so far.
+    """
+
+    def __init__(self, how, queries: list[Query], size: int, e_t, history: History, count, newest, taps: list | None):
+        self.how, self.queries, self.size, self.e_t = how, queries, size, e_t
+        self.history, self.count, self.newest, self.taps = history, count, newest, taps
+        self.recent, self.norms, self.reads = (), (), []
+
+    def read(self, shift: Array, scale: Array) -> Array:
+        """What the next sublayer reads, `[B, T, D]`, after LayerNorm and modulation."""
+        number, i = divmod(len(self.recent), self.size)
+        if i == 0:
+            newest = self.recent[-1] if self.recent else self.newest
+            u = tuple(query(self.e_t, newest) for query in self.queries[len(self.recent) :][: self.size])
+            tap = self.taps[number] if self.taps else None
+            self.aggregates, log_sum = read(self.how, u, self.history.sources, self.history.inv_rms, self.count, tap)
+            self.reads.append((u, log_sum))
+        u, log_sum = self.reads[-1]
+        read_by_sublayer = u[i], self.aggregates[i], log_sum[i], self.recent, self.norms
+        x, self.recent = sublayer_input(self.how, *read_by_sublayer, shift, scale)
+        return constrain(x)
+
+    def write(self, output: Array) -> None:
+        """Takes the output of the sublayer that has just read."""
+        self.recent += (constrain(output),)
+        self.norms += (inverse_rms(self.recent[-1]),)
+
+
+def read_history(
+    implementation: str, query, e_t: Array, history: History, recent: tuple[Array, ...], count: int
+) -> tuple:
+    """The arguments of `sublayer_input` or `state` for a reader of the first `count` rows and the recent outputs."""
+    u = query(e_t, recent[-1] if recent else history.sources[count - 1])
+    how = execution(implementation, count)
+    (aggregate,), (log_sum,) = read(how, (u,), history.sources, history.inv_rms, jnp.int32(count))
+    return how, u, aggregate, log_sum, recent, tuple(inverse_rms(v) for v in recent)
+
+
 class RoutedStep(nn.Module):
     """P sublayers, each fed by its own aggregator over the history and the recent outputs of this step."""
 
@@ -92,17 +154,6 @@ class RoutedStep(nn.Module):
     layout: Layout
     query: type[Query]
     implementation: str
-
-    @property
-    def queries_per_read(self) -> int:
-        """All queries of the step share a pass over the history if they are known when it starts."""
-        return 1 if self.query.reads_newest else self.layout.sublayers_per_step
-
-    def taps(self, v_0: Array) -> list[tuple[tuple[Array, ...], Array]]:
-        """Zeros in the shape of what every `read` of a step returns."""
-        q = self.queries_per_read
-        tap = q * (jnp.zeros_like(v_0),), jnp.zeros((q, *v_0.shape[:-1]), statistics_dtype(v_0))
-        return self.layout.sublayers_per_step // q * [tap]
 
     @nn.compact
     def __call__(
@@ -112,22 +163,14 @@ class RoutedStep(nn.Module):
 
         `newest` is the last row of the history that is filled. With `taps` the history gets no cotangent (`read`).
         """
-        count, size = self.layout.count(index), self.queries_per_read
         how = execution(self.implementation, self.layout.mean_count)
         blocks = [self.block(name=f"block_{i}") for i in range(self.layout.sublayers_per_step // 2)]
         queries = [self.query(name=f"query_{j}") for j in range(self.layout.sublayers_per_step)]
-        recent, norms, reads = (), (), []
-        for j, (branch, shift, scale, gate) in enumerate(b for block in blocks for b in block.branches(condition)):
-            if j % size == 0:
-                u = tuple(query(e_t, recent[-1] if recent else newest) for query in queries[j : j + size])
-                tap = taps[len(reads)] if taps else None
-                aggregates, log_sum = read(how, u, history.sources, history.inv_rms, count, tap)
-                reads.append((u, log_sum))
-            i = j % size
-            x, recent = sublayer_input(how, u[i], aggregates[i], log_sum[i], recent, norms, shift, scale)
-            recent += (constrain(branch(constrain(x), gate)),)
-            norms += (inverse_rms(recent[-1]),)
-        return recent, reads
+        size, count = queries_per_read(self.layout, self.query), self.layout.count(index)
+        reader = Reader(how, queries, size, e_t, history, count, newest, taps)
+        for branch, shift, scale, gate in (branch for block in blocks for branch in block.branches(condition)):
+            reader.write(branch(reader.read(shift, scale), gate))
+        return reader.recent, reader.reads
 
 
 class RoutedStack(nn.Module):
@@ -157,17 +200,12 @@ class RoutedStack(nn.Module):
             run = Run(step, self.remat, keeps)
             history = run_steps(run, steps.variables["params"], v_0, condition, e_t)
 
-        def read_history(query, recent, count):
-            u = query(e_t, recent[-1] if recent else history.sources[count - 1])
-            how = execution(self.implementation, count)
-            (aggregate,), (log_sum,) = read(how, (u,), history.sources, history.inv_rms, jnp.int32(count))
-            return how, u, aggregate, log_sum, recent, tuple(inverse_rms(v) for v in recent)
-
+        look = partial(read_history, self.implementation)
         recent = history.recent if layout.final_set.sees_outputs else ()
-        read_by_head = read_history(final_query(self, steps), recent, layout.num_final_rows)
+        read_by_head = look(final_query(self, steps), e_t, history, recent, layout.num_final_rows)
         x = constrain(sublayer_input(*read_by_head, shift, scale)[0])
         reads_by_blocks = [
-            read_history(sublayer_query(self, steps, 2 * k), kept, count)
+            look(sublayer_query(self, steps, 2 * k), e_t, history, kept, count)
             for k, kept, (count, _, _) in zip(hidden_at, history.kept, places, strict=True)
         ]
         return x, tuple(constrain(state(*found[1:])) for found in reads_by_blocks)
@@ -204,7 +242,7 @@ def _run_steps_forward(run, params, v_0, condition, e_t):
             outputs, saved = step.apply({"params": step_params}, history, index, newest, condition, e_t)[0], None
         else:
             outputs, linear = _linearize(step, index, *known)
-            saved = _save(linear, known)
+            saved = save(linear, known)
         return history.after(layout, index, outputs, run.keeps), saved
 
     start = History.start(layout, v_0, step.implementation, run.keeps)
@@ -223,11 +261,11 @@ def _run_steps_backward(run, residuals, d_final: History):
         # The final buffer stands for the one this step saw: a step reads only rows that were filled before it.
         known = history, step_params, condition, e_t
         vjp, reads = _linearize(step, index, *known)[1] if saved is None else saved(known)
-        d_params, d_newest, d_c, d_e, d_taps = vjp(_output_cotangents(run, index, d_sources, d_final))
+        d_params, d_newest, d_c, d_e, d_taps = vjp(output_cotangents(layout, run.keeps, index, d_sources, d_final))
 
         count = layout.count(index)
-        u, log_sum = _join(reads)
-        g, l = _join(d_taps)
+        u, log_sum = join(reads)
+        g, l = join(d_taps)
         d_sources = add_cotangent(how, d_sources, u, history.sources, history.inv_rms, count, log_sum, g, l)
         if step.query.reads_newest:
             d_sources = d_sources.at[count - 1].add(d_newest)
@@ -248,27 +286,30 @@ def _linearize(step: RoutedStep, index: Array, history: History, params: dict, c
     def outputs(params, *inputs):
         return step.apply({"params": params}, history, index, *inputs)
 
-    inputs = history.sources[step.layout.count(index) - 1], condition, e_t, step.taps(history.sources[0])
+    taps = make_taps(step.layout, step.query, history.sources[0])
+    inputs = history.sources[step.layout.count(index) - 1], condition, e_t, taps
     values, vjp, reads = jax.vjp(outputs, params, *inputs, has_aux=True)
     return values, (vjp, reads)
 
 
-def _output_cotangents(run: Run, index: Array, d_sources: Array, d_final: History) -> tuple[Array, ...]:
+def output_cotangents(
+    layout: Layout, keeps: tuple[Keep, ...], index: Array, d_sources: Array, d_final: History
+) -> tuple[Array, ...]:
     """Of the outputs of step `index`: from the rows it appended, and from what outside the scan reads the outputs.
 
     The final aggregator reads those of the last step, a hidden state those that are kept.
     """
-    layout, is_last = run.step.layout, index == run.step.layout.num_steps - 1
+    is_last = index == layout.num_steps - 1
     d_rows = jax.lax.dynamic_slice_in_dim(d_sources, layout.count(index), layout.rows_per_step)
     (d_outputs,) = jax.linear_transpose(layout.rows, d_final.recent)(d_rows)
     d_outputs = [d + jnp.where(is_last, r, 0) for d, r in zip(d_outputs, d_final.recent, strict=True)]
-    for keep, d_kept in zip(run.keeps, d_final.kept, strict=True):
+    for keep, d_kept in zip(keeps, d_final.kept, strict=True):
         for i, d in enumerate(d_kept):
             d_outputs[i] += jnp.where(index == keep.step, d, 0)
     return tuple(d_outputs)
 
 
-def _save(tree, known) -> jax.tree_util.Partial:
+def save(tree, known) -> jax.tree_util.Partial:
     """A function of `known` that returns `tree`. It holds the arrays of `tree` once, and none of those of `known`.
 
     Without this a scan that saves the residuals of its steps would save the whole history in each.
@@ -289,7 +330,7 @@ def _save(tree, known) -> jax.tree_util.Partial:
     return jax.tree_util.Partial(restore, arrays[num_known:])
 
 
-def _join(pairs: list) -> tuple[tuple[Array, ...], Array]:
+def join(pairs: list) -> tuple[tuple[Array, ...], Array]:
     """Pairs of a tuple and an array with a leading axis of the same length -> one such pair."""
     tuples, arrays = zip(*pairs, strict=True)
     return sum(tuples, ()), jnp.concatenate(arrays)

@@ -42,17 +42,37 @@ def warm_start(params: dict, layout: Layout, query: type[Query]) -> dict:
       stack/steps/block_i, aggregator j in stack/steps/query_j.
     """
     stacked = params["stack"]["steps"]["block_0"]
-    size = params["patch"]["bias"].shape[-1]
     num_steps, blocks_per_step = layout.num_steps, layout.sublayers_per_step // 2
 
     def block(i: int) -> dict:  # a step holds consecutive blocks
         return jax.tree.map(lambda x: x.reshape(num_steps, blocks_per_step, *x.shape[1:])[:, i], stacked)
 
-    fresh = meta.unbox(query().init(jax.random.key(0), jnp.zeros((1, size)), jnp.zeros((1, 1, size))))["params"]
-    uniform = {**fresh, "scale": jnp.zeros(size)} if query.adds_time else fresh
-    stacked_uniform = jax.tree.map(lambda x: jnp.broadcast_to(x, (num_steps, *x.shape)), uniform)
-
+    aggregator = _uniform_aggregator(query, params["patch"]["bias"].shape[-1])
     steps = {f"block_{i}": block(i) for i in range(blocks_per_step)}
-    steps |= {f"query_{j}": stacked_uniform for j in range(layout.sublayers_per_step)}
-    stack = {"steps": steps} | ({"final_query": uniform} if layout.final_set.has_query else {})
+    steps |= {f"query_{j}": _stack(aggregator, num_steps) for j in range(layout.sublayers_per_step)}
+    stack = {"steps": steps} | ({"final_query": aggregator} if layout.final_set.has_query else {})
     return {**params, "stack": stack}
+
+
+def warm_start_streams(params: dict, layout: Layout, query: type[Query], streams: str) -> dict:
+    """The same for a `models.mmdit.MMDiT` with its `streams`, "image" or "both".
+
+    The blocks are those of `params`, not copies: a residual and a routed model may share them.
+    """
+    aggregator = _uniform_aggregator(query, params["image"]["bias"].shape[-1])
+    queries = {"image_query": _stack(aggregator, 2 * layout.depth)}
+    if streams == "both":
+        queries["text_query"] = _stack(aggregator, 2 * layout.depth - 1)
+    if layout.final_set.has_query:
+        queries["final_query"] = aggregator
+    return {**params, "stack": {**params["stack"], **queries}}
+
+
+def _uniform_aggregator(query: type[Query], size: int) -> dict:
+    """Parameters of an aggregator whose folded query is zero, but not the gradient of it."""
+    fresh = meta.unbox(query().init(jax.random.key(0), jnp.zeros((1, size)), jnp.zeros((1, 1, size))))["params"]
+    return {**fresh, "scale": jnp.zeros(size)} if query.adds_time else fresh
+
+
+def _stack(aggregator: dict, count: int) -> dict:
+    return jax.tree.map(lambda x: jnp.broadcast_to(x, (count, *x.shape)), aggregator)
