@@ -82,7 +82,7 @@ def test_programs_exist():
     named = set(re.findall(r"python -m (dar_jax\.\w+)", TEXT))
     assert {"dar_jax.main", "dar_jax.sample", "dar_jax.plan"} <= named
     assert not [name for name in named if importlib.util.find_spec(name) is None]
-    scripts = set(re.findall(r"\b((?:benchmarks|docs|launch)/\w+\.(?:py|sh))\b", TEXT))
+    scripts = set(re.findall(r"\b((?:benchmarks|docs|launch|studies)/\w+\.(?:py|sh))\b", TEXT))
     assert len(scripts) > 5 and not [path for path in scripts if not (ROOT / path).exists()]
 
 
@@ -110,8 +110,9 @@ def test_launch_command_is_understood(words, monkeypatch):
 def test_options_exist(path, words):
     # The text is read, because importing two doors would define --workdir twice.
     text = path.read_text()
-    if re.search("^import step_time$", text, re.MULTILINE):  # a benchmark that shares the flags of another
-        text += path.with_name("step_time.py").read_text()
+    for name in ("step_time", "study"):  # a script that shares the flags of another
+        if re.search(rf"^(import|from) {name}\b", text, re.MULTILINE):
+            text += path.with_name(f"{name}.py").read_text()
     defined = set(re.findall(r'flags\.DEFINE_\w+\(\s*"(\w+)"', text))
     used = {re.split("[=.]", word.removeprefix("--"))[0] for word in words}  # --config.x.y is of --config
     assert used <= defined, used - defined
