@@ -4,7 +4,6 @@ Any field of the config can be overridden: --config.train.num_steps=100. A workd
 from the latest one.
 """
 
-import contextlib
 import os
 import signal
 import sys
@@ -12,7 +11,7 @@ import sys
 from absl import flags
 from ml_collections import config_flags
 
-from dar_jax import cli, runtime
+from dar_jax import cli, hosts, runtime
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "Experiment, and its variant: configs/digits.py:static_t")
 PROFILE = flags.DEFINE_integer(
@@ -47,10 +46,12 @@ def _leave(*_):
 
 
 def _end(*_):
-    """Ends within an import, where an exception would come out as another one."""
-    with contextlib.suppress(SystemExit):
+    """Ends within an import, where an exception may come out as another one; a job must hear of it."""
+    try:
         _leave()
-    os._exit(0)
+    finally:
+        if not hosts.is_joined():
+            os._exit(0)
 
 
 if __name__ == "__main__":

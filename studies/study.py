@@ -11,7 +11,6 @@ Curves of all runs are kept in studies/<name>.json, from which the table and the
 """
 
 import json
-import os
 import pathlib
 import shutil
 import subprocess
@@ -79,7 +78,9 @@ def train(study: Study, root: pathlib.Path) -> None:
             command += [f"--workdir={workdir}", f"--config.seed={seed}", *study.shared, *own]
             print(f"{cell}, seed {seed}", flush=True)
             with open(workdir / "log.txt", "a") as log:
-                subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, check=True, env={**os.environ})
+                code = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT).returncode
+            if code:
+                sys.exit(f"error: the run ended with exit code {code}; see {workdir}/log.txt.")
             if not network.exists() and (workdir / network.name).exists():
                 shutil.copy(workdir / network.name, network)
 
@@ -108,11 +109,9 @@ def interval(values: Sequence[float]) -> tuple[float, float]:
 
 def finals(curves: dict, cell: str, metric: str) -> dict[str, float]:
     """The metric at the last step of each seed of a cell."""
-    last = {seed: steps[max(steps, key=int)] for seed, steps in curves.get(cell, {}).items()}
-    longest = max((max(map(int, steps)) for seeds in curves.values() for steps in seeds.values()), default=0)
-    return {
-        seed: values[metric] for seed, values in last.items() if metric in values and str(longest) in curves[cell][seed]
-    }
+    last = str(max((max(map(int, steps)) for seeds in curves.values() for steps in seeds.values()), default=0))
+    at_last = {seed: steps.get(last, {}) for seed, steps in curves.get(cell, {}).items()}
+    return {seed: values[metric] for seed, values in at_last.items() if metric in values}
 
 
 def table(study: Study, curves: dict) -> str:

@@ -24,7 +24,7 @@ from dar_jax.data.pipeline import train_iterator
 from dar_jax.data.sources import LATENT_SOURCES
 from dar_jax.errors import UserError
 from dar_jax.objectives.repa import needs_images
-from dar_jax.pretrained.vae import AutoencoderKL, load, make_encoder, read_header
+from dar_jax.pretrained.vae import load, make_encoder, read_factor
 
 ENCODER_STREAM = 2**32 - 1  # of the seed's random streams; the others are numbered by steps, which never reach it
 
@@ -40,8 +40,7 @@ def image_size(config: ConfigDict) -> int:
         return config.data.image_size
     factor = 8
     if config.data.vae and (files.path(config.data.vae) / "vae.json").exists():
-        header = read_header(config.data.vae, "config.data.vae")
-        factor = AutoencoderKL(tuple(header["channels"]), header["latent_channels"]).factor
+        factor = read_factor(config.data.vae, "config.data.vae")
     return factor * config.model.input_size
 
 

@@ -15,8 +15,8 @@ from dar_jax import conditions, files, hosts, objectives, sharding
 from dar_jax.checkpoint import restore_ema, saved_steps
 from dar_jax.errors import UserError
 from dar_jax.evaluation.grid import save_grid
-from dar_jax.pretrained.vae import AutoencoderKL, make_decoder, read_header
 from dar_jax.pretrained.vae import load as load_vae
+from dar_jax.pretrained.vae import make_decoder, read_factor
 
 
 def make_sampler(config: ConfigDict, sample: Callable, mesh: Mesh) -> Callable[[Any, Array, dict], Array]:
@@ -61,8 +61,7 @@ def image_shape(config: ConfigDict) -> tuple[int, int, int]:
     side = config.model.input_size
     if not config.data.vae:
         return side, side, config.model.channels
-    header = read_header(config.data.vae, "config.data.vae")
-    side *= AutoencoderKL(tuple(header["channels"]), header["latent_channels"]).factor
+    side *= read_factor(config.data.vae, "config.data.vae")
     return side, side, 3
 
 
@@ -74,7 +73,7 @@ def restore(config: ConfigDict, workdir: str, mesh: Mesh, step: int | None) -> t
     facts = {f'the config of "{workdir}"': config.to_json(), f'the steps of "{workdir}"': saved_steps(workdir)}
     hosts.agree(facts, "the checkpoint")
     objective = objectives.build(config)
-    weights = sharding.abstract(mesh, lambda: objective.sampled(objective.init(jax.random.key(config.seed))))
+    weights = sharding.abstract(mesh, lambda: objective.init_sampled(jax.random.key(config.seed)))
     return restore_ema(workdir, weights, step)
 
 

@@ -37,6 +37,10 @@ class Objective(NamedTuple):
         """The parameters that `sample` needs."""
         return {name: value for name, value in params.items() if name not in self.helpers}
 
+    def init_sampled(self, key: Array) -> dict:
+        """Initial parameters without those that only the loss needs."""
+        return self.sampled(self.init(key))
+
 
 class HiddenTerm(NamedTuple):
     """A term of a loss that looks at states within the model.

@@ -250,6 +250,15 @@ def read_header(path: str, field: str) -> dict[str, Any]:
     return files.read_json(files.path(path) / "vae.json", form, fix)
 
 
+def read_factor(path: str, field: str) -> int:
+    """Pixels of a side for each latent of it; arguments and errors as of `read_header`."""
+    return _model(read_header(path, field)).factor
+
+
+def _model(header: dict[str, Any]) -> AutoencoderKL:
+    return AutoencoderKL(tuple(header["channels"]), header["latent_channels"])
+
+
 def load(path: str, field: str) -> Vae:
     """Loads a directory that `write` made; weights are numpy arrays.
 
@@ -257,7 +266,7 @@ def load(path: str, field: str) -> Vae:
     of its fingerprint.
     """
     header = read_header(path, field)
-    model = AutoencoderKL(tuple(header["channels"]), header["latent_channels"])
+    model = _model(header)
     try:
         restore = jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), _abstract(model))
         params = ocp.load_pytree(files.path(path) / "weights", restore)

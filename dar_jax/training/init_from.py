@@ -43,7 +43,7 @@ def restore_initial(config: ConfigDict, abstract, mesh: Mesh) -> Any:
     """The EMA weights of `config.init_from` on the shardings of `abstract`; uniform routing if they are residual."""
     source, model = check_init_from(config), models.build(config.model)
     objective = objectives.build(source)
-    weights = sharding.abstract(mesh, lambda: objective.sampled(objective.init(jax.random.key(0))))
+    weights = sharding.abstract(mesh, lambda: objective.init_sampled(jax.random.key(0)))
     ema, step = restore_ema(config.init_from, weights)
     say(f"started from the EMA weights of step {step} of {config.init_from}")
     if source.model.routing.kind != "residual" or model.layout is None:
