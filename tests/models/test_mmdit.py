@@ -327,7 +327,8 @@ def test_what_does_not_fit_is_refused():
 def test_published_weights_fit_and_return():
     """All tensors of the published model by shape alone; a small model's bit for bit."""
     published = MMDiT(
-        **{**TINY, **SIZES["qwen_image"], "channels": 16, "rope_axes": None}, dtype=jnp.dtype("bfloat16"), remat="block",
+        **{**TINY, **SIZES["qwen_image"], "channels": 16, "rope_axes": None},
+        dtype=jnp.dtype("bfloat16"), remat="block",
         layout=None, query=QUERIES["static"], streams="image", implementation="auto",
     )  # fmt: skip
     params = abstract_params(published)
