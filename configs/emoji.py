@@ -2,7 +2,7 @@
 
     pip install emoji && apt-get install fonts-noto-color-emoji
     python -m dar_jax.main --config=configs/emoji.py --workdir=runs/emoji
-    python -m dar_jax.sample --workdir=runs/emoji --prompts="tiger face;woman firefighter: dark skin tone" --out=grid.png
+    python -m dar_jax.sample --workdir=runs/emoji --prompts="tiger face;woman cook: dark skin tone" --out=grid.png
 
 The variants are residual, static, static_t (the default) and dynamic; --config.model.routing.streams=both routes the
 text stream too. The words of a caption are embedded and encoded by a transformer that is trained along. Of every
