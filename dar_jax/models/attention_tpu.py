@@ -22,16 +22,17 @@ from jax.experimental.pallas import tpu as pltpu
 LANES = 128
 MASKED = -1e30  # finite, so that a block of masked keys alone gives no NaN
 LOG2_E = math.log2(math.e)
-# The backward pass holds the gradient of all queries of a head, 1 KB a query in float32 with its bfloat16 result.
-MOST_QUERIES = 16_384
+# The backward pass holds the gradient of all queries of a head, 1 KB a query in float32 with its bfloat16 result. So
+# many fit the 16 MiB of a v4 beside the blocks.
+MOST_QUERIES = 8192
 VMEM_LIMIT = 64 * 2**20
 
 
 def block_size(tokens: int) -> int:
-    """The block of 512 to 1024 tokens that leaves the least of the last block empty, or one block for all."""
+    """The block of 512 to 768 tokens that leaves the least of the last block empty, or one block for all."""
     if tokens <= 512:
         return -(-tokens // LANES) * LANES
-    return min(range(1024, 511, -LANES), key=lambda size: -tokens % size)
+    return min(range(768, 511, -LANES), key=lambda size: -tokens % size)
 
 
 def supports(q: Array, k: Array) -> bool:
