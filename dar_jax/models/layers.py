@@ -10,7 +10,6 @@ import numpy as np
 from jax import Array
 
 from dar_jax.models import numerics
-from dar_jax.models.attention import attention
 from dar_jax.models.numerics import Arithmetic
 
 logical = nn.with_logical_partitioning
@@ -154,7 +153,11 @@ class Attention(nn.Module):
         qkv = Dense((3, size), ("embed", "qkv", "heads"), self.arithmetic, name="qkv")(x)
         qkv = qkv.reshape(b, tokens, 3, self.num_heads, size // self.num_heads)
         q, k, v = (jnp.squeeze(x, 2) for x in jnp.split(qkv, 3, axis=2))
+<<<<<<< HEAD
         out = attention(q, k, v, key_mask)
+=======
+        out = self.arithmetic.attention(q, k, v)
+>>>>>>> attn
         return Dense((size,), ("heads", "embed"), self.arithmetic, name="out")(out.reshape(b, tokens, size))
 
 

@@ -189,7 +189,7 @@ def make_plan(config: ConfigDict, topology: str) -> Plan:
         hbm_capacity_bytes=capacity,
         memory_bytes=memory_bytes,
         fits=compiled is not None and total <= capacity,
-        flops_per_step=count_flops(traced.jaxpr.jaxpr),
+        flops_per_step=count_flops(traced.jaxpr.jaxpr, "tpu" if chip else "cpu"),
         model_flops_per_step=model_flops,
         estimated_step_ms=seconds and 1e3 * seconds,
         estimated_kernel_ms=None if kernel_seconds is None else 1e3 * kernel_seconds,
