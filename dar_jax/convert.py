@@ -7,8 +7,9 @@ dar_jax.sample draws from it; dar_jax.main starts from it, also with routing, by
 inception: --input is pt_inception-2015-12-05-6726825d.pth from the releases of pytorch-fid, and --output an .npz for
 dar_jax.evaluate --inception and config.eval.inception.
 
-vae: --input is diffusion_pytorch_model.safetensors of stabilityai/sd-vae-ft-ema or -mse, and --output a directory for
-dar_jax.prepare --vae, dar_jax.sample --vae and config.data.vae.
+vae: --input is diffusion_pytorch_model.safetensors of stabilityai/sd-vae-ft-ema or -mse, or that of the folder vae of
+Qwen/Qwen-Image, and --output a directory for dar_jax.prepare --vae, dar_jax.sample --vae and config.data.vae. The names
+of the tensors tell which it is. Of Qwen-Image's, the directory keeps what encodes and decodes single images.
 
 dinov2, dinov3: --input is model.safetensors of facebook/dinov2-base, facebook/dinov2-with-registers-base or
 facebook/dinov3-vitb16-pretrain-lvd1689m (or of another size S, B or L), or Meta's own .pth of the same. --output is a
@@ -55,7 +56,8 @@ def main(_):
 
         converted = vae.from_torch(state_dict)
         vae.write(OUTPUT.value, converted)
-        print(f"wrote {OUTPUT.value}: AutoencoderKL, f{converted.model.factor}, fingerprint {converted.fingerprint}")
+        model = converted.model
+        print(f"wrote {OUTPUT.value}: {type(model).__name__}, f{model.factor}, fingerprint {converted.fingerprint}")
     else:
         _convert_dino(state_dict)
 
