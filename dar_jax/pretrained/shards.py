@@ -63,7 +63,7 @@ def find(location: str) -> dict[str, Tensor]:
         path = _of_directory(location, path)
     if not path.is_file() or not path.name.endswith((_SUFFIX, _INDEX)):
         raise UserError(
-            f'--input = "{location}" must be a {_SUFFIX} file, an {_INDEX[1:]}, or a directory with one of them.'
+            f'--input = "{location}" must be a file *{_SUFFIX} or *{_INDEX}, or a directory with one of them.'
         )
     if path.name.endswith(_SUFFIX):
         return _tensors(files.local(path))
@@ -139,8 +139,13 @@ class Writer:
         }
         with files.writing(directory, "--output"):
             self._directory.mkdir(parents=True, exist_ok=True)
-            for shard, group in self._names.items():
-                self._make(self._directory / f"{shard}.tmp", group)
+            try:
+                for shard, group in self._names.items():
+                    self._make(self._directory / f"{shard}.tmp", group)
+            except OSError:
+                for shard in self._names:
+                    (self._directory / f"{shard}.tmp").unlink(missing_ok=True)
+                raise
 
     def _make(self, file: pathlib.Path, names: list[str]) -> None:
         codes = {dtype: code for code, dtype in DTYPES.items()}

@@ -1,7 +1,10 @@
 """Published weights of Qwen-Image become a checkpoint and come back, bit for bit, and without being held in memory."""
 
 import copy
+import errno
+import functools
 import json
+import os
 import subprocess
 import sys
 
@@ -57,10 +60,16 @@ def read_shards(directory):
     return tensors
 
 
-def abstract(mesh, dtype):
-    model = model_of(DEPTH)
-    leaves = sharding.abstract(mesh, lambda: model.init(jax.random.key(0), *single(inputs_of((2, 2))))["params"])
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype, sharding=x.sharding), leaves)
+@functools.cache
+def abstract_on_mesh():
+    model, mesh = model_of(DEPTH), tiny.make_mesh(2, 4)
+    return sharding.abstract(mesh, lambda: model.init(jax.random.key(0), *single(inputs_of((2, 2))))["params"])
+
+
+def abstract(dtype):
+    """The params of the small model on eight devices, four of them for fsdp."""
+    put = lambda x: jax.ShapeDtypeStruct(x.shape, dtype, sharding=x.sharding)  # noqa: E731
+    return jax.tree.map(put, abstract_on_mesh())
 
 
 def test_there_and_back_is_bit_equal(published, tmp_path, monkeypatch):
@@ -74,9 +83,8 @@ def test_there_and_back_is_bit_equal(published, tmp_path, monkeypatch):
     fields = {"family": "mmdit", "hidden_size": 48, "depth": 3, "num_heads": 3, "channels": 4, "text_size": 12}
     assert fields.items() <= config.items() and config["routing"]["kind"] == "residual"
 
-    mesh = tiny.make_mesh(2, 4)
     for dtype in (jnp.bfloat16, jnp.float32):
-        params, step = checkpoint.restore_ema(str(out), abstract(mesh, dtype))
+        params, step = checkpoint.restore_ema(str(out), abstract(dtype))
         kernel = params["stack"]["steps"]["block_0"]["image"]["mlp"]["dense_0"]["kernel"]
         assert step == 0 and kernel.shape == (3, 48, 192) and kernel.sharding.shard_shape(kernel.shape) == (3, 12, 192)
         expected = qwen_image.params_from_torch(state_dict)
@@ -134,10 +142,9 @@ def test_one_that_was_killed_goes_on(published, tmp_path):
 
 def test_checkpoint_of_a_run_is_exported(tmp_path):
     """Of float32 weights on a mesh, in the form in which training saves them: chunks are the shares of devices."""
-    mesh = tiny.make_mesh(2, 4)
     rng = np.random.default_rng(0)
     params = jax.tree.map(
-        lambda x: jax.device_put(rng.normal(size=x.shape).astype(x.dtype), x.sharding), abstract(mesh, jnp.float32)
+        lambda x: jax.device_put(rng.normal(size=x.shape).astype(x.dtype), x.sharding), abstract(jnp.float32)
     )
     checkpoints = checkpoint.Checkpoints(str(tmp_path / "run"), keep=1)
     checkpoints.save_items({"ema": params}, 7)
@@ -145,6 +152,18 @@ def test_checkpoint_of_a_run_is_exported(tmp_path):
     assert mmdit_weights.export(str(tmp_path / "run"), str(tmp_path / "out")) == (13 + 32 * DEPTH, 7)
     expected = qwen_image.params_to_torch(params)
     assert bits(read_shards(tmp_path / "out")) == bits({name: torch.tensor(x) for name, x in expected.items()})
+
+
+def test_export_to_a_full_disk_is_one_line_and_leaves_nothing(tmp_path, monkeypatch):
+    """The room is taken before the first tensor is read."""
+
+    def fail(descriptor, offset, size):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "posix_fallocate", fail)
+    with pytest.raises(UserError, match=r"--output = .* cannot be written: No space left on device"):
+        shards.Writer(str(tmp_path / "out"), {"a": ((2,), np.dtype(np.float32))})
+    assert not [*(tmp_path / "out").iterdir()]
 
 
 def test_other_models_are_not_exported(tmp_path):
