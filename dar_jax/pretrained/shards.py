@@ -36,8 +36,8 @@ class Tensor(NamedTuple):
     def read(self) -> np.ndarray:
         """Its values. Raises UserError if they cannot be read, or one of them is not finite."""
         with _opened(self.file) as file:  # anew for each, so that the pages of others are given back
-            array = np.array(file.get_tensor(self.name))
-        if not np.isfinite(array).all():
+            array = file.get_tensor(self.name)
+        if not all(np.isfinite(rows).all() for rows in np.array_split(array, 32)):
             raise UserError(f'"{self.name}" in "{self.file}" holds numbers that are not finite; copy the file again.')
         return array
 
