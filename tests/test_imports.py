@@ -16,6 +16,8 @@ ORDER = (
     {"objectives"},
     {"logs", "data"},
     {"checkpoint"},
+    {"streaming"},
+    {"mmdit_weights"},
     {"evaluation"},
     {"diagnosis"},
     {"training"},

@@ -2,7 +2,7 @@
 
 A batch is a dictionary with the samples on the leading axis of every array:
 
-    x1          float32 [B, H, W, C]: images in [-1, 1], or scaled latents
+    x1          float32 [B, H, W, C]: images in [-1, 1], or normalised latents
     condition   what the model is conditioned on (`dar_jax.conditions`)
     image       uint8 [B, S, S, 3]: the images of latents, only if the objective looks at them (`repa.needs_images`)
 
@@ -101,7 +101,7 @@ def open_batches(
 
 
 def make_online_encoder(config: ConfigDict, mesh: Mesh) -> Callable[[Array, int], Array]:
-    """Returns (images float32 [B, H, W, 3] in [-1, 1], step) -> scaled latents float32 [B, h, w, C].
+    """Returns (images float32 [B, H, W, 3] in [-1, 1], step) -> normalised latents float32 [B, h, w, C].
 
     Each is a draw from its distribution, whose noise follows from config.seed and the step, whatever the mesh.
 
@@ -121,7 +121,7 @@ def make_online_encoder(config: ConfigDict, mesh: Mesh) -> Callable[[Array, int]
     def draw(moments: Array, step: Array) -> Array:
         stream = jax.random.fold_in(jax.random.key(seed), ENCODER_STREAM)
         mean, std = moments[:, 0], moments[:, 1]
-        return vae.scale * (mean + std * jax.random.normal(jax.random.fold_in(stream, step), mean.shape))
+        return vae.normalise(mean + std * jax.random.normal(jax.random.fold_in(stream, step), mean.shape))
 
     encode = make_encoder(vae, mesh)
     return lambda images, step: draw(encode(images), step)

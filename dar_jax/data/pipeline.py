@@ -89,7 +89,7 @@ def train_iterator(
         example = read(source, int(_epoch_order(seed, epoch, len(source))[i]))
         mirrored = flip and rng.random() < 0.5
         if is_latent and "moments" in example:
-            x1 = draw_latent(example["moments"][int(mirrored)], source.scale, rng)
+            x1 = draw_latent(example["moments"][int(mirrored)], source.shift, source.scale, rng)
         else:
             image = example["image"] if is_latent else center_crop(to_channels(example["image"], channels), size)
             x1 = image[:, ::-1] if mirrored else image

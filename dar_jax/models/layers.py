@@ -153,11 +153,7 @@ class Attention(nn.Module):
         qkv = Dense((3, size), ("embed", "qkv", "heads"), self.arithmetic, name="qkv")(x)
         qkv = qkv.reshape(b, tokens, 3, self.num_heads, size // self.num_heads)
         q, k, v = (jnp.squeeze(x, 2) for x in jnp.split(qkv, 3, axis=2))
-<<<<<<< HEAD
-        out = attention(q, k, v, key_mask)
-=======
-        out = self.arithmetic.attention(q, k, v)
->>>>>>> attn
+        out = self.arithmetic.attention(q, k, v, key_mask)
         return Dense((size,), ("heads", "embed"), self.arithmetic, name="out")(out.reshape(b, tokens, size))
 
 

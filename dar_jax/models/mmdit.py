@@ -12,14 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-<<<<<<< HEAD
 from dar_jax.conditions import PADDING, Condition
-from dar_jax.models import layers, numerics
-from dar_jax.models.attention import attention
-=======
-from dar_jax.conditions import Condition
 from dar_jax.models import layers
->>>>>>> attn
 from dar_jax.models.layers import Dense, logical, ones
 from dar_jax.models.numerics import Arithmetic
 from dar_jax.models.sit import Output
