@@ -22,6 +22,7 @@ MIN_SIDE = 8
 PATCH = 299  # pixels, what the Inception network takes
 PERIODS = (8, 16)  # pixels: the factor of common VAEs, and that times the patch size of the transformer
 REACH = 4  # frequencies on each side of a peak to which it is compared, at most
+FLOOR = 1e-6  # of a power in a logarithm or below a line; rounding to whole numbers alone has 1/12
 CUTOFFS = {"hf_quarter": 1 / 4, "hf_half": 1 / 2}  # of Nyquist
 UNITS = {"lsd_low": "dB", "lsd_mid": "dB", "lsd_high": "dB", "hf_quarter": "", "hf_half": "", "grid_8": "dB",
          "grid_16": "dB", "laplacian": "", "patch_fid": ""}  # fmt: skip
@@ -177,15 +178,14 @@ def grid_index(lines: np.ndarray) -> np.ndarray:
       [...].
     """
     # Of logarithms, because the mean of the middle two would be too large where the power falls steeply.
-    logs = np.log(np.maximum(lines, np.finfo(np.float64).tiny))
+    logs = np.log(np.maximum(lines, FLOOR))
     ratios = np.exp(logs[..., 0] - np.median(logs[..., 1:], axis=-1))
     return 10 * np.log10(ratios.mean(axis=-1))
 
 
 def log_ratio(profile: np.ndarray, reference: np.ndarray) -> np.ndarray:
     """10 log10 of the ratio of two profiles [..., R], in dB, without ring 0, the brightness: [..., R - 1]."""
-    tiny = np.finfo(np.float64).tiny
-    return 10 * np.log10(np.maximum(profile[..., 1:], tiny) / np.maximum(reference[..., 1:], tiny))
+    return 10 * np.log10(np.maximum(profile[..., 1:], FLOOR) / np.maximum(reference[..., 1:], FLOOR))
 
 
 def log_spectral_distance(profile: np.ndarray, reference: np.ndarray, size: tuple[int, int]) -> dict[str, np.ndarray]:
@@ -214,8 +214,7 @@ def measures(means: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
       means: over images, [..., F] by the names of `per_image`.
     """
     total, *parts = np.moveaxis(means["energy"], -1, 0)
-    total = np.maximum(total, np.finfo(np.float64).tiny)  # of images of one colour
-    found = {name: part / total for name, part in zip(CUTOFFS, parts, strict=True)}
+    found = {name: part / np.maximum(total, FLOOR) for name, part in zip(CUTOFFS, parts, strict=True)}
     for period in PERIODS:
         if f"lines_{period}" in means:
             found[f"grid_{period}"] = grid_index(means[f"lines_{period}"])
