@@ -1,5 +1,9 @@
 """Measures of detail against loops that follow their definitions, and against images whose spectrum is known."""
 
+import json
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 from scipy import ndimage
@@ -236,3 +240,27 @@ def test_images_of_one_colour_have_finite_measures():
                        (("reference", 0), ("samples", 77))})  # fmt: skip
     assert np.isfinite(list(results["samples"]["scores"].values())).all()
     assert results["samples"]["scores"]["laplacian"] == pytest.approx(0, abs=1e-20)
+
+
+def test_the_door_measures_files_without_inception(tmp_path):
+    images = natural(40, 28)
+    np.savez(tmp_path / "ref.npz", natural(60, 28, seed=1))
+    for name, sigma in (("teacher", 0), ("routed", 0.3), ("residual", 0.8)):
+        np.savez(tmp_path / f"{name}.npz", to_uint8(ndimage.gaussian_filter(np.float64(images), (0, sigma, sigma, 0))))
+    flags = [f"--samples={tmp_path}/residual.npz", f"--reference={tmp_path}/ref.npz", f"--json={tmp_path}/out.json"]
+    flags += ["--detail", f"--teacher_samples={tmp_path}/teacher.npz", f"--beside=routed={tmp_path}/routed.npz"]
+    command = [sys.executable, "-m", "dar_jax.evaluate", *flags]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    found = {one["name"]: one for one in json.loads((tmp_path / "out.json").read_text())}
+    assert result.stdout.splitlines()[0].split() == list(found) == ["reference", "teacher", "routed", "samples"]
+    rows = {line.split()[0]: line for line in result.stdout.splitlines()}
+    for name in ("lsd_low", "lsd_high", "hf_quarter", "hf_half", "grid_8", "laplacian", "lsd_high_teacher"):
+        value = found["samples"]["scores"][name]
+        assert float(rows[name].split()[-2]) == pytest.approx(value, rel=1e-4)
+    for name in ("lsd_high", "lsd_high_teacher"):
+        assert 0 < found["routed"]["scores"][name] < found["samples"]["scores"][name] / 2
+    assert "grid_16: not available, the images are 28 x 28, below two periods (32 px)" in result.stdout
+    assert "patch_fid: not available, the images are 28 x 28, below 299 px" in result.stdout
+    for name in ("out.png", "out.pdf"):
+        assert (tmp_path / name).stat().st_size > 5000 and f"wrote {tmp_path}/{name}" in result.stdout
