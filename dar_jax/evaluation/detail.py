@@ -347,12 +347,11 @@ def table(results: list[dict]) -> str:
     """A row for each measure and a column for each set, value and half its interval; below, what is not available."""
     names = [f"{key}{suffix}" for suffix in ("", "_teacher") for key in UNITS]
     names = [name for name in names if any(name in result["scores"] for result in results)]
-    width = max(18, *(len(result["name"]) + 2 for result in results))
-    lines = [" " * 24 + "".join(f"{result['name']:>{width}}" for result in results)]
+    rows = {"": [result["name"] for result in results]}
     for name in names:
-        unit = UNITS[name.removesuffix("_teacher")]
-        cells = [_cell(result, name) for result in results]
-        lines.append(f"{f'{name} {unit}':<24}" + "".join(f"{cell:>{width}}" for cell in cells))
+        rows[f"{name} {UNITS[name.removesuffix('_teacher')]}"] = [_cell(result, name) for result in results]
+    first, width = max(map(len, rows)), max(len(cell) for cells in rows.values() for cell in cells) + 2
+    lines = [f"{name:<{first}}" + "".join(f"{cell:>{width}}" for cell in cells) for name, cells in rows.items()]
     lines.append("± is 95 % over images; lsd of the reference is what chance alone gives")
     lines += [f"{name}: not available, {why}" for name, why in results[0]["not_available"].items()]
     return "\n".join(lines)
@@ -365,4 +364,4 @@ def _cell(result: dict, name: str) -> str:
     if name not in result["intervals"]:
         return value
     low, high = result["intervals"][name]
-    return f"{value} ±{(high - low) / 2:.2g}"
+    return f"{value} ±{float(f'{(high - low) / 2:.2g}'):g}"

@@ -221,9 +221,10 @@ class _Detail:
 
     def add(self, name: str, parts: Iterator[dict[str, np.ndarray]], settings: dict) -> None:
         """Adds a set by what `measure` found in its batches. Processes but the first may lack some, and keep none."""
-        parts = list(parts)
         if jax.process_index() == 0:
             self.sets[name], self.settings[name] = detail.collect(parts, self.size), settings
+        for _ in parts:  # all processes extract features together
+            pass
 
     def add_file(self, name: str, path: str, flag: str, count: int | None = None) -> None:
         """Adds the first `count` images of an npz, by default all.
