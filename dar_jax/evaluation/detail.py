@@ -344,7 +344,10 @@ def compare(sets: dict[str, Measured]) -> dict[str, dict]:
 
 
 def table(results: list[dict]) -> str:
-    """A row for each measure and a column for each set, value and half its interval; below, what is not available."""
+    """A row for each measure and a column for each set, value and half its interval; below, what is not available.
+
+    Of the distance of the reference to itself, what chance gives, the interval stands alone: it is not symmetric.
+    """
     names = [f"{key}{suffix}" for suffix in ("", "_teacher") for key in UNITS]
     names = [name for name in names if any(name in result["scores"] for result in results)]
     rows = {"": [result["name"] for result in results]}
@@ -352,7 +355,7 @@ def table(results: list[dict]) -> str:
         rows[f"{name} {UNITS[name.removesuffix('_teacher')]}"] = [_cell(result, name) for result in results]
     first, width = max(map(len, rows)), max(len(cell) for cells in rows.values() for cell in cells) + 2
     lines = [f"{name:<{first}}" + "".join(f"{cell:>{width}}" for cell in cells) for name, cells in rows.items()]
-    lines.append("± is 95 % over images; lsd of the reference is what chance alone gives")
+    lines.append("± is 95 % over images; lsd of the reference is the range that chance alone gives")
     lines += [f"{name}: not available, {why}" for name, why in results[0]["not_available"].items()]
     return "\n".join(lines)
 
@@ -364,4 +367,6 @@ def _cell(result: dict, name: str) -> str:
     if name not in result["intervals"]:
         return value
     low, high = result["intervals"][name]
+    if result["name"] == REFERENCE and name.startswith("lsd"):
+        return f"{low:.2g} to {high:.2g}"
     return f"{value} ±{float(f'{(high - low) / 2:.2g}'):g}"

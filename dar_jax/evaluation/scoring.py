@@ -36,7 +36,7 @@ from dar_jax.evaluation.metrics import (
     warn_if_few,
 )
 from dar_jax.evaluation.sampling import image_shape, make_sampler, restore, sample_images
-from dar_jax.evaluation.sets import MOMENT_KEYS, open_images, write_set
+from dar_jax.evaluation.sets import MOMENT_KEYS, open_images, read_names, write_set
 from dar_jax.logs import say
 from dar_jax.pretrained.inception import how_to_get
 from dar_jax.pretrained.vae import read_header
@@ -168,7 +168,7 @@ def detail_of_run(
             )
             settings = {"data": config.data.to_dict()}
             measured.add(detail.REFERENCE, map(measured.measure, (images for images, _ in real)), settings)
-        measured.add_others(others, count)
+        measured.add_others(others, count, _names(wanted))
         settings = {**_settings(config, measured.features, workdir=workdir, step=step), "detail": True}
         with _samples(config, ema, wanted, measured.measure, settings, samples_out, mesh) as parts:
             measured.add("samples", parts, settings)
@@ -186,7 +186,7 @@ def detail_of_file(
     count = min(num_samples, shape[0])
     measured = _Detail("--samples", shape[1:3], inception, sharding.make_mesh(default().mesh))
     measured.add_file(detail.REFERENCE, reference, "--reference")
-    measured.add_others(others, count)
+    measured.add_others(others, count, read_names(samples, "--samples"))
     measured.add_file("samples", samples, "--samples", count)
     return measured.results()
 
@@ -245,9 +245,17 @@ class _Detail:
         settings = {"path": path, "sha256": files.sha256(files.local(path)), "num_samples": count or images.shape[0]}
         self.add(name, map(self.measure, images.batches(READ_BATCH, count)), settings)
 
-    def add_others(self, others: dict[str, str], count: int) -> None:
+    def add_others(self, others: dict[str, str], count: int, names: np.ndarray | None) -> None:
+        """Adds the first `count` images of npz files. Says which have other labels or captions than `names`."""
         for name, path in others.items():
-            self.add_file(name, path, "--teacher_samples" if name == detail.TEACHER else "--beside", count)
+            flag = "--teacher_samples" if name == detail.TEACHER else "--beside"
+            self.add_file(name, path, flag, count)
+            found = read_names(path, flag)
+            if not (found is None or names is None or np.array_equal(found[:count], names[:count])):
+                say(
+                    f'warning: {flag} = "{path}" is of other labels or captions (arr_1) than the samples: the intervals '
+                    "of their distance are not valid; draw both with the same seed and labels"
+                )
 
     def results(self) -> list[dict]:
         """Of every set {"name", "scores", "intervals", ..., "not_available", "settings"}, see `detail.compare`.
@@ -317,6 +325,11 @@ def _extract(features: Features, mesh: Mesh, images: np.ndarray) -> dict[str, np
     return extract_all(features, images, mesh)
 
 
+def _names(wanted: ToSample) -> np.ndarray:
+    """What an npz of samples holds as arr_1: captions, or labels int64 [N]."""
+    return np.array(wanted.captions or wanted.labels.astype(np.int64))
+
+
 @contextlib.contextmanager
 def _samples(
     config: ConfigDict,
@@ -338,7 +351,7 @@ def _samples(
         yield _sample(draw, ema, wanted.condition, measure, shards, config.eval.batch_size, mesh)
         if samples_out and jax.process_index() == 0:
             count = config.eval.num_samples
-            names = {"arr_1": np.array(wanted.captions or wanted.labels.astype(np.int64))}
+            names = {"arr_1": _names(wanted)}
             write_set(samples_out, (count, *image_shape(config)), shards.images(count), names, "--samples_out")
         shards.remove()
 

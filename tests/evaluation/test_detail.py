@@ -261,6 +261,8 @@ def test_the_door_measures_files_without_inception(tmp_path):
         assert float(rows[name].split()[-2]) == pytest.approx(value, rel=1e-4)
     for name in ("lsd_high", "lsd_high_teacher"):
         assert 0 < found["routed"]["scores"][name] < found["samples"]["scores"][name] / 2
+    low, high = found["reference"]["intervals"]["lsd_high"]
+    assert f" {low:.2g} to {high:.2g} " in rows["lsd_high"]
     assert "grid_16: not available, the images are 28 x 28, below two periods (32 px)" in result.stdout
     assert "patch_fid: not available, the images are 28 x 28, below 299 px" in result.stdout
     for name in ("out.png", "out.pdf"):

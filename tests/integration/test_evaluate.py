@@ -277,6 +277,23 @@ def test_detail_of_a_run_is_that_of_its_samples(workdir, drawn, tmp_path, monkey
     json.dumps([real, run, file])
 
 
+def test_other_labels_are_told(workdir, tmp_path, capsys):
+    """Then image i of the two sets has nothing in common; without labels in a file nothing is said."""
+    images = np.random.default_rng(0).integers(0, 256, (24, 8, 8, 1)).astype(np.uint8)
+    labels = np.arange(24) % 10
+    np.savez(tmp_path / "same.npz", images, labels)
+    np.savez(tmp_path / "none.npz", images)
+    np.savez(tmp_path / "other.npz", images, labels[::-1])
+    same, none, other = (str(tmp_path / f"{name}.npz") for name in ("same", "none", "other"))
+    detail_of_run(make_config(), workdir, None, {"teacher": same, "none": none}, None)
+    detail_of_file(same, none, {"teacher": same, "none": none}, "", 24)
+    assert "warning" not in capsys.readouterr().out
+    detail_of_run(make_config(), workdir, None, {"teacher": other}, None)
+    assert f'warning: --teacher_samples = "{other}" is of other labels' in capsys.readouterr().out
+    detail_of_file(same, none, {"student": other}, "", 24)
+    assert f'warning: --beside = "{other}" is of other labels' in capsys.readouterr().out
+
+
 def test_patch_fid_is_of_the_centres(weights, tmp_path, monkeypatch):
     """Of images above 299 px, grey here, with a network of 24 features; without weights it is not available."""
     features = network("inception")
