@@ -253,7 +253,7 @@ class _Detail:
             found = read_names(path, flag)
             if not (found is None or names is None or np.array_equal(found[:count], names[:count])):
                 say(
-                    f'warning: {flag} = "{path}" is of other labels or captions (arr_1) than the samples: the intervals '
+                    f'warning: {flag} = "{path}" has other labels (arr_1) than the samples: the intervals '
                     "of their distance are not valid; draw both with the same seed and labels"
                 )
 

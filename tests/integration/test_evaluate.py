@@ -289,9 +289,9 @@ def test_other_labels_are_told(workdir, tmp_path, capsys):
     detail_of_file(same, none, {"teacher": same, "none": none}, "", 24)
     assert "warning" not in capsys.readouterr().out
     detail_of_run(make_config(), workdir, None, {"teacher": other}, None)
-    assert f'warning: --teacher_samples = "{other}" is of other labels' in capsys.readouterr().out
+    assert f'warning: --teacher_samples = "{other}" has other labels' in capsys.readouterr().out
     detail_of_file(same, none, {"student": other}, "", 24)
-    assert f'warning: --beside = "{other}" is of other labels' in capsys.readouterr().out
+    assert f'warning: --beside = "{other}" has other labels' in capsys.readouterr().out
 
 
 def test_patch_fid_is_of_the_centres(weights, tmp_path, monkeypatch):
