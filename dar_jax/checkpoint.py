@@ -49,6 +49,7 @@ FIXED = (
         f"repa.{name}"
         for name in ("target", "block", "later_block", "projector", "standardize", "mean_share", "encoder")
     ),
+    "lora",
 )
 
 
@@ -275,17 +276,21 @@ def set_damaged_aside(workdir: str) -> int | None:
     return step
 
 
-def _load(path: files.Path, items: dict[str, Any]) -> dict[str, Any]:
+def _load(path: files.Path, items: dict[str, Any], *, partial: bool = False) -> dict[str, Any]:
+    context = ocp.Context()
+    context.pytree.loading.partial_load = partial
     try:
-        return ocp.load_checkpointables(path, items)
+        with context:
+            return ocp.load_checkpointables(path, items)
     except Exception as error:  # orbax raises what its readers happen to
         reason = str(error).partition("\n")[0]
         raise UserError(f'checkpoint "{path}" cannot be read: {type(error).__name__}, {reason}') from error
 
 
-def restore_ema(workdir: str, abstract_params, step: int | None = None) -> tuple[Any, int]:
+def restore_ema(workdir: str, abstract_params, step: int | None = None, *, partial: bool = False) -> tuple[Any, int]:
     """Returns (EMA weights, step) of a checkpoint, by default the latest that is not damaged. Every process calls it.
 
+    `abstract_params` may ask for other types than those that were saved, and if `partial` for a part of the weights.
     Raises UserError if there is none.
     """
     steps = saved_steps(workdir)
@@ -295,7 +300,7 @@ def restore_ema(workdir: str, abstract_params, step: int | None = None) -> tuple
     for number in wanted:
         path = _directory(workdir) / str(number)
         if not (damage := _damage(path, ema_only=True)):
-            return _load(path, {"ema": abstract_params})["ema"], number
+            return _load(path, {"ema": abstract_params}, partial=partial)["ema"], number
         say(f"{path} is damaged ({damage}) and not used")
     raise UserError(
         f'workdir "{workdir}": the checkpoints of steps {wanted} are damaged ({damage}); put a copy in their place, or '

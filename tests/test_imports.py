@@ -16,6 +16,7 @@ ORDER = (
     {"objectives"},
     {"logs", "data"},
     {"checkpoint"},
+    {"init_from"},
     {"evaluation"},
     {"diagnosis"},
     {"training"},
