@@ -39,6 +39,8 @@ METADATA = "_CHECKPOINT_METADATA"  # of orbax: names and types of the items, and
 BEST = {"step": int, "metric": str, "value": int | float}  # the form of best.json
 REMOVE_BEST = "remove it, and the next evaluation writes it again"
 
+MAX_VALUE = 200  # characters of a config's value in an error
+
 # What a run and its evaluations write to, tried before the run starts.
 FOLDERS = ("checkpoints", "samples", "profile", "evaluation")
 
@@ -443,4 +445,10 @@ def _difference(a, b, name: str) -> str | None:
     if isinstance(a, dict):
         found = (_difference(a[key], b[key], f"{name}.{key}") for key in a)
         return next(filter(None, found), None)
-    return None if a == b else f"{name} = {a}, not {b}"
+    return None if a == b else f"{name} = {_short(a)}, not {_short(b)}"
+
+
+def _short(value: Any) -> str:
+    """The value, cut where it is too long for a line."""
+    text = str(value)
+    return text if len(text) <= MAX_VALUE else f"{text[:MAX_VALUE]}..."

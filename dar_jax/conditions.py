@@ -1,10 +1,13 @@
-"""What a model is conditioned on besides the time. Today that is a class label.
+"""What a model is conditioned on besides the time: a class label, or the words of a caption.
 
-A condition is a tree of arrays with the samples on their leading axis: {"label": int32 [B]}. This module knows its null
-value, which guidance compares with, its dropout in training, and what to sample. Everything else passes it on unread,
-from the batch to the embedder of the model.
+A condition is a tree of arrays with the samples on their leading axis, {"label": int32 [B]} or {"words": int32 [B, L]}.
+A kind of condition knows how to make one of an example of the data, its null value, which guidance compares with, its
+dropout in training, and what a command line means. Everything else passes a condition on unread, from the batch to the
+embedder of the model.
 """
 
+import functools
+import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -14,7 +17,7 @@ import numpy as np
 from jax import Array
 from ml_collections import ConfigDict
 
-from dar_jax.errors import UserError
+from dar_jax.errors import UserError, near_miss
 
 Condition = dict[str, Any]
 
@@ -46,16 +49,20 @@ class Labels(NamedTuple):
         is_dropped = jax.random.bernoulli(key, self.dropout, label.shape)
         return {"label": jnp.where(is_dropped, self.num_classes, label)}
 
-    def check_data(self, num_classes: int) -> None:
-        """Raises UserError if data of so many classes have labels that the model does not know."""
-        if num_classes > self.num_classes:
+    def check_data(self, source: Any) -> None:
+        """Raises UserError if the data (`data.sources.Source`) have labels that the model does not know."""
+        if source.num_classes > self.num_classes:
             raise UserError(
-                f"config.model.num_classes = {self.num_classes} but the data has {num_classes} classes; "
-                f"set it to {num_classes}."
+                f"config.model.num_classes = {self.num_classes} but the data has {source.num_classes} classes; "
+                f"set it to {source.num_classes}."
             )
 
+    def encode(self, example: dict[str, Any]) -> Condition:
+        """The condition of one example of the data, {"label": int32 []}."""
+        return {"label": np.int32(example["label"])}
+
     def parse(self, names: Sequence[str] | None) -> Condition:
-        """Conditions from the words of a command line; None stands for all classes, ten at most.
+        """Conditions from the names on a command line; None stands for all classes, ten at most.
 
         Raises UserError if there is none, or one is no class.
         """
@@ -90,10 +97,105 @@ def _random(count: int, num_classes: int, seed: int) -> np.ndarray:
 
 ORDERS = {"balanced": _balanced, "random": _random}
 
+PADDING, EMPTY = 0, 1  # the first two numbers of words: none, and the one word of the empty caption
+_WORD = re.compile(r"[^\s:,;()]+")
 
-def build(model: ConfigDict) -> Labels:
+
+def split_words(caption: str) -> list[str]:
+    """The words of a caption in lower case, "Woman cook: dark skin tone" -> woman, cook, dark, skin, tone."""
+    return _WORD.findall(caption.lower())
+
+
+class Words(NamedTuple):
+    """Captions as numbers of known words, {"words": int32 [B, length]}; zeros follow the last word.
+
+    The null caption is the empty one.
+
+    Attributes:
+      vocabulary: the known words, in lower case. The first has the number 2.
+      length: words of a caption, at most.
+      dropout: probability of training on the empty caption.
+    """
+
+    vocabulary: tuple[str, ...]
+    length: int
+    dropout: float = 0.0
+
+    def abstract(self, batch_size: int) -> Condition:
+        """Shapes and dtypes of the conditions of a batch."""
+        return {"words": jax.ShapeDtypeStruct((batch_size, self.length), jnp.int32)}
+
+    def null(self, condition: Condition) -> Condition:
+        """The empty caption for as many samples as `condition` has."""
+        return {"words": jnp.full_like(condition["words"], PADDING).at[:, 0].set(EMPTY)}
+
+    def drop(self, key: Array, condition: Condition) -> Condition:
+        """Replaces each sample's caption by the empty one with probability `dropout`."""
+        if not self.dropout:
+            return condition
+        words = condition["words"]
+        is_dropped = jax.random.bernoulli(key, self.dropout, (len(words), 1))
+        return {"words": jnp.where(is_dropped, self.null(condition)["words"], words)}
+
+    def check_data(self, source: Any) -> None:
+        """Raises UserError if the data (`data.sources.Source`) have no captions, or a caption is too long."""
+        captions = getattr(source, "captions", None)
+        if captions is None:
+            raise UserError(
+                "config.model.text = words, but the examples of config.data.source have labels and no captions; take "
+                "emoji or captions, or set config.model.family = sit."
+            )
+        longest = max(captions, key=lambda caption: len(split_words(caption)))
+        if (count := len(split_words(longest))) > self.length:
+            raise UserError(
+                f'config.model.text_length = {self.length}, but the caption "{longest}" has {count} words; set it to '
+                f"{count}."
+            )
+
+    def encode(self, example: dict[str, Any]) -> Condition:
+        """The caption of one example of the data, {"words": int32 [length]}; unknown words are left out."""
+        known = _numbers(self.vocabulary)
+        return {"words": self._padded([known[word] for word in split_words(example["caption"]) if word in known])}
+
+    def parse(self, names: Sequence[str] | None) -> Condition:
+        """Conditions from the captions on a command line.
+
+        Raises UserError if there is none, one is too long, or has an unknown word.
+        """
+        if not names:
+            raise UserError('--prompts is missing; give captions, as in --prompts="red heart;tiger face".')
+        known, rows = _numbers(self.vocabulary), []
+        for name in names:
+            words = split_words(name)
+            for word in words:
+                if word not in known:
+                    raise UserError(
+                        f'--prompts: the model does not know "{word}" of "{name}"; it knows {len(known)} words.'
+                        f"{near_miss(word, known)}"
+                    )
+            if len(words) > self.length:
+                raise UserError(f'--prompts: "{name}" has {len(words)} words; the model reads at most {self.length}.')
+            rows.append(self._padded([known[word] for word in words]))
+        return {"words": np.stack(rows)}
+
+    def _padded(self, numbers: list[int]) -> np.ndarray:
+        numbers = (numbers or [EMPTY])[: self.length]
+        return np.array(numbers + [PADDING] * (self.length - len(numbers)), np.int32)
+
+
+@functools.lru_cache(maxsize=4)
+def _numbers(vocabulary: tuple[str, ...]) -> dict[str, int]:
+    return {word: number for number, word in enumerate(vocabulary, start=EMPTY + 1)}
+
+
+Kind = Labels | Words
+
+
+def build(model: ConfigDict) -> Kind:
     """The kind of condition that the model of `config.model` takes."""
-    return Labels(model.num_classes, model.label_dropout)
+    if model.family == "sit":
+        return Labels(model.num_classes, model.label_dropout)
+    return Words(tuple(model.words), model.text_length, model.label_dropout)
 
 
 def interleave(condition: Condition, null: Condition) -> Condition:

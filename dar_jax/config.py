@@ -55,7 +55,7 @@ def schema() -> ConfigDict:
     config.init_from = ""  # workdir whose EMA weights to start from: of the same model, or residual to any routing
 
     config.data = data = ConfigDict()
-    data.source = "digits"  # digits | idx | folder | tfds | latents (prepared) | synthetic (random latents)
+    data.source = "digits"  # digits | idx | folder | tfds | emoji | latents (prepared) | synthetic (random latents)
     data.path = ""  # idx, folder and latents: the directory; tfds: data_dir ("" = the tfds default)
     data.name = ""  # tfds: the data set, e.g. "imagenet2012"
     data.train_split = "train"
@@ -68,7 +68,7 @@ def schema() -> ConfigDict:
 
     config.model = model = ConfigDict()
     model.input_size = Number(8, "[1, 65536]")  # height = width of the tensor the model sees: pixels or latents
-    model.family = "sit"  # sit
+    model.family = "sit"  # sit (class labels) | mmdit (captions)
     model.space = "pixels"  # what x1 is: pixels | latents (of data.vae)
     model.channels = Number(1, "[1, 65536]")
     model.num_classes = Number(10, "[1, 10000000]")  # the null label of guidance is num_classes
@@ -76,9 +76,13 @@ def schema() -> ConfigDict:
     model.hidden_size = Number(128, "[4, 65536]")
     model.depth = Number(6, "[1, 1000]")  # blocks; a block is two sublayers, attention and MLP
     model.num_heads = Number(4, "[1, 65536]")
-    model.mlp_ratio = Number(4.0, "(0, 1000]")
-    model.learn_sigma = False  # official checkpoints: twice the output channels, the first half is used
-    model.label_dropout = Number(0.1, "[0, 1)")  # probability of training on the null label
+    model.mlp_ratio = Number(4.0, "(0, 1000]")  # sit
+    model.learn_sigma = False  # sit, official checkpoints: twice the output channels, the first half is used
+    model.label_dropout = Number(0.1, "[0, 1)")  # probability of training on the null label, or the empty caption
+    model.words = ()  # mmdit: the vocabulary; a run takes that of its training captions
+    model.text_length = Number(16, "[1, 4096]")  # mmdit: words of a caption, at most
+    model.text_size = Number(128, "[4, 65536]")  # mmdit: features of a word
+    model.text_depth = Number(2, "[0, 100]")  # mmdit: blocks of the transformer that encodes the words
     model.dtype = "float32"  # computation: float32 | bfloat16; parameters are always float32
     model.remat = (
         "dense"  # kept for backward: dense (outputs of dense layers) | block (inputs of blocks, routed: chunks)
@@ -89,6 +93,7 @@ def schema() -> ConfigDict:
     routing.query = "static_t"  # static | static_t | dynamic
     routing.chunk_size = Number(4, "[1, 2000]")  # sublayers per chunk, S: 1 (dense) or an even divisor of 2 * depth
     routing.summary = "last"  # a chunk's summary: last (the paper) | sum (Attention Residuals)
+    routing.streams = "image"  # mmdit, which streams are routed: image | both; the other one stays residual
     routing.final = "dedicated"  # the head's aggregator: dedicated | shared (with the last MLP) | summaries
     routing.implementation = "auto"  # auto (kernels on TPU and GPU) | xla | pallas; all compute the same
 

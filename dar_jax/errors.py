@@ -10,11 +10,16 @@ class UserError(ValueError):
     """A mistake in a config, path or flag. The message names the value, the rule and the fix."""
 
 
+MOST_NAMES = 60  # that an error lists
+
+
 def near_miss(name: str, valid: Iterable[str]) -> str:
-    """Returns ` Did you mean "x"?` for the closest valid name, else the list of valid names."""
+    """Returns ` Did you mean "x"?` for the closest valid name, else the list of valid names, if it is short."""
     valid = sorted(valid)
     close = difflib.get_close_matches(name, valid, n=1, cutoff=0.6)
-    return f' Did you mean "{close[0]}"?' if close else f" Valid: {', '.join(valid)}."
+    if close:
+        return f' Did you mean "{close[0]}"?'
+    return f" Valid: {', '.join(valid)}." if len(valid) <= MOST_NAMES else ""
 
 
 def check_choice(field: str, value: str, valid: Iterable[str]) -> None:

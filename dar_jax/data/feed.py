@@ -3,7 +3,7 @@
 A batch is a dictionary with the samples on the leading axis of every array:
 
     x1          float32 [B, H, W, C]: images in [-1, 1], or scaled latents
-    condition   what the model is conditioned on (`dar_jax.conditions`): {"label": int32 [B]}
+    condition   what the model is conditioned on (`dar_jax.conditions`)
     image       uint8 [B, S, S, 3]: the images of latents, only if the objective looks at them (`repa.needs_images`)
 
 Further entries are passed on as they are.
@@ -80,6 +80,7 @@ def open_batches(
     rows = sharding.local_rows(mesh, batch_size)
     iterator = train_iterator(
         config.data,
+        encode=conditions.build(config.model).encode,
         space="pixels" if encode else config.model.space,
         channels=3 if encode else config.model.channels,
         image_size=image_size(config) if needs_images(config) else None,

@@ -5,7 +5,7 @@ import multiprocessing
 import os
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -21,6 +21,11 @@ from dar_jax.data.sources import open_source, read
 _MAX_THREADS = 16
 
 
+def encode_label(example: dict[str, Any]) -> dict[str, np.ndarray]:
+    """The condition of a model of labels, {"label": int32 []}."""
+    return {"label": np.int32(example["label"])}
+
+
 @functools.lru_cache(maxsize=4)
 def _epoch_order(seed: int, epoch: int, size: int) -> np.ndarray:
     # Grain's own shuffle searches a space of 2^16 for each index: 60 us on the digits, 7 ms on ten images.
@@ -34,6 +39,7 @@ def train_iterator(
     channels: int,
     batch_size: int,
     seed: int,
+    encode: Callable[[dict[str, Any]], dict[str, np.ndarray]] = encode_label,
     first_step: int = 0,
     rows: np.ndarray | None = None,
     image_size: int | None = None,
@@ -54,14 +60,15 @@ def train_iterator(
       channels: 1 (grey) or 3 (RGB), to which images are converted; or those of latents.
       batch_size: examples per step over all processes.
       seed: of the order and the flips, 0 <= seed.
+      encode: what makes the condition of an example (`conditions.Kind.encode`).
       first_step: steps to leave out.
       rows: which rows of every batch to read, int [b] ascending (`sharding.local_rows`); None for all.
       image_size: side of the images that are read beside latents, or instead of them and before their encoding; None
         if they are not asked for.
 
     Returns:
-      A grain iterator of {"x1": float32 [b, S, S, channels], "condition": {"label": int32 [b]}}, S = data.image_size:
-      images in [-1, 1], or scaled latents. With `image_size` also "image", uint8 [b, image_size, image_size, 3], which
+      A grain iterator of {"x1": float32 [b, S, S, channels], "condition": of b examples}, S = data.image_size: images
+      in [-1, 1], or scaled latents. With `image_size` also "image", uint8 [b, image_size, image_size, 3], which
       is flipped where x1 is.
 
     Raises:
@@ -86,7 +93,7 @@ def train_iterator(
         else:
             image = example["image"] if is_latent else center_crop(to_channels(example["image"], channels), size)
             x1 = image[:, ::-1] if mirrored else image
-        loaded = {"x1": x1, "condition": {"label": np.int32(example["label"])}}
+        loaded = {"x1": x1, "condition": encode(example)}
         if image_size is None:
             return loaded
         image = example["image"] if is_latent else image

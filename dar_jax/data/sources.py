@@ -1,4 +1,4 @@
-"""Random access to labelled images: digits, idx files, image folders, tensorflow-datasets, prepared latents.
+"""Random access to labelled images: digits, idx files, image folders, tensorflow-datasets, emoji, prepared latents.
 
 `open_source` checks everything that can be wrong with a config before it reads an image.
 """
@@ -21,7 +21,10 @@ _EXTENSIONS = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", 
 
 
 class Source(Protocol):
-    """Labelled images by index. Picklable, so that grain's worker processes can read it."""
+    """Labelled images by index. Picklable, so that grain's worker processes can read it.
+
+    Captioned sources also have `captions`, a string for each image.
+    """
 
     num_classes: int
 
@@ -30,7 +33,7 @@ class Source(Protocol):
     def __getitem__(self, index: int) -> dict[str, Any]:
         """Returns {"image": uint8 [h, w, c] of any size, c = 1 or 3, "label": int}.
 
-        Synthetic latents are float32 images; `latents.LatentSource` has "moments" instead, or too.
+        With it comes "caption" of a captioned source. Synthetic latents are float32 images; `latents.LatentSource` has "moments" instead, or too.
         """
         ...
 
@@ -229,6 +232,12 @@ def _open_tfds(name: str, path: str, split: str) -> Source:
     return TfdsSource(records, label.num_classes if isinstance(label, tfds.features.ClassLabel) else None)
 
 
+def _open_emoji(split: str, size: int) -> Source:
+    from dar_jax.data.emoji import open_emoji
+
+    return open_emoji(split, size)
+
+
 def _open_latents(path: str, split: str) -> Source:
     from dar_jax.data.latents import LatentSource
 
@@ -248,6 +257,8 @@ def open_source(data: ConfigDict, split: str) -> Source:
     tfds: any split expression of the set `data.name`, prepared as array_record in `data.path`; its features
       are "image" and, if it has one, the class label "label". Nothing is downloaded, and tensorflow is not
       imported.
+    emoji: "train" (3,394 images with captions) and "test" (377 of combinations that are not in "train"); RGB, rendered
+      at `data.image_size` from an installed font (data/emoji.py).
     latents: what dar_jax.prepare wrote to the sub folder `split` of `data.path`, "." for `data.path` itself.
     synthetic: random latents of ImageNet's shapes, whatever the split; not uint8 but float32, and not cropped.
 
@@ -294,6 +305,7 @@ SOURCES = {
     "idx": lambda data, split: _open_idx(data.path, split),
     "folder": lambda data, split: _open_folder(data.path, split),
     "tfds": lambda data, split: _open_tfds(data.name, data.path, split),
+    "emoji": lambda data, split: _open_emoji(split, data.image_size),
     "latents": lambda data, split: _open_latents(data.path, split),
     "synthetic": lambda data, split: SyntheticSource(data.image_size),
 }

@@ -9,7 +9,8 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
-from dar_jax import conditions, objectives
+from dar_jax import objectives
+from dar_jax.data.captions import to_sample
 from dar_jax.diagnosis import pairs
 from dar_jax.diagnosis.probes import make_velocity_loss
 from dar_jax.evaluation.features import extract_all
@@ -67,7 +68,7 @@ def compare_canonical(
         reference = load_reference(config, features, mesh)
         warn_if_few(reference, config.eval.num_samples, say)
         settings = config.eval
-        condition = conditions.build(config.model).to_sample(settings.num_samples, settings.labels, config.seed)
+        condition = to_sample(config, settings.num_samples)
 
         def scores(model: SiT) -> dict[str, float]:
             collector, draw = Collector(), make_sampler(config, objectives.build(config, model).sample, mesh)

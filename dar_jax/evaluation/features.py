@@ -33,13 +33,15 @@ class Features(NamedTuple):
 
     `extract` maps uint8 images [B, H, W, C], C = 1 or 3, to float32 features by name, inside or outside jit: "pool"
     [B, F], and of the Inception network "spatial" [B, 2023] and "logits" [B, 1008] too. `batch_size` is what one
-    device takes at a time. `fingerprint` is the SHA-256 of weights that were trained here, and "" of others.
+    device takes at a time. `fingerprint` is the SHA-256 of weights that were trained here, and "" of others. Those also
+    `classify` uint8 images: the most likely label, int32 [B].
     """
 
     name: str
     extract: Callable[[Any], dict[str, jax.Array]]
     batch_size: int
     fingerprint: str = ""
+    classify: Callable[[Any], jax.Array] | None = None
 
 
 def extract_all(features: Features, images: np.ndarray, mesh: Mesh) -> dict[str, np.ndarray]:
@@ -143,7 +145,12 @@ def convnet_features(
         _, features = net.apply({"params": weights["params"]}, jnp.asarray(images))
         return {"pool": features / weights["scale"]}
 
-    return Features("convnet", jax.jit(extract), batch_size=256, fingerprint=fingerprint(weights))
+    @jax.jit
+    def classify(images) -> jax.Array:
+        logits, _ = net.apply({"params": weights["params"]}, jnp.asarray(images))
+        return logits.argmax(axis=-1)
+
+    return Features("convnet", jax.jit(extract), 256, fingerprint(weights), classify)
 
 
 def _train(net: ConvNet, images: np.ndarray, labels: np.ndarray, seed: int, log: Callable[[str], None]) -> dict:

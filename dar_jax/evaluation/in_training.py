@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from dar_jax import conditions, files
+from dar_jax.data.captions import to_sample
 from dar_jax.data.pipeline import load_images
 from dar_jax.errors import check_choice, require
 from dar_jax.evaluation.features import Features, convnet_features, extract_all, inception_features
@@ -107,7 +108,7 @@ class InlineEvaluation:
 
     def __init__(self, config: ConfigDict, sample: Callable, mesh: Mesh, workdir: str, log: Callable[[str], None]):
         self.config, self.mesh, self.workdir, self.log = config, mesh, files.path(workdir), log
-        self.draw, self.kind = make_sampler(config, sample, mesh), conditions.build(config.model)
+        self.draw = make_sampler(config, sample, mesh)
         if config.eval.num_samples:
             self.features = load_features(config, mesh, workdir, log)
             self.reference = load_reference(config, self.features, mesh)
@@ -125,7 +126,7 @@ class InlineEvaluation:
         settings, sizes = self.config.eval, _sizes(self.config, step)
         grid_images = settings.grid_size**2
         total, reported = max(*sizes, grid_images), time.monotonic()
-        condition = self.kind.to_sample(total, settings.labels, self.config.seed)
+        condition = to_sample(self.config, total)
         batches = sample_images(self.draw, ema, condition, settings.batch_size, self.mesh)
         grid, scores, collector, position = [], {}, Collector(), 0
         for images in _split_at(batches, (grid_images, *sizes)):

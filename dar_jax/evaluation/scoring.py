@@ -13,9 +13,10 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from dar_jax import conditions, files, lock, objectives, sharding
+from dar_jax import files, lock, objectives, sharding
 from dar_jax.checkpoint import weights_fingerprint
 from dar_jax.config import default
+from dar_jax.data.captions import to_sample
 from dar_jax.data.pipeline import image_batches
 from dar_jax.data.sources import open_source
 from dar_jax.errors import UserError
@@ -71,7 +72,7 @@ def evaluate_run(
             raise UserError("--samples_out takes one guidance scale; leave out --cfg_sweep.")
     sharding.fit(config.mesh)
     mesh = sharding.make_mesh(config.mesh)
-    condition = conditions.build(config.model).to_sample(config.eval.num_samples, config.eval.labels, config.seed)
+    condition = to_sample(config, config.eval.num_samples)
     results = []
     with sharding.use(mesh):
         ema, step = restore(config, workdir, mesh, step)
@@ -87,7 +88,7 @@ def evaluate_run(
                 samples = _sample(draw, ema, condition, features, shards, config.eval.batch_size, mesh)
                 results.append({"scores": score(features, reference, samples), "settings": settings})
                 if samples_out and jax.process_index() == 0:
-                    count, others = config.eval.num_samples, {"arr_1": condition["label"].astype(np.int64)}
+                    count, others = config.eval.num_samples, {"arr_1": next(iter(condition.values())).astype(np.int64)}
                     write_set(samples_out, (count, *image_shape(config)), shards.images(count), others, "--samples_out")
                 shards.remove()
     return results

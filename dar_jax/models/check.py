@@ -4,6 +4,7 @@ from ml_collections import ConfigDict
 
 from dar_jax.errors import check_choice, require
 from dar_jax.models.build import MODELS, ROUTINGS
+from dar_jax.models.two_streams import STREAMS
 from dar_jax.routing import FINALS, IMPLEMENTATIONS, QUERIES, SUMMARIES
 
 SPACES = ("pixels", "latents")
@@ -33,7 +34,23 @@ def check(model: ConfigDict) -> None:
         int(model.hidden_size * model.mlp_ratio) >= 1,
         f"config.model.mlp_ratio = {model.mlp_ratio} leaves no hidden unit of hidden_size = {model.hidden_size}.",
     )
+    if model.family == "mmdit":
+        _check_mmdit(model)
     _check_routing(model.routing, 2 * model.depth)
+
+
+def _check_mmdit(model: ConfigDict) -> None:
+    require(
+        model.hidden_size // model.num_heads % 2 == 0,
+        f"config.model.hidden_size = {model.hidden_size} and num_heads = {model.num_heads} make heads of an odd number "
+        "of features, which cannot turn in pairs; change one.",
+    )
+    require(
+        model.text_size % model.num_heads == 0,
+        f"config.model.text_size = {model.text_size} must be divisible by num_heads = {model.num_heads}.",
+    )
+    require(model.mlp_ratio == 4, f"config.model.mlp_ratio = {model.mlp_ratio} must be 4 in an mmdit.")
+    require(not model.learn_sigma, "config.model.learn_sigma = True is of sit alone; set it to False.")
 
 
 def _check_routing(routing: ConfigDict, sublayers: int) -> None:
@@ -41,6 +58,7 @@ def _check_routing(routing: ConfigDict, sublayers: int) -> None:
     check_choice("config.model.routing.query", routing.query, QUERIES)
     check_choice("config.model.routing.summary", routing.summary, SUMMARIES)
     check_choice("config.model.routing.final", routing.final, FINALS)
+    check_choice("config.model.routing.streams", routing.streams, STREAMS)
     check_choice("config.model.routing.implementation", routing.implementation, IMPLEMENTATIONS)
     divisors = [1] + [s for s in range(2, sublayers + 1, 2) if sublayers % s == 0]
     require(

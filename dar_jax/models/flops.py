@@ -1,6 +1,8 @@
 """How much a forward pass computes, by formula, and what chips could do: the two sides of MFU."""
 
+from dar_jax.models.mmdit import MMDiT
 from dar_jax.models.sit import SiT
+from dar_jax.models.two_streams import stream_kinds
 
 # bfloat16 FLOP/s of one jax device (of TPU v4 and v5p, two cores), without sparsity, as published; by the start of
 # its `device_kind`.
@@ -24,12 +26,31 @@ def peak_flops(device_kind: str) -> float | None:
     return PEAK_FLOPS[max(names, key=len)] if names else None
 
 
-def forward_flops(model: SiT) -> float:
+def forward_flops(model: SiT | MMDiT) -> float:
     """FLOPs of the forward pass of a model for one image: its matmuls, two for a multiply-add.
 
     An aggregator adds its query, the scores and the weighted sum of its sources. A train step counts as three
-    forward passes, whatever it recomputes.
+    forward passes, whatever it recomputes. Of an MM-DiT the image is of input_size, its text of text_length; the
+    encoder of words is left out.
     """
+    return _mmdit_flops(model) if isinstance(model, MMDiT) else _sit_flops(model)
+
+
+def _mmdit_flops(model: MMDiT) -> float:
+    d, image = model.hidden_size, (model.input_size // model.patch_size) ** 2
+    streams = (model.text_length, image)
+    kinds = stream_kinds(model.layout, model.query, model.streams)
+    pixels = model.patch_size**2 * model.channels
+    total = image * 2 * pixels * d + model.text_length * model.text_size * d + 256 * d + d * d + 2 * d * d
+    for tokens, kind in zip(streams, kinds, strict=True):
+        total += model.depth * (tokens * (12 * d * d + 2 * sum(streams) * d) + 6 * d * d)
+        if kind.num_queries:
+            counts = model.layout.source_counts()[: kind.num_queries + (kind is kinds[-1])]
+            total += tokens * (2 * d * sum(counts) + len(counts) * model.query.multiply_adds(d))
+    return 2.0 * total
+
+
+def _sit_flops(model: SiT) -> float:
     d, depth = model.hidden_size, model.depth
     tokens = (model.input_size // model.patch_size) ** 2
     pixels = model.patch_size**2 * model.channels

@@ -145,19 +145,22 @@ class LabelEmbedder(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention over `[B, T, D]`; q, k and v come from one matrix of fan-out 3D."""
+    """Multi-head self-attention over `[B, T, D]`; q, k and v come from one matrix of fan-out 3D.
+
+    `key_mask`, bool `[B, T]`, says which tokens are read; None: all.
+    """
 
     num_heads: int
     arithmetic: Arithmetic
 
     @nn.compact
-    def __call__(self, x: Array) -> Array:
+    def __call__(self, x: Array, key_mask: Array | None = None) -> Array:
         b, tokens, size = x.shape
         # The kernel keeps q, k and v on an axis of their own, so that heads can be split over devices.
         qkv = Dense((3, size), ("embed", "qkv", "heads"), self.arithmetic, name="qkv")(x)
         qkv = qkv.reshape(b, tokens, 3, self.num_heads, size // self.num_heads)
         q, k, v = (jnp.squeeze(x, 2) for x in jnp.split(qkv, 3, axis=2))
-        out = attention(q, k, v)
+        out = attention(q, k, v, key_mask)
         return Dense((size,), ("heads", "embed"), self.arithmetic, name="out")(out.reshape(b, tokens, size))
 
 

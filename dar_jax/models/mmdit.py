@@ -12,12 +12,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from dar_jax.conditions import Condition
+from dar_jax.conditions import PADDING, Condition
 from dar_jax.models import layers, numerics
 from dar_jax.models.attention import attention
 from dar_jax.models.layers import Dense, logical, ones
 from dar_jax.models.numerics import Arithmetic
 from dar_jax.models.sit import Output
+from dar_jax.models.text import TextEncoder
 from dar_jax.models.two_streams import Stack, stream_kinds
 from dar_jax.routing import Layout, Query
 
@@ -37,6 +38,12 @@ def unpack(x: Array, patch: int, grid: tuple[int, int]) -> Array:
     rows, columns = grid
     x = x.reshape(len(x), rows, columns, -1, patch, patch).transpose(0, 1, 4, 2, 5, 3)
     return x.reshape(len(x), rows * patch, columns * patch, -1)
+
+
+def rope_axes(size: int) -> tuple[int, int, int]:
+    """How many of the `size` features of a head turn with the frame, the row and the column: of 128, 16, 56 and 56."""
+    side = 2 * (7 * size // 32)
+    return size - 2 * side, side, side
 
 
 class Rotation(NamedTuple):
@@ -156,8 +163,9 @@ class Block(nn.Module):
 class MMDiT(nn.Module):
     """Maps x_t `[B, H, W, C]`, t `[B]` in [0, 1] and a text to an `Output`, the velocity x1 - x0.
 
-    The text is {"text": `[B, L, E]`, "mask": bool `[B, L]`}: embeddings of its tokens, and which are no padding.
-    Padding stands on the right and has no influence. Rows and columns of tokens may be any numbers.
+    The text is {"text": `[B, L, E]`, "mask": bool `[B, L]`}, embeddings of its tokens, and which are no padding; or
+    {"words": int32 `[B, L]`}, of which a `TextEncoder` makes embeddings. Padding stands on the right and has no
+    influence. Rows and columns of image tokens may be any numbers.
 
     Qwen-Image counts its time as sigma = 1 - t and predicts x0 - x1; here its output changes sign.
 
@@ -165,13 +173,16 @@ class MMDiT(nn.Module):
     norm.
 
     Attributes:
-      channels: C, of latents.
+      input_size: H and W of most samples. The model takes any.
+      channels: C.
       patch_size: p; H and W are multiples of it.
       hidden_size: D.
       depth: blocks, of two sublayers in each stream.
       num_heads: attention heads.
+      text_length: L of most samples. The model takes any, but of words no more.
       text_size: E.
-      rope_axes: features of a head that turn with frame, row and column.
+      num_words, text_depth: of the encoder of words.
+      rope_axes: features of a head that turn with frame, row and column; None: as `rope_axes` says.
       dtype: of activations.
       remat: what the backward pass recomputes of a block: "block", all, or "dense", all but outputs of dense layers.
       layout: structure of the routing; None: residual.
@@ -181,19 +192,23 @@ class MMDiT(nn.Module):
       plain: whether to compute the same from the same parameters by plain autodiff, which has derivatives of all modes.
     """
 
+    input_size: int
     channels: int
     patch_size: int
     hidden_size: int
     depth: int
     num_heads: int
+    text_length: int
     text_size: int
+    num_words: int
+    text_depth: int
     dtype: jnp.dtype
     remat: str
     layout: Layout | None
     query: type[Query]
     streams: str
     implementation: str
-    rope_axes: tuple[int, int, int] = (16, 56, 56)
+    rope_axes: tuple[int, int, int] | None = None
     plain: bool = False
 
     @nn.compact
@@ -205,13 +220,14 @@ class MMDiT(nn.Module):
         e_t = layers.TimestepEmbedder(size, starts_at_zero, arithmetic, name="timestep")(1000 * (1 - t))
 
         image = Dense((size,), ("patch", "embed"), arithmetic, name="image")(pack(x_t.astype(dtype), patch))
-        text = RmsNorm(name="text_norm")(condition["text"].astype(dtype))
+        text, text_mask = self._text(condition, arithmetic)
+        text = RmsNorm(name="text_norm")(text.astype(dtype))
         text = Dense((size,), ("features", "embed"), arithmetic, name="text")(text)
         v_0 = layers.constrain(text), layers.constrain(image)
 
         grid = x_t.shape[1] // patch, x_t.shape[2] // patch
-        by = jax.tree.map(jnp.asarray, rotations(self.rope_axes, grid, text.shape[1]))
-        key_mask = jnp.concatenate([condition["mask"], jnp.ones(image.shape[:2], bool)], axis=1)
+        by = jax.tree.map(jnp.asarray, rotations(self.rope_axes or rope_axes(size // self.num_heads), grid, text.shape[1]))
+        key_mask = jnp.concatenate([text_mask, jnp.ones(image.shape[:2], bool)], axis=1)
 
         block = partial(Block, size, self.num_heads, arithmetic)
         kinds = stream_kinds(self.layout, self.query, self.streams)
@@ -222,15 +238,25 @@ class MMDiT(nn.Module):
         prediction = -unpack(head(layers.modulated_norm(h, shift, scale)), patch, grid)
         return Output(prediction.astype(jnp.promote_types(dtype, jnp.float32)), hidden)
 
+    def _text(self, condition: Condition, arithmetic: Arithmetic) -> tuple[Array, Array]:
+        """Embeddings `[B, L, E]` and their mask, bool `[B, L]`."""
+        if "words" not in condition:
+            return condition["text"], condition["mask"]
+        words = condition["words"]
+        encoder = TextEncoder(
+            self.num_words, self.text_size, self.text_depth, self.num_heads, arithmetic, name="text_encoder"
+        )
+        return encoder(words), words != PADDING
+
     def _check(self, x_t: Array, condition: Condition, hidden_at: tuple[int, ...]) -> None:
         if not all(0 < k < self.depth for k in hidden_at):
             raise ValueError(f"hidden_at = {hidden_at} must be in 1 to {self.depth - 1}, the depth less one.")
-        if sum(self.rope_axes) * self.num_heads != self.hidden_size:
-            raise ValueError(f"rope_axes = {self.rope_axes} must add up to {self.hidden_size} / {self.num_heads}.")
         if x_t.shape[1] % self.patch_size or x_t.shape[2] % self.patch_size or x_t.shape[3] != self.channels:
             raise ValueError(
                 f"x_t has shape {x_t.shape}; it must have {self.channels} channels and sides that are multiples of "
                 f"{self.patch_size}."
             )
-        if condition["text"].shape[-1] != self.text_size:
+        if self.rope_axes and sum(self.rope_axes) * self.num_heads != self.hidden_size:
+            raise ValueError(f"rope_axes = {self.rope_axes} must add up to {self.hidden_size} / {self.num_heads}.")
+        if "text" in condition and condition["text"].shape[-1] != self.text_size:
             raise ValueError(f"the text has {condition['text'].shape[-1]} features, not text_size = {self.text_size}.")

@@ -27,7 +27,8 @@ def build(config: ConfigDict, model: nn.Module | None = None, term: HiddenTerm |
     }
 
     def init(key: Array) -> dict:
-        x_t = jnp.zeros((1, model.input_size, model.input_size, model.channels))
+        side = config.model.input_size
+        x_t = jnp.zeros((1, side, side, config.model.channels))
         condition = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), kind.abstract(1))
         params = model.init(key, x_t, jnp.zeros(1), condition)["params"]
         helper = term.init(jax.random.fold_in(key, 1)) if term else {}

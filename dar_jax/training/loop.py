@@ -23,6 +23,7 @@ from dar_jax.checkpoint import (
     writing_to,
 )
 from dar_jax.config import micro_batch
+from dar_jax.data.captions import with_words
 from dar_jax.data.feed import open_batches
 from dar_jax.data.sources import open_source
 from dar_jax.diagnosis.curves import InlineDiagnosis
@@ -61,7 +62,8 @@ def train(config: ConfigDict, workdir: str, profile_steps: int = 0) -> None:
     if config.diagnosis.every_steps:
         sharding.check_batch(mesh, "config.diagnosis.num_images", config.diagnosis.num_images)
     source = open_source(config.data, config.data.train_split)
-    conditions.build(config.model).check_data(source.num_classes)
+    config = with_words(config, source)
+    conditions.build(config.model).check_data(source)
     with sharding.use(mesh), holding_workdir(workdir) as lock, writing_to(workdir), _StopSignal() as stop:
         latest = set_damaged_aside(workdir)
         hosts.agree({"the latest checkpoint": latest, "the number of examples": len(source)}, "the first step")

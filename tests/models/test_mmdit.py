@@ -28,6 +28,7 @@ TINY = {
     "num_heads": 3,
     "text_size": TEXT_SIZE,
     "rope_axes": (8, 4, 4),
+    **{"input_size": 4, "text_length": 6, "num_words": 9, "text_depth": 1},
 }
 TEXT_OUT_OF_LAST_BLOCK = ("to_add_out", "txt_mlp", "norm_added_q", "add_q_proj")
 
@@ -326,7 +327,7 @@ def test_what_does_not_fit_is_refused():
 def test_published_weights_fit_and_return():
     """All tensors of the published model by shape alone; a small model's bit for bit."""
     published = MMDiT(
-        **SIZES["qwen_image"], channels=16, patch_size=2, dtype=jnp.dtype("bfloat16"), remat="block",
+        **{**TINY, **SIZES["qwen_image"], "channels": 16, "rope_axes": None}, dtype=jnp.dtype("bfloat16"), remat="block",
         layout=None, query=QUERIES["static"], streams="image", implementation="auto",
     )  # fmt: skip
     params = abstract_params(published)
