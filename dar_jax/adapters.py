@@ -1,5 +1,7 @@
 """Adapters of a run as files, from files, and merged into the weights: what the door `convert` does with them."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 from flax import traverse_util
@@ -7,6 +9,7 @@ from ml_collections import ConfigDict
 
 from dar_jax import files, models, objectives, sharding
 from dar_jax.checkpoint import load_config, restore_ema, write_weights
+from dar_jax.config import default
 from dar_jax.errors import UserError, require
 from dar_jax.evaluation.sampling import restore
 from dar_jax.init_from import pin_base
@@ -47,8 +50,8 @@ def export(workdir: str, output: str) -> list[str]:
 def load(source: str, base: str, output: str) -> ConfigDict:
     """Makes a workdir of published adapters on the weights of the workdir `base`; returns its config.
 
-    `source` is a file of adapters, or a directory that `export` wrote. The base is frozen in float32, as merged weights
-    would be. Raises UserError as `lora_file.read`, and if the routing of the adapters does not suit the base.
+    `source` is a file of adapters, or a directory that `export` wrote. Raises UserError as `lora_file.read`, and if the
+    routing of the adapters does not suit the base.
     """
     config = load_config(base)
     directory = files.path(source)
@@ -69,23 +72,18 @@ def load(source: str, base: str, output: str) -> ConfigDict:
             f'--input = "{source}" and --base = "{base}": the routing of the adapters is not that of the model; give '
             "the directory that dar_jax.convert --kind=lora --workdir wrote."
         )
-    layers = {path.removesuffix("/lora_a") for path in shapes_of(adapters) if path.endswith("/lora_a")}
-    rank = next(leaf.shape[-1] for path, leaf in shapes_of(adapters).items() if path.endswith("/lora_a"))
+    ranks = {
+        path.removesuffix("/lora_a"): leaf.shape[-1]
+        for path, leaf in traverse_util.flatten_dict(adapters, sep="/").items()
+        if path.endswith("/lora_a")
+    }
+    rank = max(ranks.values())
     config.init_from = base
-    config.lora.update(
-        rank=rank,
-        alpha=scale * rank,
-        dtype="float32",
-        targets=tuple(f"{layer}/kernel" for layer in sorted(layers)),
-    )
+    targets = tuple(re.escape(f"{layer}/kernel") for layer in sorted(ranks))
+    config.lora.update(rank=rank, alpha=scale * rank, dtype=config.model.dtype, targets=targets)
     config = pin_base(config, output)
     write_weights(output, config, lora.union(adapters, routing))
     return config
-
-
-def shapes_of(tree: dict) -> dict:
-    """Leaves by path."""
-    return traverse_util.flatten_dict(tree, sep="/")
 
 
 def merge(workdir: str, output: str) -> ConfigDict:
@@ -96,7 +94,6 @@ def merge(workdir: str, output: str) -> ConfigDict:
     with sharding.use(mesh):
         params, _ = restore(config, workdir, mesh, None)
         merged = jax.jit(lora.merge)(params)
-    config.lora = type(config)(load_default_lora())
-    config.init_from = ""
+    config.lora, config.init_from = default().lora, ""
     write_weights(output, config, merged)
     return config

@@ -24,7 +24,8 @@ from dar_jax.checkpoint import (
 from dar_jax.errors import UserError, require
 from dar_jax.logs import say
 from dar_jax.models import lora
-from dar_jax.routing import keeps_function, uniform, warm_start
+from dar_jax.models.mmdit import MMDiT
+from dar_jax.routing import keeps_function, uniform, warm_start, warm_start_streams
 
 
 def check_init_from(config: ConfigDict) -> ConfigDict:
@@ -99,7 +100,11 @@ def _routed(params: dict, config: ConfigDict, wanted: dict) -> dict:
     paths = traverse_util.flatten_dict(wanted)
 
     def place(params: dict) -> dict:
-        leaves = traverse_util.flatten_dict(warm_start(params, model.layout, model.query))
+        if isinstance(model, MMDiT):
+            warm = warm_start_streams(params, model.layout, model.query, model.streams)
+        else:
+            warm = warm_start(params, model.layout, model.query)
+        leaves = traverse_util.flatten_dict(warm)
         return traverse_util.unflatten_dict({path: leaves[path] for path in paths})
 
     shardings = jax.tree.map(lambda leaf: leaf.sharding, wanted)

@@ -18,7 +18,7 @@ ORDER = (
     {"checkpoint"},
     {"init_from"},
     {"evaluation"},
-    {"diagnosis"},
+    {"diagnosis", "adapters"},
     {"training"},
     {"planning"},
     {"validate"},

@@ -68,7 +68,9 @@ def to_torch(trained: dict, by_name: Mapping[str, Place]) -> dict[str, np.ndarra
         tensors[f"transformer.{name}.lora_A.weight"] = np.ascontiguousarray(a.T)
         tensors[f"transformer.{name}.lora_B.weight"] = np.ascontiguousarray(b.reshape(len(b), -1).T)
     if nameless := sorted(set(leaves) - placed):
-        raise UserError(f'the adapter "{nameless[0]}" has no published name; leave its layer out of config.lora.targets.')
+        raise UserError(
+            f'the adapter "{nameless[0]}" has no published name; leave its layer out of config.lora.targets.'
+        )
     return tensors
 
 
