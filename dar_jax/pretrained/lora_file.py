@@ -81,18 +81,21 @@ def write(directory: str, trained: dict, by_name: Mapping[str, Place], alpha: fl
     rank = next(iter(tensors.values())).shape[0]
     settings = {"r": rank, "lora_alpha": alpha, "target_modules": modules}
     header = {f"transformer.{name}": value for name, value in settings.items()}
-    path = files.path(directory) / ADAPTERS
-    with files.writing(directory, "--output"), files.replacing(path) as temporary:
-        save_file(tensors, temporary, {"format": "pt", "lora_adapter_metadata": json.dumps(header)})
-    return str(path)
+    content = {"format": "pt", "lora_adapter_metadata": json.dumps(header)}
+    return _write(files.path(directory) / ADAPTERS, tensors, content)
 
 
 def write_routing(directory: str, routing: dict, settings: dict[str, Any]) -> str:
     """Writes the parameters of aggregators, with `config.model.routing` in the header; returns the path."""
     leaves = {path: np.asarray(x, np.float32) for path, x in traverse_util.flatten_dict(routing, sep="/").items()}
-    path = files.path(directory) / ROUTING
-    with files.writing(directory, "--output"), files.replacing(path) as temporary:
-        save_file(leaves, temporary, {"format": "pt", "routing": json.dumps(settings)})
+    return _write(files.path(directory) / ROUTING, leaves, {"format": "pt", "routing": json.dumps(settings)})
+
+
+def _write(path: files.Path, tensors: dict[str, np.ndarray], header: dict[str, str]) -> str:
+    with files.writing(path.parent, "--output"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with files.replacing(path) as temporary:
+            save_file(tensors, temporary, header)
     return str(path)
 
 
