@@ -1,4 +1,4 @@
-"""Packaging of dar_jax: `pip install -e .`, with extras `test`, `tpu`, `gpu`, `gcs` and `plan`."""
+"""Packaging of dar_jax: `pip install -e .`, with extras `test`, `tpu`, `gpu`, `gcs`, `emoji` and `plan`."""
 
 from setuptools import find_packages, setup
 
@@ -36,6 +36,7 @@ setup(
     extras_require={
         "test": [
             "diffusers",
+            "emoji",
             "etils[epath]",
             "gcsfs",
             "hypothesis",
@@ -49,6 +50,7 @@ setup(
         ],
         "tpu": ["jax[tpu]"],
         "gcs": ["etils[epath]", "gcsfs"],
+        "emoji": ["emoji"],
         "gpu": ["jax[cuda13]"],
         "plan": ["libtpu"],
     },

@@ -1,17 +1,20 @@
 """Draws samples: python -m dar_jax.sample --workdir=runs/digits --labels=0,1,2 --cfg_scale=2 --out=grid.png
+Of captions: python -m dar_jax.sample --workdir=runs/emoji --prompts="tiger face;woman firefighter: dark skin tone"
 
 The weights are the EMA of the latest checkpoint. With --out=x.npz the images are written in the ADM layout: arr_0
-uint8 [N, H, W, C] and, as arr_1, the labels int64 [N]. Without --vae, a model of latents gives them as float32.
+uint8 [N, H, W, C] and, as arr_1, the labels int64 [N] or the captions. Without --vae, a model of latents gives them as
+float32.
 """
 
 from absl import flags
 
-from dar_jax import cli, runtime
+from dar_jax import cli, errors, runtime
 
 WORKDIR = flags.DEFINE_string("workdir", None, "A directory that dar_jax.main wrote")
 STEP = flags.DEFINE_integer("step", None, "Checkpoint to load; default: the latest")
 LABELS = flags.DEFINE_list("labels", None, "Class labels, one column of the grid each; default: all, at most 10")
-NUM_PER_LABEL = flags.DEFINE_integer("num_per_label", 8, "Samples per label, the rows of the grid", 1, 10_000)
+PROMPTS = flags.DEFINE_string("prompts", None, "Captions with ; between them, one column of the grid each")
+NUM_PER_LABEL = flags.DEFINE_integer("num_per_label", 8, "Samples of each, the rows of the grid", 1, 10_000)
 SAMPLER = flags.DEFINE_string("sampler", None, "euler | heun | dopri5 | sde_euler | sde_heun; default: the run's")
 STEPS = flags.DEFINE_integer("steps", None, "Steps of the fixed-step samplers; default: the run's")
 CFG_SCALE = flags.DEFINE_float("cfg_scale", None, "Guidance scale, 1 = none; default: the run's")
@@ -41,7 +44,13 @@ def main(_):
         if flag.value is not None:
             section[field] = flag.value
     validate(config)
-    sample_to_file(config, WORKDIR.value, STEP.value, LABELS.value, NUM_PER_LABEL.value, OUT.value)
+    names = LABELS.value
+    if config.model.family == "sit":
+        errors.require(PROMPTS.value is None, "--prompts: the model takes class labels; give --labels.")
+    else:
+        errors.require(LABELS.value is None, "--labels: the model takes captions; give --prompts.")
+        names = [name.strip() for name in (PROMPTS.value or "").split(";") if name.strip()]
+    sample_to_file(config, WORKDIR.value, STEP.value, names, NUM_PER_LABEL.value, OUT.value)
     say(f"wrote {OUT.value}")
 
 

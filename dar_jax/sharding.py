@@ -127,6 +127,11 @@ def check_model(mesh: Mesh, model: ConfigDict) -> None:
             f"config.mesh.tensor = {tensor} must divide config.model.num_heads = {model.num_heads} and the {tokens} "
             "tokens of a sample."
         )
+    if model.family == "mmdit" and model.text_length % tensor:
+        raise UserError(
+            f"config.mesh.tensor = {tensor} must divide config.model.text_length = {model.text_length}; set that to "
+            f"{-(-model.text_length // tensor) * tensor}."
+        )
 
 
 def local_rows(mesh: Mesh, batch_size: int) -> np.ndarray:

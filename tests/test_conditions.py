@@ -55,3 +55,42 @@ def test_words_that_are_no_classes(names, message):
     with pytest.raises(UserError, match=message):
         conditions.Labels(10).parse(names)
     np.testing.assert_array_equal(conditions.Labels(30).parse(None)["label"], np.arange(10))
+
+
+WORDS = conditions.Words(("red", "heart", "tiger"), length=3, dropout=0.25)
+
+
+def test_captions_become_numbers_of_words():
+    condition = WORDS.parse(["Tiger: red", "heart"])
+    np.testing.assert_array_equal(condition["words"], [[4, 2, 0], [3, 0, 0]])
+    np.testing.assert_array_equal(WORDS.encode({"caption": "a red, red (heart)"})["words"], [2, 2, 3])
+    np.testing.assert_array_equal(WORDS.null(condition)["words"], [[1, 0, 0], [1, 0, 0]])
+    many = {"words": jnp.tile(condition["words"], (5000, 1))}
+    dropped = np.asarray(WORDS.drop(jax.random.key(0), many)["words"])
+    is_null = (dropped == [1, 0, 0]).all(axis=1)
+    assert abs(is_null.mean() - 0.25) < 0.02
+    np.testing.assert_array_equal(dropped[~is_null], many["words"][~is_null])
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (["a tigger"], r'does not know "a" of "a tigger"'),
+        (["tigger"], 'Did you mean "tiger"'),
+        (["red red red red"], "has 4 words; the model reads at most 3"),
+        ([], "--prompts is missing"),
+    ],
+)
+def test_prompts_that_the_model_cannot_read(names, message):
+    with pytest.raises(UserError, match=message):
+        WORDS.parse(names)
+
+
+def test_data_without_captions_or_with_long_ones():
+    class Source:
+        captions = ("red heart", "red red tiger heart")
+
+    with pytest.raises(UserError, match='text_length = 3, but the caption "red red tiger heart" has 4 words'):
+        WORDS.check_data(Source)
+    with pytest.raises(UserError, match="have labels and no captions"):
+        WORDS.check_data(object())

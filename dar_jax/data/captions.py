@@ -1,6 +1,7 @@
 """What captions need beside the images: their vocabulary, and those of which an evaluation draws samples."""
 
 from collections import Counter
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -25,16 +26,35 @@ def with_words(config: ConfigDict, source: Source) -> ConfigDict:
     return config
 
 
-def to_sample(config: ConfigDict, count: int, split: str | None = None) -> Condition:
-    """Conditions of samples 0, 1, ..., count - 1, numpy arrays, in the order of `config.eval.labels`.
+class ToSample(NamedTuple):
+    """Of what samples are drawn.
+
+    Attributes:
+      condition: of each sample, numpy arrays.
+      captions: the texts of captions, else None.
+      labels: of each sample, int [N], among those of the data.
+      attributes: the values of each attribute by label, int [num_classes], which a classifier of the labels can tell;
+        empty for data without attributes.
+    """
+
+    condition: Condition
+    captions: list[str] | None
+    labels: np.ndarray
+    attributes: dict[str, np.ndarray]
+
+
+def to_sample(config: ConfigDict, count: int, split: str | None = None) -> ToSample:
+    """What samples 0, 1, ..., count - 1 are drawn of, in the order of `config.eval.labels`.
 
     Of a model of labels they are its classes; of captions, the examples of `split`, by default of
     `config.data.eval_split`. A longer list begins with the shorter one.
     """
     kind, settings = conditions.build(config.model), config.eval
     if isinstance(kind, Labels):
-        return kind.to_sample(count, settings.labels, config.seed)
+        condition = kind.to_sample(count, settings.labels, config.seed)
+        return ToSample(condition, None, condition["label"], {})
     source = open_source(config.data, split or config.data.eval_split)
     rows = conditions.ORDERS[settings.labels](count, len(source), config.seed).astype(int)
-    encoded = {row: kind.encode({"caption": source.captions[row]}) for row in np.unique(rows)}
-    return jax.tree.map(lambda *x: np.stack(x), *(encoded[row] for row in rows))
+    captions = [source.captions[row] for row in rows]
+    condition = jax.tree.map(lambda *x: np.stack(x), *(kind.encode({"caption": caption}) for caption in captions))
+    return ToSample(condition, captions, source.labels[rows], source.attributes)

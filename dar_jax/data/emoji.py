@@ -57,14 +57,14 @@ def attributes(caption: str) -> tuple[int, ...]:
 class EmojiSource:
     """A split: images uint8 [size, size, 3] on white, labels, and captions.
 
-    `label_attributes` int [num_classes, 3] has the values of the attributes of each label.
+    `attributes` has for each of `ATTRIBUTES` the numbers of its values by label, int [num_classes].
     """
 
     def __init__(self, images: np.ndarray, captions: list[str], table: np.ndarray):
-        self.images, self.captions, self.label_attributes = images, captions, table
+        self.images, self.captions, self.num_classes = images, captions, len(table)
+        self.attributes = dict(zip(ATTRIBUTES, table.T, strict=True))
         label = {tuple(row): i for i, row in enumerate(table.tolist())}
         self.labels = np.array([label[attributes(caption)] for caption in captions], np.int32)
-        self.num_classes = len(table)
 
     def __len__(self) -> int:
         return len(self.images)
@@ -107,12 +107,14 @@ def render(size: int) -> tuple[np.ndarray, list[str]]:
     """
     if not Path(FONT).is_file():
         raise UserError(
-            f'config.data.source = emoji needs the font "{FONT}"; install it with apt-get install fonts-noto-color-emoji.'
+            f'config.data.source = emoji needs the font "{FONT}"; install it: apt-get install fonts-noto-color-emoji.'
         )
     try:
         import emoji
     except ImportError as error:
-        raise UserError("config.data.source = emoji needs the package emoji; install it with pip install emoji.") from error
+        raise UserError(
+            "config.data.source = emoji needs the package emoji; install it with pip install emoji."
+        ) from error
     font, images, captions, seen = ImageFont.truetype(FONT, FONT_SIZE), [], [], set()
     for text, entry in emoji.EMOJI_DATA.items():
         if entry["status"] != emoji.STATUS["fully_qualified"] or font.getbbox(text)[2] > WIDTH:

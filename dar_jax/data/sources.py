@@ -33,7 +33,8 @@ class Source(Protocol):
     def __getitem__(self, index: int) -> dict[str, Any]:
         """Returns {"image": uint8 [h, w, c] of any size, c = 1 or 3, "label": int}.
 
-        With it comes "caption" of a captioned source. Synthetic latents are float32 images; `latents.LatentSource` has "moments" instead, or too.
+        With it comes "caption" of a captioned source. Synthetic latents are float32 images; `latents.LatentSource` has
+        "moments" instead, or too.
         """
         ...
 

@@ -68,7 +68,7 @@ def compare_canonical(
         reference = load_reference(config, features, mesh)
         warn_if_few(reference, config.eval.num_samples, say)
         settings = config.eval
-        condition = to_sample(config, settings.num_samples)
+        condition = to_sample(config, settings.num_samples).condition
 
         def scores(model: SiT) -> dict[str, float]:
             collector, draw = Collector(), make_sampler(config, objectives.build(config, model).sample, mesh)

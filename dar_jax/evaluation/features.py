@@ -32,16 +32,14 @@ class Features(NamedTuple):
     """A frozen feature network.
 
     `extract` maps uint8 images [B, H, W, C], C = 1 or 3, to float32 features by name, inside or outside jit: "pool"
-    [B, F], and of the Inception network "spatial" [B, 2023] and "logits" [B, 1008] too. `batch_size` is what one
-    device takes at a time. `fingerprint` is the SHA-256 of weights that were trained here, and "" of others. Those also
-    `classify` uint8 images: the most likely label, int32 [B].
+    [B, F], "logits" [B, classes], and of the Inception network "spatial" [B, 2023] too. `batch_size` is what one
+    device takes at a time. `fingerprint` is the SHA-256 of weights that were trained here, and "" of others.
     """
 
     name: str
     extract: Callable[[Any], dict[str, jax.Array]]
     batch_size: int
     fingerprint: str = ""
-    classify: Callable[[Any], jax.Array] | None = None
 
 
 def extract_all(features: Features, images: np.ndarray, mesh: Mesh) -> dict[str, np.ndarray]:
@@ -142,15 +140,10 @@ def convnet_features(
                 f"the features take uint8 images [B, {height}, {height}, {channels}], "
                 f"not {images.dtype} {list(images.shape)}."
             )
-        _, features = net.apply({"params": weights["params"]}, jnp.asarray(images))
-        return {"pool": features / weights["scale"]}
+        logits, features = net.apply({"params": weights["params"]}, jnp.asarray(images))
+        return {"pool": features / weights["scale"], "logits": logits}
 
-    @jax.jit
-    def classify(images) -> jax.Array:
-        logits, _ = net.apply({"params": weights["params"]}, jnp.asarray(images))
-        return logits.argmax(axis=-1)
-
-    return Features("convnet", jax.jit(extract), 256, fingerprint(weights), classify)
+    return Features("convnet", jax.jit(extract), batch_size=256, fingerprint=fingerprint(weights))
 
 
 def _train(net: ConvNet, images: np.ndarray, labels: np.ndarray, seed: int, log: Callable[[str], None]) -> dict:

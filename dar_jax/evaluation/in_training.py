@@ -11,9 +11,11 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from dar_jax import conditions, files
-from dar_jax.data.captions import to_sample
+from dar_jax.data.captions import ToSample, to_sample
 from dar_jax.data.pipeline import load_images
+from dar_jax.data.sources import open_source
 from dar_jax.errors import check_choice, require
+from dar_jax.evaluation.attributes import attribute_accuracy
 from dar_jax.evaluation.features import Features, convnet_features, extract_all, inception_features
 from dar_jax.evaluation.grid import save_grid
 from dar_jax.evaluation.metrics import Collector, load_reference, score, warn_if_few
@@ -40,8 +42,11 @@ def load_features(config: ConfigDict, mesh: Mesh, workdir: str, log: Callable[[s
     images, labels = load_images(
         config.data, config.data.train_split, channels=config.model.channels, limit=MAX_TRAINING_IMAGES
     )
+    num_classes = config.model.num_classes
+    if config.model.family != "sit":  # whose labels are not the model's business
+        num_classes = open_source(config.data, config.data.train_split).num_classes
     cache = files.path(workdir) / "convnet.npz"
-    return convnet_features(images, labels, config.model.num_classes, seed=0, cache=cache, log=log)
+    return convnet_features(images, labels, num_classes, seed=0, cache=cache, log=log)
 
 
 def check(settings: ConfigDict) -> None:
@@ -122,12 +127,15 @@ class InlineEvaluation:
         come the losses on held-out data, if they are asked for: "val_loss" of the EMA, by time as "val_loss/t0.05", and
         "val_loss_raw" of the weights `params` that are averaged, if given. The first grid_size^2 samples are the grid,
         row by row.
+
+        Where the data have attributes, their accuracy follows, of the captions of `config.data.eval_split` as
+        "accuracy/tone", and of as many of `config.data.train_split` as "accuracy_seen/tone".
         """
         settings, sizes = self.config.eval, _sizes(self.config, step)
         grid_images = settings.grid_size**2
         total, reported = max(*sizes, grid_images), time.monotonic()
-        condition = to_sample(self.config, total)
-        batches = sample_images(self.draw, ema, condition, settings.batch_size, self.mesh)
+        wanted = to_sample(self.config, total)
+        batches = sample_images(self.draw, ema, wanted.condition, settings.batch_size, self.mesh)
         grid, scores, collector, position = [], {}, Collector(), 0
         for images in _split_at(batches, (grid_images, *sizes)):
             position += len(images)
@@ -140,12 +148,25 @@ class InlineEvaluation:
                 collector.add(extract_all(self.features, images, self.mesh))
             if position in sizes:
                 suffix = f"_{position}" if scores else ""
-                found = score(self.features, self.reference, collector.result())
+                samples = collector.result()
+                found = score(self.features, self.reference, samples)
                 scores |= {f"{name}{suffix}": value for name, value in found.items()}
         if jax.process_index() == 0:
-            path = self.workdir / "samples" / f"{step:08d}.png"
-            save_grid(path, np.concatenate(grid), columns=settings.grid_size)
+            path, captions = self.workdir / "samples" / f"{step:08d}.png", wanted.captions
+            captions = captions and captions[:grid_images]
+            save_grid(path, np.concatenate(grid), columns=settings.grid_size, captions=captions)
+        if scores and wanted.attributes and self.features.name == "convnet":
+            scores |= self._accuracies(ema, samples.logits, wanted)
         return scores | self._validate(ema, params)
+
+    def _accuracies(self, ema: dict, logits: np.ndarray, wanted: ToSample) -> dict[str, float]:
+        count = len(logits)
+        found = attribute_accuracy(logits, wanted.labels[:count], wanted.attributes)
+        seen = to_sample(self.config, count, self.config.data.train_split)
+        batches = sample_images(self.draw, ema, seen.condition, self.config.eval.batch_size, self.mesh)
+        parts = [extract_all(self.features, images, self.mesh)["logits"] for images in batches]
+        found_seen = attribute_accuracy(np.concatenate(parts), seen.labels, seen.attributes)
+        return found | {name.replace("accuracy", "accuracy_seen"): value for name, value in found_seen.items()}
 
     def _validate(self, ema: dict, params: dict | None) -> dict[str, float]:
         if self.validation is None:

@@ -33,7 +33,7 @@ class FeatureSet(NamedTuple):
     Attributes:
       moments: by features, "pool" and of the Inception network "spatial".
       pool: float32 [N, F], or None when only the moments are known.
-      logits: float32 [N, 1008] of the Inception network, or None.
+      logits: float32 [N, classes] of the network's classifier, or None.
     """
 
     moments: dict[str, Statistics]

@@ -135,14 +135,14 @@ def sample_to_file(
 ) -> None:
     """Draws `num_per_name` samples of each condition from a run's EMA and writes them to `out`.
 
-    A .png is a grid with a column per condition; an .npz is in the ADM layout, or holds float32 latents as they are. Of
-    several processes the first writes.
+    A .png is a grid with a column per condition, captions below the images; an .npz is in the ADM layout, or holds
+    float32 latents as they are. Of several processes the first writes.
 
     Args:
       config: of the run, with the sampler and seed of these samples.
       workdir: the run.
       step: its checkpoint, None for the latest.
-      names: conditions as `conditions.Labels.parse` reads them.
+      names: conditions as `conditions.Labels.parse` or `Words.parse` reads them.
       num_per_name: samples of each.
       out: the file.
 
@@ -157,7 +157,9 @@ def sample_to_file(
             f'--out = "{out}": the model makes latents of {config.model.channels} channels; name their VAE '
             "with --vae, or write an .npz."
         )
-    columns = conditions.build(config.model).parse(names)
+    kind = conditions.build(config.model)
+    columns = kind.parse(names)
+    captions = None if isinstance(kind, conditions.Labels) else list(names) * num_per_name
     sharding.fit(config.mesh)
     mesh = sharding.make_mesh(config.mesh)
     with sharding.use(mesh):
@@ -170,7 +172,8 @@ def sample_to_file(
         return
     with files.writing(out, "--out"):
         if path.suffix == ".png":
-            save_grid(path, images, columns=conditions.length(columns))
+            save_grid(path, images, columns=conditions.length(columns), captions=captions)
         else:
+            names = np.array(captions) if captions else condition["label"].astype(np.int64)
             with files.replacing(path) as temporary, open(temporary, "wb") as file:
-                np.savez(file, images, condition["label"].astype(np.int64))
+                np.savez(file, images, names)

@@ -13,13 +13,14 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from dar_jax import files, lock, objectives, sharding
+from dar_jax import conditions, files, lock, objectives, sharding
 from dar_jax.checkpoint import weights_fingerprint
 from dar_jax.config import default
 from dar_jax.data.captions import to_sample
 from dar_jax.data.pipeline import image_batches
 from dar_jax.data.sources import open_source
 from dar_jax.errors import UserError
+from dar_jax.evaluation.attributes import attribute_accuracy
 from dar_jax.evaluation.features import Features, extract_all, inception_features
 from dar_jax.evaluation.in_training import load_features
 from dar_jax.evaluation.metrics import (
@@ -72,7 +73,7 @@ def evaluate_run(
             raise UserError("--samples_out takes one guidance scale; leave out --cfg_sweep.")
     sharding.fit(config.mesh)
     mesh = sharding.make_mesh(config.mesh)
-    condition = to_sample(config, config.eval.num_samples)
+    wanted = to_sample(config, config.eval.num_samples)
     results = []
     with sharding.use(mesh):
         ema, step = restore(config, workdir, mesh, step)
@@ -85,10 +86,16 @@ def evaluate_run(
             shards = _Shards(files.path(workdir) / "evaluation", settings, with_images=bool(samples_out))
             draw = make_sampler(config, objectives.build(config).sample, mesh)
             with shards.holding():
-                samples = _sample(draw, ema, condition, features, shards, config.eval.batch_size, mesh)
-                results.append({"scores": score(features, reference, samples), "settings": settings})
+                samples = _sample(draw, ema, wanted.condition, features, shards, config.eval.batch_size, mesh)
+                scores = score(features, reference, samples)
+                if wanted.attributes and features.name == "convnet" and jax.process_index() == 0:
+                    scores |= attribute_accuracy(samples.logits, wanted.labels, wanted.attributes)
+                results.append({"scores": scores, "settings": settings})
                 if samples_out and jax.process_index() == 0:
-                    count, others = config.eval.num_samples, {"arr_1": next(iter(condition.values())).astype(np.int64)}
+                    count, others = (
+                        config.eval.num_samples,
+                        {"arr_1": np.array(wanted.captions or wanted.labels.astype(np.int64))},
+                    )
                     write_set(samples_out, (count, *image_shape(config)), shards.images(count), others, "--samples_out")
                 shards.remove()
     return results

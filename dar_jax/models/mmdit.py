@@ -226,7 +226,9 @@ class MMDiT(nn.Module):
         v_0 = layers.constrain(text), layers.constrain(image)
 
         grid = x_t.shape[1] // patch, x_t.shape[2] // patch
-        by = jax.tree.map(jnp.asarray, rotations(self.rope_axes or rope_axes(size // self.num_heads), grid, text.shape[1]))
+        by = jax.tree.map(
+            jnp.asarray, rotations(self.rope_axes or rope_axes(size // self.num_heads), grid, text.shape[1])
+        )
         key_mask = jnp.concatenate([text_mask, jnp.ones(image.shape[:2], bool)], axis=1)
 
         block = partial(Block, size, self.num_heads, arithmetic)

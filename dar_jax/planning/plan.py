@@ -243,7 +243,10 @@ def _history_bytes(config: ConfigDict, mesh) -> int:
     if layout is None:
         return 0
     samples = micro_batch(config) // sharding.batch_shards(mesh)
-    tokens = (model.input_size // model.patch_size) ** 2 // mesh.shape["tensor"]
+    tokens = (model.input_size // model.patch_size) ** 2
+    if model.family == "mmdit" and model.routing.streams == "both":
+        tokens += model.text_length
+    tokens //= mesh.shape["tensor"]
     return 2 * layout.num_rows * samples * tokens * model.hidden_size * jnp.dtype(model.dtype).itemsize
 
 
