@@ -32,7 +32,7 @@ from dar_jax.evaluation.in_training import InlineEvaluation, is_due, is_evaluati
 from dar_jax.init_from import check_init_from, pin_base, restore_initial
 from dar_jax.lock import Lock
 from dar_jax.logs import Logs, say
-from dar_jax.models.flops import forward_flops
+from dar_jax.models.flops import step_flops
 from dar_jax.objectives import repa
 from dar_jax.training.setup import Setup, build_algorithm, set_up
 
@@ -124,7 +124,7 @@ class _Hooks(NamedTuple):
             evaluation = InlineEvaluation(config, run.algorithm.sample, mesh, workdir, say)
         if config.diagnosis.every_steps:
             diagnosis = InlineDiagnosis(config, model, mesh)
-        flops_per_step = 3 * config.train.batch_size * forward_flops(model)
+        flops_per_step = step_flops(model, config.train.batch_size, adapted=config.lora.rank > 0)
         logs = Logs(workdir, first_step, config.train.num_steps, config.train.batch_size, flops_per_step)
         logs.say_what_is_missing(first_step, config.train.log_every_steps)
         metrics = _Metrics(config, workdir, logs, checkpoints, first_step)
