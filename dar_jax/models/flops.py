@@ -29,8 +29,8 @@ def peak_flops(device_kind: str) -> float | None:
 def forward_flops(model: SiT | MMDiT) -> float:
     """FLOPs of the forward pass of a model for one image: its matmuls, two for a multiply-add.
 
-    An aggregator adds its query, the scores and the weighted sum of its sources. Of an MM-DiT the image is of input_size, its text of text_length; the
-    encoder of words is left out.
+    An aggregator adds its query, the scores and the weighted sum of its sources. Of an MM-DiT the image is of
+    input_size, its text of text_length; the encoder of words is left out.
     """
     return _mmdit_flops(model) if isinstance(model, MMDiT) else _sit_flops(model)
 
