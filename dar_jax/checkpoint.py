@@ -51,6 +51,7 @@ FIXED = (
         f"repa.{name}"
         for name in ("target", "block", "later_block", "projector", "standardize", "mean_share", "encoder")
     ),
+    "lora",
 )
 
 
@@ -277,9 +278,12 @@ def set_damaged_aside(workdir: str) -> int | None:
     return step
 
 
-def _load(path: files.Path, items: dict[str, Any]) -> dict[str, Any]:
+def _load(path: files.Path, items: dict[str, Any], *, partial: bool = False) -> dict[str, Any]:
+    context = ocp.Context()
+    context.pytree.loading.partial_load = partial
     try:
-        return ocp.load_checkpointables(path, items)
+        with context:
+            return ocp.load_checkpointables(path, items)
     except Exception as error:  # orbax raises what its readers happen to
         reason = str(error).partition("\n")[0]
         raise UserError(f'checkpoint "{path}" cannot be read: {type(error).__name__}, {reason}') from error
@@ -305,10 +309,13 @@ def find_ema(workdir: str, step: int | None = None) -> tuple[files.Path, int]:
     )
 
 
-def restore_ema(workdir: str, abstract_params, step: int | None = None) -> tuple[Any, int]:
-    """Returns (EMA weights, step) of the checkpoint that `find_ema` finds, with its errors."""
+def restore_ema(workdir: str, abstract_params, step: int | None = None, *, partial: bool = False) -> tuple[Any, int]:
+    """Returns (EMA weights, step) of the checkpoint that `find_ema` finds, with its errors.
+
+    `abstract_params` may ask for other types than those that were saved, and if `partial` for a part of the weights.
+    """
     path, number = find_ema(workdir, step)
-    return _load(path, {"ema": abstract_params})["ema"], number
+    return _load(path, {"ema": abstract_params}, partial=partial)["ema"], number
 
 
 def weights_fingerprint(workdir: str, step: int) -> str:

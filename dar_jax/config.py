@@ -120,6 +120,13 @@ def schema() -> ConfigDict:
     repa.weights = ""  # encoder: directory of its weights, which dar_jax.convert has made
     repa.dtype = "bfloat16"  # encoder: computation, float32 | bfloat16
 
+    config.lora = lora = ConfigDict()  # low-rank adapters and routing are trained on the frozen weights of init_from
+    lora.rank = Number(0, "[0, 65536]")  # 0 = off: all weights are trained
+    lora.alpha = Number(0.0, "[0, inf)")  # the adapter's scale is alpha / rank; 0 = rank
+    lora.targets = ()  # regular expressions of whole paths of kernels; () = attention and MLP (models/lora.py)
+    lora.dtype = "bfloat16"  # of the frozen weights in memory: float32 | bfloat16
+    lora.base = ""  # written by the run: step and SHA-256 of the checkpoint of init_from that is the base
+
     config.sampler = sampler = ConfigDict()
     sampler.method = "heun"  # ODE: euler | heun | dopri5; SDE: sde_euler | sde_heun
     sampler.num_steps = Number(50, "[1, inf)")  # of the fixed-step solvers; includes the last step of the SDE

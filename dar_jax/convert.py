@@ -20,6 +20,13 @@ published names, in the dtype of the checkpoint. Copy the published config.json 
 dinov2, dinov3: --input is model.safetensors of facebook/dinov2-base, facebook/dinov2-with-registers-base or
 facebook/dinov3-vitb16-pretrain-lvd1689m (or of another size S, B or L), or Meta's own .pth of the same. --output is a
 directory for representation alignment.
+
+lora: the adapters of a run with config.lora. With --workdir, --output is a directory that receives
+pytorch_lora_weights.safetensors, which diffusers reads, and routing.safetensors if the model is routed. The way back:
+--input is such a directory, or a .safetensors file of diffusers, peft, ComfyUI or kohya, --base the workdir of the
+weights that they adapt, and --output a workdir.
+
+merged: --workdir is a run with config.lora, and --output a workdir of the same model without adapters.
 """
 
 from absl import flags
@@ -30,7 +37,7 @@ KIND = flags.DEFINE_string(
     "kind",
     None,
     "What the weights are: sit (residual, any size) | qwen_image (residual MM-DiT) | inception (of FID) | vae (f8) | "
-    "dinov2, dinov3 (ViT-S, B, L)",
+    "dinov2, dinov3 (ViT-S, B, L) | lora (adapters of a run) | merged (a run and its adapters)",
 )
 INPUT = flags.DEFINE_string(
     "input",
@@ -40,17 +47,25 @@ INPUT = flags.DEFINE_string(
 OUTPUT = flags.DEFINE_string(
     "output",
     None,
-    "sit, qwen_image: the workdir to write, without checkpoints; inception: an .npz; vae, dinov2, dinov3: a directory",
+    "sit, qwen_image, merged, lora of an --input: the workdir to write, without checkpoints; inception: an .npz; vae, "
+    "dinov2, dinov3, lora of a --workdir: a directory",
 )
+WORKDIR = flags.DEFINE_string("workdir", None, "lora, merged: a run with config.lora")
+BASE = flags.DEFINE_string("base", None, "lora of an --input: the workdir of the weights that are adapted")
 EXPORT = flags.DEFINE_bool("export", False, "qwen_image: from a workdir to shards under the published names")
 NUM_HEADS = flags.DEFINE_integer("num_heads", None, "sit: attention heads; default: those of the published size")
 
 
 def main(_):
-    cli.require_flags(kind=KIND.value, input=INPUT.value, output=OUTPUT.value)
-    errors.check_choice("--kind", KIND.value, ("sit", "qwen_image", "inception", "vae", "dinov2", "dinov3"))
+    cli.require_flags(kind=KIND.value, output=OUTPUT.value)
+    kinds = ("sit", "qwen_image", "inception", "vae", "dinov2", "dinov3", "lora", "merged")
+    errors.check_choice("--kind", KIND.value, kinds)
     is_qwen = KIND.value == "qwen_image"
     errors.require(is_qwen or not EXPORT.value, f"--export is of no use to --kind={KIND.value}; leave it out.")
+    if KIND.value in ("lora", "merged"):
+        _convert_adapters()
+        return
+    cli.require_flags(input=INPUT.value)
     if KIND.value == "inception":
         files.check_output(OUTPUT.value, "--output", ".npz")
     else:
@@ -76,6 +91,29 @@ def main(_):
         print(f"wrote {OUTPUT.value}: {type(model).__name__}, f{model.factor}, fingerprint {converted.fingerprint}")
     else:
         _convert_dino(state_dict)
+
+
+def _convert_adapters() -> None:
+    errors.require(
+        bool(WORKDIR.value) != bool(INPUT.value),
+        "give --workdir, the run whose adapters are written, or --input, adapters to make a workdir of.",
+    )
+    if KIND.value == "merged" or WORKDIR.value:
+        cli.require_flags(workdir=WORKDIR.value)
+    else:
+        cli.require_flags(base=BASE.value)
+    files.check_directory(OUTPUT.value, "--output")
+    from dar_jax import adapters
+
+    if KIND.value == "merged":
+        adapters.merge(WORKDIR.value, OUTPUT.value)
+        print(f"wrote {OUTPUT.value}: the weights of {WORKDIR.value} with their adapters merged")
+    elif WORKDIR.value:
+        for path in adapters.export(WORKDIR.value, OUTPUT.value):
+            print(f"wrote {path}")
+    else:
+        config = adapters.load(INPUT.value, BASE.value, OUTPUT.value)
+        print(f"wrote {OUTPUT.value}: adapters of rank {config.lora.rank} on {BASE.value}")
 
 
 def _convert_dino(state_dict: dict) -> None:

@@ -46,7 +46,7 @@ def _check_mmdit(model: ConfigDict) -> None:
         "of features, which cannot turn in pairs; change one.",
     )
     require(
-        model.text_size % model.num_heads == 0,
+        model.text_depth == 0 or model.text_size % model.num_heads == 0,
         f"config.model.text_size = {model.text_size} must be divisible by num_heads = {model.num_heads}.",
     )
     require(model.mlp_ratio == 4, f"config.model.mlp_ratio = {model.mlp_ratio} must be 4 in an mmdit.")

@@ -85,7 +85,7 @@ class Dense(nn.Module):
     """A linear map of the last axis, `[..., I]` -> `[..., *features]`, with zero bias.
 
     The kernel `[I, *features]` is initialised as one matrix of prod(features) columns. `axes` are its logical axes; all
-    but the first are those of the bias.
+    but the first are those of the bias. Where its parameters hold a low-rank adapter (lora.py), it is added.
     """
 
     features: tuple[int, ...]
@@ -100,8 +100,14 @@ class Dense(nn.Module):
 
         kernel = self.param("kernel", logical(init, self.axes), (x.shape[-1], *self.features))
         bias = self.param("bias", logical(zeros, self.axes[1:]), self.features)
-        x, kernel, bias = nn.dtypes.promote_dtype(x, kernel, bias, dtype=self.arithmetic.dtype)
-        return self.arithmetic.matmul(x, kernel) + bias
+        dtype, matmul = self.arithmetic.dtype, self.arithmetic.matmul
+        x, kernel, bias = nn.dtypes.promote_dtype(x, kernel, bias, dtype=dtype)
+        y = matmul(x, kernel) + bias
+        if self.has_variable("params", "lora_a"):
+            adapter = (self.get_variable("params", f"lora_{name}") for name in ("a", "b", "scale"))
+            a, b, scale = nn.dtypes.promote_dtype(*adapter, dtype=dtype)
+            y += matmul(scale * matmul(x, a), b)
+        return y
 
 
 class TimestepEmbedder(nn.Module):

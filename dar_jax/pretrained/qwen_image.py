@@ -197,3 +197,8 @@ def params_to_torch(params: dict) -> dict[str, np.ndarray]:
         return np.ascontiguousarray(leaf.T if transposed else leaf)
 
     return {name: tensor(name) for name in names(depth)}
+
+
+def layers() -> tuple[dict[str, str], dict[str, str], str]:
+    """Published names of layers by ours: outside of the blocks, below a block, and of the list of blocks."""
+    return _LAYERS, _BLOCK_LAYERS, "transformer_blocks"
