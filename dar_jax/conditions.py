@@ -143,9 +143,9 @@ class Words(NamedTuple):
         if captions is None:
             raise UserError(
                 "config.model.text = words, but the examples of config.data.source have labels and no captions; take "
-                "emoji or captions, or set config.model.family = sit."
+                "emoji, captions or captioned tfds, or set config.model.family = sit."
             )
-        longest = max(captions, key=lambda caption: len(split_words(caption)))
+        longest = max(dict.fromkeys(captions), key=lambda caption: len(split_words(caption)))
         if (count := len(split_words(longest))) > self.length:
             raise UserError(
                 f'config.model.text_length = {self.length}, but the caption "{longest}" has {count} words; set it to '

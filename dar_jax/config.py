@@ -55,8 +55,10 @@ def schema() -> ConfigDict:
     config.init_from = ""  # workdir whose EMA weights to start from: of the same model, or residual to any routing
 
     config.data = data = ConfigDict()
-    data.source = "digits"  # digits | idx | folder | tfds | emoji | latents (prepared) | synthetic (random latents)
-    data.path = ""  # idx, folder and latents: the directory; tfds: data_dir ("" = the tfds default)
+    # digits | idx | folder (a sub folder per class) | captions (metadata.jsonl and images) | tfds | emoji |
+    # latents (prepared) | synthetic (random latents)
+    data.source = "digits"
+    data.path = ""  # idx, folder, captions and latents: the directory; tfds: data_dir ("" = the tfds default)
     data.name = ""  # tfds: the data set, e.g. "imagenet2012"
     data.train_split = "train"
     data.eval_split = "test"  # held-out images, the reference of the metrics unless eval.reference is given

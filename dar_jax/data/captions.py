@@ -20,7 +20,10 @@ def with_words(config: ConfigDict, source: Source) -> ConfigDict:
     captions = getattr(source, "captions", None)
     if config.model.family == "sit" or config.model.words or captions is None:
         return config
-    counts = Counter(word for caption in captions for word in split_words(caption))
+    counts = Counter()
+    for caption, times in Counter(captions).items():
+        for word in split_words(caption):
+            counts[word] += times
     config = config.copy_and_resolve_references()
     config.model.words = tuple(sorted(counts, key=lambda word: (-counts[word], word)))
     return config
@@ -32,7 +35,7 @@ class ToSample(NamedTuple):
     Attributes:
       condition: of each sample, numpy arrays.
       captions: the texts of captions, else None.
-      labels: of each sample, int [N], among those of the data.
+      labels: of each sample, int [N], among those of the data; 0 for data without attributes.
       attributes: the values of each attribute by label, int [num_classes], which a classifier of the labels can tell;
         empty for data without attributes.
     """
@@ -57,4 +60,5 @@ def to_sample(config: ConfigDict, count: int, split: str | None = None) -> ToSam
     rows = conditions.ORDERS[settings.labels](count, len(source), config.seed).astype(int)
     captions = [source.captions[row] for row in rows]
     condition = jax.tree.map(lambda *x: np.stack(x), *(kind.encode({"caption": caption}) for caption in captions))
-    return ToSample(condition, captions, source.labels[rows], source.attributes)
+    attributes = getattr(source, "attributes", {})
+    return ToSample(condition, captions, source.labels[rows] if attributes else np.zeros(count, int), attributes)

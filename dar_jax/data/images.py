@@ -7,6 +7,8 @@ from PIL import Image
 
 from dar_jax.errors import UserError
 
+EXTENSIONS = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
+
 
 def decode_image(file: str | BinaryIO, name: str) -> np.ndarray:
     """Decodes any 8-bit format PIL knows.
@@ -34,6 +36,15 @@ def decode_image(file: str | BinaryIO, name: str) -> np.ndarray:
     except Exception as error:  # damaged bytes make PIL's decoders raise almost anything
         raise UserError(f'image "{name}" cannot be read ({error}); repair or remove it.') from error
     return pixels[..., None] if grey else pixels
+
+
+def image_size(file: str | BinaryIO, name: str) -> tuple[int, int]:
+    """Height and width of an image, which is not decoded. Raises UserError if its head is missing or damaged."""
+    try:
+        with Image.open(file) as image:
+            return image.height, image.width
+    except Exception as error:  # as in `decode_image`
+        raise UserError(f'image "{name}" cannot be read ({error}); repair or remove it.') from error
 
 
 def to_channels(image: np.ndarray, channels: int) -> np.ndarray:

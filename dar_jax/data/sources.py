@@ -1,8 +1,9 @@
-"""Random access to labelled images: digits, idx files, image folders, tensorflow-datasets, emoji, prepared latents.
+"""Random access to labelled or captioned images: digits, idx, folders, tensorflow-datasets, emoji, prepared latents.
 
 `open_source` checks everything that can be wrong with a config before it reads an image.
 """
 
+import functools
 import gzip
 import io
 import math
@@ -14,10 +15,9 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from dar_jax import files
-from dar_jax.data.images import decode_image
+from dar_jax.data.caption_folder import open_caption_folder
+from dar_jax.data.images import EXTENSIONS, decode_image
 from dar_jax.errors import UserError, check_choice, near_miss
-
-_EXTENSIONS = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 
 
 class Source(Protocol):
@@ -70,10 +70,26 @@ class FolderSource:
 
 
 class TfdsSource:
-    """Records of a prepared tensorflow-datasets set; without a class label every label is 0."""
+    """Records of a prepared tensorflow-datasets set; without a class label every label is 0.
 
-    def __init__(self, records: Any, num_classes: int | None):
-        self.records, self.labelled, self.num_classes = records, num_classes is not None, num_classes or 1
+    Args:
+      builder: of the set.
+      split: of the set.
+
+    Raises:
+      NotImplementedError, ValueError: as `builder.as_data_source`.
+    """
+
+    def __init__(self, builder: Any, split: str):
+        import tensorflow_datasets as tfds
+
+        features = dict(builder.info.features.items())
+        label, kinds = features.get("label"), tfds.features
+        self.labelled = isinstance(label, kinds.ClassLabel)
+        self.num_classes = label.num_classes if self.labelled else 1
+        self.caption = next((key for key in ("caption", "text") if isinstance(features.get(key), kinds.Text)), None)
+        # PIL decodes the bytes, as for folders: tfds's own decoder does not convert CMYK or palettes.
+        self.records = builder.as_data_source(split, decoders={"image": tfds.decode.SkipDecoding()})
 
     def __len__(self) -> int:
         return len(self.records)
@@ -81,7 +97,13 @@ class TfdsSource:
     def __getitem__(self, index: int) -> dict[str, Any]:
         record = self.records[index]
         image = decode_image(io.BytesIO(record["image"]), f"record {index} of {self.records.dataset_info.name}")
-        return {"image": image, "label": int(record["label"]) if self.labelled else 0}
+        example = {"image": image, "label": int(record["label"]) if self.labelled else 0}
+        return {**example, "caption": record[self.caption].decode()} if self.caption else example
+
+    @functools.cached_property
+    def captions(self) -> list[str] | None:
+        """The captions, or None. To gather them reads all records, but decodes no image."""
+        return self.caption and [record[self.caption].decode() for record in self.records]
 
 
 class SyntheticSource:
@@ -185,7 +207,7 @@ def _open_folder(path: str, split: str) -> Source:
     files, labels = [], []
     for label, name in enumerate(classes):
         with os.scandir(os.path.join(root, name)) as entries:
-            images = [entry for entry in entries if entry.name.lower().endswith(_EXTENSIONS) and entry.name[0] != "."]
+            images = [entry for entry in entries if entry.name.lower().endswith(EXTENSIONS) and entry.name[0] != "."]
         for entry in images:
             if not entry.is_file():  # a pipe would be waited for
                 raise UserError(f'image "{entry.path}" is no regular file; remove it.')
@@ -194,7 +216,7 @@ def _open_folder(path: str, split: str) -> Source:
         labels += [label] * len(names)
     if not files:
         raise UserError(
-            f'the {len(classes)} class folders of "{root}" have no images ({" ".join(_EXTENSIONS)}); '
+            f'the {len(classes)} class folders of "{root}" have no images ({" ".join(EXTENSIONS)}); '
             "they must be directly in them."
         )
     return FolderSource(root, classes, files, labels)
@@ -215,12 +237,11 @@ def _open_tfds(name: str, path: str, split: str) -> Source:
             f"'{name}'{where}, file_format='array_record').download_and_prepare()."
         )
     features = dict(builder.info.features.items())
-    image, label = features.get("image"), features.get("label")
+    image = features.get("image")
     if not (isinstance(image, tfds.features.Image) and image.np_dtype == np.uint8):
         raise UserError(f'config.data.name = "{name}" has no 8-bit "image" (features: {", ".join(features)}).')
     try:
-        # PIL decodes the bytes, as for folders: tfds's own decoder does not convert CMYK or palettes.
-        records = builder.as_data_source(split, decoders={"image": tfds.decode.SkipDecoding()})
+        return TfdsSource(builder, split)
     except NotImplementedError as error:
         raise UserError(
             f'config.data.name = "{name}" is stored in {builder.data_dir} as '
@@ -230,7 +251,6 @@ def _open_tfds(name: str, path: str, split: str) -> Source:
     except ValueError as error:  # unknown, malformed or empty split
         reason = str(error).splitlines()[0]
         raise UserError(f'split "{split}" of "{name}" cannot be used: {reason}') from error
-    return TfdsSource(records, label.num_classes if isinstance(label, tfds.features.ClassLabel) else None)
 
 
 def _open_emoji(split: str, size: int) -> Source:
@@ -255,9 +275,11 @@ def open_source(data: ConfigDict, split: str) -> Source:
     idx: "train" (train-*) and "test" (t10k-*) of the directory `data.path`, gzipped or not; grey.
     folder: the sub folder `split` of `data.path`, "." for `data.path` itself; a class is a sub folder, and
       its label the rank of its name.
+    captions: the sub folder `split` of `data.path`, "." for `data.path` itself, with metadata.jsonl and the images
+      beside it (data/caption_folder.py); without labels.
     tfds: any split expression of the set `data.name`, prepared as array_record in `data.path`; its features
-      are "image" and, if it has one, the class label "label". Nothing is downloaded, and tensorflow is not
-      imported.
+      are "image" and, if it has them, the class label "label" and the text "caption" or "text". Nothing is downloaded,
+      and tensorflow is not imported.
     emoji: "train" (3,394 images with captions) and "test" (377 of combinations that are not in "train"); RGB, rendered
       at `data.image_size` from an installed font (data/emoji.py).
     latents: what dar_jax.prepare wrote to the sub folder `split` of `data.path`, "." for `data.path` itself.
@@ -305,6 +327,7 @@ SOURCES = {
     "digits": lambda data, split: _open_digits(split),
     "idx": lambda data, split: _open_idx(data.path, split),
     "folder": lambda data, split: _open_folder(data.path, split),
+    "captions": lambda data, split: open_caption_folder(_subfolder(data.path, split)),
     "tfds": lambda data, split: _open_tfds(data.name, data.path, split),
     "emoji": lambda data, split: _open_emoji(split, data.image_size),
     "latents": lambda data, split: _open_latents(data.path, split),

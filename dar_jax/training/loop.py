@@ -28,7 +28,7 @@ from dar_jax.data.feed import open_batches
 from dar_jax.data.sources import open_source
 from dar_jax.diagnosis.curves import InlineDiagnosis
 from dar_jax.errors import UserError, require
-from dar_jax.evaluation.in_training import InlineEvaluation, is_due, is_evaluation, unfinished
+from dar_jax.evaluation.in_training import InlineEvaluation, check_evaluation, is_due, is_evaluation, unfinished
 from dar_jax.lock import Lock
 from dar_jax.logs import Logs, say
 from dar_jax.models.flops import forward_flops
@@ -64,6 +64,8 @@ def train(config: ConfigDict, workdir: str, profile_steps: int = 0) -> None:
     source = open_source(config.data, config.data.train_split)
     config = with_words(config, source)
     conditions.build(config.model).check_data(source)
+    if config.eval.every_steps:
+        check_evaluation(config, source)
     with sharding.use(mesh), holding_workdir(workdir) as lock, writing_to(workdir), _StopSignal() as stop:
         latest = set_damaged_aside(workdir)
         hosts.agree({"the latest checkpoint": latest, "the number of examples": len(source)}, "the first step")
