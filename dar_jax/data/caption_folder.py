@@ -1,7 +1,8 @@
 """A folder of captioned images in the form of Hugging Face's imagefolder: metadata.jsonl, and images beside it.
 
-A line of metadata.jsonl is {"file_name": "0001.png", "text": "a red heart"}, or has "caption" in place of "text". Further
-keys are ignored, and so are empty lines. A file may lie in a sub folder, as "images/0001.png", and have several captions.
+A line of metadata.jsonl is {"file_name": "0001.png", "text": "a red heart"}, or has "caption" in place of "text".
+Further keys are ignored, and so are empty lines. A file may lie in a sub folder, as "images/0001.png", and have several
+captions, a line each.
 """
 
 import json
@@ -22,7 +23,7 @@ class CaptionFolder:
       captions: of each image.
     """
 
-    num_classes = 1
+    num_classes, has_captions = 1, True
 
     def __init__(self, root: str, files: list[str], captions: list[str]):
         self.root, self.files, self.captions = root, files, captions

@@ -6,20 +6,33 @@ A record is one example, its fields one after the other, little-endian and witho
     moments  float16 or float32 [2, 2, h, w, C]: of the image, of its mirror; each mean, standard deviation, not scaled
     image    uint8 [S, S, 3]: after the crop
 
-with moments if a VAE made them, and with the image if asked for or if there is no VAE. manifest.json lists the fields
-(numpy's names and shapes, in this order) and
+with moments if a VAE made them, and with the image if asked for or if there is no VAE. In data with captions the
+fields are followed by
+
+    text     float16 or float32 [tokens, E]: the embedding of the caption, without padding, if an encoder made it
+    caption  UTF-8, to the end of the record
+
+and one field more, tokens int32, says how many tokens the text has. So a record is as long as its caption asks for: the
+512 tokens that a caption of Qwen-Image may have, in float16 and 3,584 features each, would take 3.7 MB in every record.
+
+manifest.json lists the fields (numpy's names and shapes, in this order) and
 
     schema        SCHEMA; another one is another layout
     source, split, num_source, num_classes   what was prepared, and how many images and classes it had
     image_size, crop                         S; "adm": `images.center_crop`
     vae           null, or the fingerprint and scale of the VAE
+    captions      true, if there are captions
+    text          with embeddings: the fingerprint of the text encoder ("encoder"), E ("size") and their dtype
+    empty         with embeddings: that of the empty prompt, as text in a record, in base64
     shard_size    source images per shard: shard i is made of images i * shard_size to (i + 1) * shard_size
     num_examples, skipped                    how many records there are; what was wrong with the other images
-    shards        name, records, bytes and sha256 of every file, in order
+    shards        name, records, bytes and sha256 of every file, in order; with embeddings the tokens of each record
     crc32         of all this, `files.seal`
 """
 
+import base64
 import contextlib
+import functools
 import hashlib
 import json
 import math
@@ -33,6 +46,7 @@ from array_record.python.array_record_data_source import ArrayRecordDataSource
 from array_record.python.array_record_module import ArrayRecordReader
 
 from dar_jax import files
+from dar_jax.data.texts import Texts
 from dar_jax.errors import UserError
 
 SCHEMA = 1
@@ -128,6 +142,7 @@ class LatentSource:
       manifest: its manifest.
       dtype: the record.
       scale: of the latents, None without a VAE.
+      texts: what is known of the embeddings of captions, None without.
     """
 
     def __init__(self, path: files.Path):
@@ -141,7 +156,9 @@ class LatentSource:
                 raise ValueError(f"fields {', '.join(self.dtype.names)}")
             if vae and not 0 < self.scale < math.inf:
                 raise ValueError(f"scale {self.scale}")
-        except (TypeError, ValueError) as error:
+            self._has_captions, self._text = self.manifest.get("captions", False), self.manifest.get("text")
+            self.texts = self._text and self._read_texts()
+        except (KeyError, TypeError, ValueError) as error:
             raise UserError(f'"{path}/manifest.json" cannot be read ({error}); {AGAIN}.') from error
         with ThreadPoolExecutor(8) as pool:
             list(pool.map(lambda shard: _check_count(self.directory, shard), self.manifest["shards"]))
@@ -151,15 +168,35 @@ class LatentSource:
         return len(self.records)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        """Returns {"label": int} with "moments" and "image", the arrays of the record, if it has them.
+        """Returns {"label": int} with "moments", "image", "text" and "caption", as the record has them.
 
         Raises UserError if the record is damaged.
         """
         try:
-            (record,) = np.frombuffer(self.records[index], self.dtype)
+            content = self.records[index]
+            head = content[: self.dtype.itemsize] if self._has_captions else content
+            (record,) = np.frombuffer(head, self.dtype)
+            example = {name: record[name] for name in self.dtype.names if name != "tokens"}
+            example["label"] = int(record["label"])
+            rest = content[len(head) :]
+            if self._text:
+                text = np.frombuffer(rest, self._text["dtype"], int(record["tokens"]) * self._text["size"])
+                example["text"], rest = text.reshape(-1, self._text["size"]), rest[text.nbytes :]
+            return {**example, "caption": rest.decode()} if self._has_captions else example
         except (RuntimeError, ValueError) as error:
             raise UserError(f'record {index} of "{self.path}" is damaged ({error}); {AGAIN}.') from error
-        return {name: record[name] for name in self.dtype.names} | {"label": int(record["label"])}
+
+    @functools.cached_property
+    def captions(self) -> list[str] | None:
+        """The captions, or None. To gather them reads all records."""
+        return [self[index]["caption"] for index in range(len(self))] if self._has_captions else None
+
+    def _read_texts(self) -> Texts:
+        size, empty = self._text["size"], base64.b64decode(self.manifest["empty"], validate=True)
+        lengths = np.array([count for shard in self.manifest["shards"] for count in shard["tokens"]], np.int32)
+        if "tokens" not in self.dtype.names or len(lengths) != self.manifest["num_examples"]:
+            raise ValueError(f"tokens of {len(lengths)} texts")
+        return Texts(self._text["encoder"], size, lengths, np.frombuffer(empty, self._text["dtype"]).reshape(-1, size))
 
     def check(self, space: str, image_size: int, channels: int, vae_fingerprint: str | None) -> None:
         """Raises UserError unless a model of these inputs, and of this VAE, if there is one, can learn from here."""

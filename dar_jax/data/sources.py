@@ -15,15 +15,19 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from dar_jax import files
+from dar_jax.conditions import EMPTY_TOKENS
 from dar_jax.data.caption_folder import open_caption_folder
-from dar_jax.data.images import EXTENSIONS, decode_image
+from dar_jax.data.images import EXTENSIONS, decode_image, image_size
+from dar_jax.data.texts import NO_TEXTS, Texts
 from dar_jax.errors import UserError, check_choice, near_miss
 
 
 class Source(Protocol):
     """Labelled images by index. Picklable, so that grain's worker processes can read it.
 
-    Captioned sources also have `captions`, a string for each image.
+    Captioned sources also have `captions`, a string for each image, and those with embeddings of them `texts`
+    (`texts.Texts`). Those of files or records say by `has_captions` whether there are any without reading them. Sources
+    of images, not of latents, tell an image's height and width before it is decoded: `image_size(index)`.
     """
 
     num_classes: int
@@ -33,8 +37,8 @@ class Source(Protocol):
     def __getitem__(self, index: int) -> dict[str, Any]:
         """Returns {"image": uint8 [h, w, c] of any size, c = 1 or 3, "label": int}.
 
-        With it comes "caption" of a captioned source. Synthetic latents are float32 images; `latents.LatentSource` has
-        "moments" instead, or too.
+        With it comes "caption" of a captioned source, and "text" [n, size] of one with embeddings. Synthetic latents
+        are float32 images; `latents.LatentSource` has "moments" instead, or too.
         """
         ...
 
@@ -51,6 +55,9 @@ class ArraySource:
     def __getitem__(self, index: int) -> dict[str, Any]:
         return {"image": self.images[index], "label": int(self.labels[index])}
 
+    def image_size(self, index: int) -> tuple[int, int]:
+        return self.images.shape[1:3]
+
 
 class FolderSource:
     """Image files in one sub folder per class, decoded when asked for."""
@@ -64,9 +71,15 @@ class FolderSource:
         return len(self.files)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        label = int(self.labels[index])
-        path = os.path.join(self.root, self.classes[label], os.fsdecode(self.files[index]))
-        return {"image": decode_image(path, path), "label": label}
+        path = self._path(index)
+        return {"image": decode_image(path, path), "label": int(self.labels[index])}
+
+    def image_size(self, index: int) -> tuple[int, int]:
+        path = self._path(index)
+        return image_size(path, path)
+
+    def _path(self, index: int) -> str:
+        return os.path.join(self.root, self.classes[self.labels[index]], os.fsdecode(self.files[index]))
 
 
 class TfdsSource:
@@ -88,6 +101,7 @@ class TfdsSource:
         self.labelled = isinstance(label, kinds.ClassLabel)
         self.num_classes = label.num_classes if self.labelled else 1
         self.caption = next((key for key in ("caption", "text") if isinstance(features.get(key), kinds.Text)), None)
+        self.has_captions = self.caption is not None
         # PIL decodes the bytes, as for folders: tfds's own decoder does not convert CMYK or palettes.
         self.records = builder.as_data_source(split, decoders={"image": tfds.decode.SkipDecoding()})
 
@@ -96,9 +110,15 @@ class TfdsSource:
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         record = self.records[index]
-        image = decode_image(io.BytesIO(record["image"]), f"record {index} of {self.records.dataset_info.name}")
+        image = decode_image(io.BytesIO(record["image"]), self._name(index))
         example = {"image": image, "label": int(record["label"]) if self.labelled else 0}
         return {**example, "caption": record[self.caption].decode()} if self.caption else example
+
+    def image_size(self, index: int) -> tuple[int, int]:
+        return image_size(io.BytesIO(self.records[index]["image"]), self._name(index))
+
+    def _name(self, index: int) -> str:
+        return f"record {index} of {self.records.dataset_info.name}"
 
     @functools.cached_property
     def captions(self) -> list[str] | None:
@@ -106,20 +126,44 @@ class TfdsSource:
         return self.caption and [record[self.caption].decode() for record in self.records]
 
 
+# Captions of one to eight words for synthetic examples.
+_CAPTIONS = [" ".join(f"word{i * k % 97}" for k in range(1, 2 + i % 8)) for i in range(1000)]
+
+
 class SyntheticSource:
-    """Standard-normal latents, float32 [size, size, 4], as many and of as many classes as ImageNet: to time a run."""
+    """Standard-normal latents, as many and of as many classes as ImageNet, with captions: to time a run without data.
+
+    `with_texts` adds random embeddings; `texts` then says so.
+    """
 
     num_classes = 1000
 
-    def __init__(self, size: int):
-        self.size = size
+    def __init__(self, size: int, channels: int = 4, texts: Texts = NO_TEXTS):
+        self.size, self.channels, self.texts = size, channels, texts
+
+    @property
+    def captions(self) -> list[str]:
+        """A thousand captions in turn."""
+        return (_CAPTIONS * (len(self) // len(_CAPTIONS) + 1))[: len(self)]
+
+    def with_texts(self, size: int, length: int) -> "SyntheticSource":
+        """The same with random embeddings of `size` features and up to `length` tokens."""
+        rng = np.random.default_rng(0)
+        empty = rng.standard_normal((min(EMPTY_TOKENS, length), size), np.float32)
+        lengths = rng.integers(len(empty), length + 1, len(self), np.int32)
+        return SyntheticSource(self.size, self.channels, Texts("", size, lengths, empty))
 
     def __len__(self) -> int:
         return 1_281_167
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         rng = np.random.default_rng(index)
-        return {"image": rng.standard_normal((self.size, self.size, 4), np.float32), "label": index % 1000}
+        example = {"image": rng.standard_normal((self.size, self.size, self.channels), np.float32)}
+        example |= {"label": index % 1000, "caption": _CAPTIONS[index % len(_CAPTIONS)]}
+        if self.texts.size is not None:
+            shape = self.texts.lengths[index], self.texts.size
+            example["text"] = rng.standard_normal(shape, np.float32)
+        return example
 
 
 def _open_digits(split: str) -> Source:

@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from dar_jax import conditions, files
-from dar_jax.data.captions import ToSample, to_sample
+from dar_jax.data.captions import ToSample, check_encoder, to_sample
 from dar_jax.data.pipeline import load_images
 from dar_jax.data.sources import Source, open_source
 from dar_jax.errors import check_choice, require
@@ -63,11 +63,14 @@ def check_evaluation(config: ConfigDict, source: Source) -> None:
         check_classes(config, source)
     kind = conditions.build(config.model)
     if not isinstance(kind, conditions.Labels):
-        kind.check_data(open_source(config.data, config.data.eval_split))
+        held_out = open_source(config.data, config.data.eval_split)
+        kind.check_data(held_out)
+        if isinstance(kind, conditions.Embeddings):
+            check_encoder(config, held_out.texts, "config.data.eval_split")
 
 
 def check_classes(config: ConfigDict, source: Source) -> None:
-    """Raises UserError if the convnet, which learns to tell classes, is to score images of the one class of `source`."""
+    """Raises UserError if the convnet, which learns to tell classes, is to score images without classes."""
     require(
         bool(config.eval.inception) or source.num_classes > 1,
         f"config.eval.num_samples = {config.eval.num_samples}: the images of config.data.source = {config.data.source} "

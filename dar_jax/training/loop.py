@@ -23,8 +23,8 @@ from dar_jax.checkpoint import (
     writing_to,
 )
 from dar_jax.config import micro_batch
-from dar_jax.data.captions import with_words
-from dar_jax.data.feed import open_batches
+from dar_jax.data.captions import with_captions_of
+from dar_jax.data.feed import describe_shape, max_shapes, open_batches
 from dar_jax.data.sources import open_source
 from dar_jax.diagnosis.curves import InlineDiagnosis
 from dar_jax.errors import UserError, require
@@ -62,7 +62,7 @@ def train(config: ConfigDict, workdir: str, profile_steps: int = 0) -> None:
     if config.diagnosis.every_steps:
         sharding.check_batch(mesh, "config.diagnosis.num_images", config.diagnosis.num_images)
     source = open_source(config.data, config.data.train_split)
-    config = with_words(config, source)
+    config = with_captions_of(source, config)
     conditions.build(config.model).check_data(source)
     if config.eval.every_steps:
         check_evaluation(config, source)
@@ -150,9 +150,13 @@ def _make_up(steps: list[int], run: Setup, state: Any, hooks: _Hooks) -> None:
 def _loop(config: ConfigDict, run: Setup, state: Any, batches, hooks: _Hooks, stop: "_StopSignal", lock: Lock) -> None:
     """Takes the steps that are left, and saves where the run ends or is stopped, as long as `lock` is held."""
     step, num_steps, frozen = int(state.step), config.train.num_steps, run.load_frozen()
-    say("compiling the train step")
+    shapes, most = set(), max_shapes(config)
     while step < num_steps and not stop(step):
-        state, metrics = run.step(state, frozen, next(batches))
+        batch = next(batches)
+        if (shape := describe_shape(batch)) not in shapes:
+            shapes.add(shape)
+            say(f"compiling the train step{f' for {shape}, shape {len(shapes)} of at most {most}' if most > 1 else ''}")
+        state, metrics = run.step(state, frozen, batch)
         step += 1
         hooks.metrics.add(step, metrics)
         hooks.profile.after(step, hooks.metrics)

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from dar_jax.config import default
-from dar_jax.data.captions import to_sample, with_words
+from dar_jax.data.captions import to_sample, with_captions_of
 from dar_jax.data.sources import open_source
 from dar_jax.errors import UserError
 from dar_jax.evaluation.in_training import check_evaluation
@@ -111,7 +111,7 @@ def test_words_and_what_is_sampled(tmp_path):
     write_captions(tmp_path, ["red heart", "tiger", "red tiger"])
     write_captions(tmp_path, ["tiger heart", "red whale"], split="test")
     config = captions_config(tmp_path)
-    config = with_words(config, open_split(tmp_path))
+    config = with_captions_of(open_split(tmp_path), config)
     assert config.model.words == ("red", "tiger", "heart")
     wanted = to_sample(config, 3)
     assert wanted.captions == ["tiger heart", "red whale", "tiger heart"] and not wanted.attributes
