@@ -22,14 +22,14 @@ CAPTIONS = ["red", "a red heart", "größe", "tiger, tiger", "x", "a bicycle on 
 class FakeEncoder:
     """One token for each letter, and two more; what a token gets follows from its letter and place alone."""
 
-    size, fingerprint = 3, "f" * 64
+    size, fingerprint = 4, "f" * 64
 
     def __init__(self):
         self.calls = 0
 
     def encode(self, prompts):
         self.calls += len(prompts)
-        return [np.array([[ord(c), i, 0.5] for i, c in enumerate(prompt + "()")], np.float32) for prompt in prompts]
+        return [np.array([[ord(c), i, 0.5, -i] for i, c in enumerate(prompt + "()")], np.float32) for prompt in prompts]
 
 
 def prepare_captions(root, out, encoder, *, vae=None, dtype="float16", shard=4, split="train"):
@@ -43,7 +43,7 @@ def prepare_captions(root, out, encoder, *, vae=None, dtype="float16", shard=4, 
 def latents_config(root):
     config = captions_config(root)
     config.data.update(source="latents", image_size=8)
-    config.model.update(text="embeddings", text_size=3, text_length=24, label_dropout=0.5, input_size=8, channels=3)
+    config.model.update(text="embeddings", text_size=4, text_length=24, label_dropout=0.5, input_size=8, channels=3)
     return config
 
 
@@ -57,7 +57,7 @@ def prepared(tmp_path):
 
 def test_records_hold_texts_of_their_true_lengths(prepared, tmp_path):
     source = open_source(latents_config(prepared).data, "train")
-    assert source.captions == CAPTIONS and source.texts.size == 3 and source.texts.encoder == "f" * 64
+    assert source.captions == CAPTIONS and source.texts.size == 4 and source.texts.encoder == "f" * 64
     assert source.texts.lengths.tolist() == [len(caption) + 2 for caption in CAPTIONS]
     np.testing.assert_array_equal(source.texts.empty, FakeEncoder().encode([EMPTY_PROMPT])[0])
     for i, caption in enumerate(CAPTIONS):
@@ -80,7 +80,7 @@ def test_a_stop_costs_nothing_and_another_encoder_is_noticed(prepared, tmp_path)
         prepare_captions(tmp_path / "images", prepared / "train", encoder)
     with pytest.raises(UserError, match=r"holds data with fields = .*tokens"):
         prepare_captions(tmp_path / "images", prepared / "train", None)
-    encoder.encode = lambda prompts: [np.full((2, 3), 1e5, np.float32) for _ in prompts]
+    encoder.encode = lambda prompts: [np.full((2, 4), 1e5, np.float32) for _ in prompts]
     with pytest.raises(UserError, match="no numbers of float16; if that is float16, set --dtype=float32"):
         prepare_captions(tmp_path / "images", tmp_path / "new", encoder)
 
@@ -105,7 +105,7 @@ def test_batches_are_padded_to_few_lengths(prepared):
     for _ in range(12):
         batch, part = next(whole), next(half)
         text, mask, empty = (batch["condition"][name] for name in ("text", "mask", "empty"))
-        assert text.shape == (2, mask.shape[1], 3) and text.dtype == np.float32 and empty.shape == (2, 3, 3)
+        assert text.shape == (2, mask.shape[1], 4) and text.dtype == np.float32 and empty.shape == (2, 3, 4)
         longest = 0
         for i, row in enumerate((batch["x1"][:, 0, 0, 0] + 1) * 127.5 - 10):
             (expected,) = FakeEncoder().encode([CAPTIONS[round(float(row))]])
@@ -123,7 +123,7 @@ def test_dropped_texts_are_the_empty_prompt(prepared):
     config = latents_config(prepared)
     kind = conditions.build(config.model)
     wanted = to_sample(config, 400)
-    assert wanted.captions[:6] == CAPTIONS and wanted.condition["text"].shape == (400, 24, 3)
+    assert wanted.captions[:6] == CAPTIONS and wanted.condition["text"].shape == (400, 24, 4)
     null, (empty,) = kind.null(wanted.condition), FakeEncoder().encode([EMPTY_PROMPT])
     np.testing.assert_array_equal(null["text"][7], np.pad(empty, ((0, 21), (0, 0))))
     np.testing.assert_array_equal(null["mask"][7], np.arange(24) < 3)
@@ -142,7 +142,7 @@ def test_prompts_of_the_prepared_split_or_of_an_encoder(prepared, monkeypatch):
     config = with_captions_of(open_source(latents_config(prepared).data, "train"), latents_config(prepared))
     assert config.model.text_encoder == "f" * 64
     found = of_prompts(config, ["x", "größe"])
-    assert found["mask"].sum(1).tolist() == [3, 7] and found["text"].shape == (2, 12, 3)
+    assert found["mask"].sum(1).tolist() == [3, 7] and found["text"].shape == (2, 12, 4)
     with pytest.raises(UserError, match=r'"a whale" is no caption of config.data.eval_split.*--text_encoder=DIR'):
         of_prompts(config, ["x", "a whale"])
     with pytest.raises(UserError, match="--prompts is missing"):
@@ -162,7 +162,7 @@ def test_data_that_the_model_does_not_read(prepared, tmp_path):
     config = latents_config(prepared)
     source = open_source(config.data, "train")
     for fields, message in (
-        ({"text_size": 4}, "text_size = 4, but the embeddings of the data have 3 features; set it to 3"),
+        ({"text_size": 5}, "text_size = 5, but the embeddings of the data have 4 features; set it to 4"),
         ({"text_length": 22}, "text_length = 22, but the longest text of the data has 23 tokens; set it to 23"),
     ):
         config = latents_config(prepared)
