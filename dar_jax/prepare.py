@@ -20,6 +20,7 @@ SOURCE = flags.DEFINE_string(
 DATA_DIR = flags.DEFINE_string("data_dir", "", "tfds: where the set is; default: the tfds default")
 SPLIT = flags.DEFINE_string("split", "train", 'Split of the source; of a folder, its sub folder or "."')
 IMAGE_SIZE = flags.DEFINE_integer("image_size", 256, "Pixels, height = width, after the crop")
+BUCKETS = flags.DEFINE_list("buckets", [], "Sizes of the crops in place of squares, as 512x512,448x576: height x width")
 VAE = flags.DEFINE_string("vae", None, "A directory that dar_jax.convert wrote, or none to keep pixels only")
 TEXT_ENCODER = flags.DEFINE_string("text_encoder", None, "The folder of Qwen-Image, or of Qwen2.5-VL: encodes captions")
 OUT = flags.DEFINE_string("out", None, "The directory to write, to go on with, or to verify")
@@ -63,6 +64,7 @@ def main(_):
         KEEP_IMAGES.value,
         SHARD_SIZE.value,
         text_encoder,
+        BUCKETS.value,
     )
     prepare(
         source,

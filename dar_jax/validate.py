@@ -74,6 +74,10 @@ def _check_buckets(config: ConfigDict) -> None:
         "buckets to ().",
     )
     require(
+        config.data.source != "synthetic",
+        "config.data.buckets: config.data.source = synthetic makes squares; set buckets to ().",
+    )
+    require(
         config.repa.target == "none",
         f"config.data.buckets: config.repa.target = {config.repa.target} compares squares of one size; set it to none, "
         "or buckets to ().",

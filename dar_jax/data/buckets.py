@@ -4,10 +4,10 @@ import os
 import re
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import numpy as np
 
-from dar_jax.data.sources import Source
 from dar_jax.errors import UserError
 
 Size = tuple[int, int]  # height and width in pixels
@@ -42,8 +42,8 @@ def nearest(sizes: np.ndarray, buckets: Sequence[Size]) -> np.ndarray:
     return np.abs(ratios[:, None] - wanted).argmin(axis=1)
 
 
-def assign(source: Source, buckets: Sequence[Size]) -> np.ndarray:
-    """The number of the bucket of each image, int [N]. It reads the head of every image file.
+def assign(source: Any, buckets: Sequence[Size]) -> np.ndarray:
+    """The number of the bucket of each image of a `sources.Source`, int [N]. It reads the head of every image file.
 
     Raises UserError if an image is damaged.
     """

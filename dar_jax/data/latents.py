@@ -15,18 +15,23 @@ fields are followed by
 and one field more, tokens int32, says how many tokens the text has. So a record is as long as its caption asks for: the
 512 tokens that a caption of Qwen-Image may have, in float16 and 3,584 features each, would take 3.7 MB in every record.
 
-manifest.json lists the fields (numpy's names and shapes, in this order) and
+Images prepared in buckets have H and W in place of S, and h and w accordingly; the records of a shard are in the order
+of the buckets.
+
+manifest.json lists the fields (numpy's names and shapes, in this order, of a square of image_size) and
 
     schema        SCHEMA; another one is another layout
     source, split, num_source, num_classes   what was prepared, and how many images and classes it had
     image_size, crop                         S; "adm": `images.center_crop`
     vae           null, or the fingerprint and scale of the VAE
+    buckets       with buckets: their sizes, as "448x576"
     captions      true, if there are captions
     text          with embeddings: the fingerprint of the text encoder ("encoder"), E ("size") and their dtype
     empty         with embeddings: that of the empty prompt, as text in a record, in base64
     shard_size    source images per shard: shard i is made of images i * shard_size to (i + 1) * shard_size
     num_examples, skipped                    how many records there are; what was wrong with the other images
-    shards        name, records, bytes and sha256 of every file, in order; with embeddings the tokens of each record
+    shards        name, records, bytes and sha256 of every file, in order; with embeddings the tokens of each record;
+                  with buckets how many records each has
     crc32         of all this, `files.seal`
 """
 
@@ -46,6 +51,7 @@ from array_record.python.array_record_data_source import ArrayRecordDataSource
 from array_record.python.array_record_module import ArrayRecordReader
 
 from dar_jax import files
+from dar_jax.data.buckets import parse_buckets
 from dar_jax.data.texts import Texts
 from dar_jax.errors import UserError
 
@@ -68,6 +74,21 @@ MANIFEST = {
 def record_dtype(fields: Iterable[tuple[str, str, Iterable[int]]]) -> np.dtype:
     """The record as a numpy structure, of fields (name, dtype, shape)."""
     return np.dtype([(name, dtype, tuple(shape)) for name, dtype, shape in fields])
+
+
+def bucket_dtypes(settings: dict[str, Any]) -> list[np.dtype]:
+    """The records of a manifest's buckets, or the one record if it has none."""
+    fields, square = settings["fields"], settings["image_size"]
+    if "buckets" not in settings:
+        return [record_dtype(fields)]
+    found = []
+    for size in parse_buckets(settings["buckets"], "buckets"):
+        shapes = {
+            "image": lambda shape, size=size: (*size, 3),
+            "moments": lambda shape, size=size: (2, 2, *(shape[2] * side // square for side in size), shape[4]),
+        }
+        found.append(record_dtype((name, kind, shapes.get(name, tuple)(shape)) for name, kind, shape in fields))
+    return found
 
 
 def read_manifest(path: files.Path) -> dict[str, Any]:
@@ -140,7 +161,9 @@ class LatentSource:
       path: the directory.
       directory: a local one with the same shards; a copy, if `path` is in a bucket.
       manifest: its manifest.
-      dtype: the record.
+      dtype: the record; with buckets, that of the first.
+      buckets: their sizes as config.data.buckets has them, () without.
+      groups: the number of each record's bucket, int [N].
       scale: of the latents, None without a VAE.
       texts: what is known of the embeddings of captions, None without.
     """
@@ -151,7 +174,12 @@ class LatentSource:
         self.num_classes, vae = self.manifest["num_classes"], self.manifest["vae"]
         self.scale = vae and vae["scale"]
         try:
-            self.dtype = record_dtype(self.manifest["fields"])
+            self.dtypes, shards = bucket_dtypes(self.manifest), self.manifest["shards"]
+            self.dtype, self.buckets = self.dtypes[0], tuple(self.manifest.get("buckets", ()))
+            counts = [shard["buckets"] if self.buckets else [shard["records"]] for shard in shards]
+            self.groups = np.concatenate([np.repeat(np.arange(len(self.dtypes)), count) for count in counts])
+            if len(self.groups) != self.manifest["num_examples"]:
+                raise ValueError(f"{len(self.groups)} examples in buckets")
             if "label" not in self.dtype.names or ("moments" in self.dtype.names) != bool(vae):
                 raise ValueError(f"fields {', '.join(self.dtype.names)}")
             if vae and not 0 < self.scale < math.inf:
@@ -173,10 +201,10 @@ class LatentSource:
         Raises UserError if the record is damaged.
         """
         try:
-            content = self.records[index]
-            head = content[: self.dtype.itemsize] if self._has_captions else content
-            (record,) = np.frombuffer(head, self.dtype)
-            example = {name: record[name] for name in self.dtype.names if name != "tokens"}
+            content, dtype = self.records[index], self.dtypes[self.groups[index]]
+            head = content[: dtype.itemsize] if self._has_captions else content
+            (record,) = np.frombuffer(head, dtype)
+            example = {name: record[name] for name in dtype.names if name != "tokens"}
             example["label"] = int(record["label"])
             rest = content[len(head) :]
             if self._text:
@@ -198,8 +226,23 @@ class LatentSource:
             raise ValueError(f"tokens of {len(lengths)} texts")
         return Texts(self._text["encoder"], size, lengths, np.frombuffer(empty, self._text["dtype"]).reshape(-1, size))
 
-    def check(self, space: str, image_size: int, channels: int, vae_fingerprint: str | None) -> None:
-        """Raises UserError unless a model of these inputs, and of this VAE, if there is one, can learn from here."""
+    def check(
+        self,
+        space: str,
+        image_size: int,
+        channels: int,
+        vae_fingerprint: str | None,
+        buckets: tuple[str, ...] | None = None,
+    ) -> None:
+        """Raises UserError unless a model of these inputs, and of this VAE, if there is one, can learn from here.
+
+        The buckets must be those of the records, unless None.
+        """
+        if buckets not in (None, self.buckets):
+            raise UserError(
+                f'config.data.buckets = {buckets}, but the records of "{self.path}" are prepared in {self.buckets}; '
+                "set it to them. Diagnosis and config.eval.loss_images need data without buckets."
+            )
         wanted = "image" if space == "pixels" else "moments"
         if wanted not in self.dtype.names:
             option = "--keep_images" if wanted == "image" else "--vae=DIR"
@@ -207,7 +250,8 @@ class LatentSource:
                 f'config.model.space = {space} asks for {wanted}, but the records of "{self.path}" have only '
                 f"{', '.join(self.dtype.names)}; prepare them with {option}."
             )
-        if wanted == "moments" and self.dtype["moments"].shape != (2, 2, image_size, image_size, channels):
+        sides = self.dtype["moments"].shape[2:4] if self.buckets else (image_size, image_size)
+        if wanted == "moments" and self.dtype["moments"].shape != (2, 2, *sides, channels):
             raise UserError(
                 f"config.data.image_size = {image_size}, config.model.channels = {channels} do not suit the latents of "
                 f'"{self.path}", which are {"x".join(map(str, self.dtype["moments"].shape[2:]))}.'
@@ -217,6 +261,16 @@ class LatentSource:
                 f'config.data.vae has the fingerprint {vae_fingerprint[:12]}, but the latents of "{self.path}" are of '
                 f"{self.manifest['vae']['fingerprint'][:12]}; name the VAE that made them, or prepare them with this."
             )
+
+    def check_patches(self, patch_size: int) -> None:
+        """Raises UserError unless the latents of all buckets divide into patches."""
+        for name, dtype in zip(self.buckets, self.dtypes, strict=False):
+            sides = dtype["moments"].shape[2:4] if "moments" in dtype.names else (0,)
+            if any(side % patch_size for side in sides):
+                raise UserError(
+                    f'the latents of bucket {name} of "{self.path}" have sides of {sides}, which config.model.'
+                    f"patch_size = {patch_size} does not divide; prepare them in other --buckets."
+                )
 
     def check_images(self, size: int) -> None:
         """Raises UserError unless the records have images of size * size pixels, whose features are needed."""

@@ -75,7 +75,11 @@ def train_iterator(
         source.channels = channels
         source = source.with_texts(kind.size, kind.length) if isinstance(kind, Embeddings) else source
     sizes = parse_buckets(data.buckets, "config.data.buckets") or ((data.image_size, data.image_size),)
-    order = Order(seed, batch_size, assign(source, sizes) if data.buckets else np.zeros(len(source), np.int8))
+    if data.source == "latents":
+        groups = source.groups
+    else:
+        groups = assign(source, sizes) if data.buckets else np.zeros(len(source), np.int8)
+    order = Order(seed, batch_size, groups)
 
     def load(i: int) -> dict[str, Any]:
         step, row = divmod(i, len(rows))
@@ -139,7 +143,7 @@ def _check_latents(
     fingerprint = None
     if data.vae:
         fingerprint = read_header(data.vae, "config.data.vae")["fingerprint"]
-    source.check(space, data.image_size, channels, fingerprint)
+    source.check(space, data.image_size, channels, fingerprint, tuple(data.buckets))
     if image_size:
         source.check_images(image_size)
     if data.verify:

@@ -14,14 +14,15 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from array_record.python.array_record_module import ArrayRecordWriter
 
 from dar_jax import files, lock
+from dar_jax.data.buckets import Size, nearest, parse_buckets
 from dar_jax.data.images import center_crop, to_channels
-from dar_jax.data.latents import SCHEMA, SHARD, LatentSource, check_checksums, read_manifest, record_dtype
+from dar_jax.data.latents import SCHEMA, SHARD, LatentSource, bucket_dtypes, check_checksums, read_manifest
 from dar_jax.data.sources import Source, read
 from dar_jax.errors import UserError, require
 from dar_jax.pretrained.qwen_text import EMPTY_PROMPT
@@ -38,7 +39,7 @@ _REPORT_SECONDS = 30
 
 def describe(
     source: Source, name: str, split: str, image_size: int, vae: "Vae | None", dtype: str, keep_image: bool,
-    shard_size: int, text_encoder: "TextEncoder | None" = None,
+    shard_size: int, text_encoder: "TextEncoder | None" = None, buckets: Sequence[str] = (),
 ) -> dict[str, Any]:  # fmt: skip
     """The part of a manifest that is known before the first image: what two runs must share to continue each other.
 
@@ -52,9 +53,10 @@ def describe(
       keep_image: whether to keep the pixels beside the moments.
       shard_size: source images per shard.
       text_encoder: makes the embeddings of the captions, or None to keep the captions alone, if there are any.
+      buckets: sizes of the crops in place of image_size, as "448x576".
 
     Raises:
-      UserError: image_size cannot be encoded, there are no images, or no captions to encode.
+      UserError: image_size or a bucket cannot be encoded, there are no images, or no captions to encode.
     """
     if not len(source):
         raise UserError(f'"{name}" has no images in split "{split}".')
@@ -64,10 +66,14 @@ def describe(
         require(has_captions, f'--text_encoder: the images of "{name}" have no captions; leave it out.')
         fields.append(["tokens", "<i4", []])
         text = {"encoder": text_encoder.fingerprint, "size": text_encoder.size, "dtype": numpy_dtype}
+    sizes = {
+        f"--buckets: {name}": size for name, size in zip(buckets, parse_buckets(buckets, "--buckets"), strict=True)
+    }
     if vae:
-        side, rest = divmod(image_size, vae.model.factor)
-        if rest:
-            raise UserError(f"--image_size = {image_size} must be divisible by {vae.model.factor}, as the VAE asks.")
+        for place, size in {f"--image_size = {image_size}": (image_size,), **sizes}.items():
+            if any(side % vae.model.factor for side in size):
+                raise UserError(f"{place} must be divisible by {vae.model.factor}, as the VAE asks.")
+        side = image_size // vae.model.factor
         shape = [2, 2, side, side, vae.model.latent_channels]
         fields.append(["moments", numpy_dtype, shape])
     if keep_image or not vae:
@@ -83,6 +89,7 @@ def describe(
         "vae": vae and {"fingerprint": vae.fingerprint, "scale": vae.scale},
         "fields": fields,
         "shard_size": shard_size,
+        **({"buckets": list(buckets)} if buckets else {}),
         **({"captions": True} if has_captions else {}),
         **({"text": text} if text else {}),
     }
@@ -124,7 +131,7 @@ def prepare(
     say(f"{len(mine)} shards to write, {len(done)} of them are finished")
     if todo:
         progress = _Progress(todo, settings, say, max_skipped, sum(len(entry["skipped"]) for entry in done.values()))
-        encode, batch_size = _make_encode(vae) if vae else (None, _BATCH)
+        encoders = _Encoders(*(_make_encode(vae) if vae else (None, _BATCH)), text_encoder)
         with files.writing(out, "--out"), _naming_full_disks(), ThreadPoolExecutor(os.cpu_count()) as pool:
             for i in todo:
                 with lock.holding(
@@ -132,9 +139,7 @@ def prepare(
                     f'shard {i} of --out = "{out}"',
                     "give each worker another number with --worker=i/n, or wait",
                 ):
-                    _write_shard(
-                        directory, names[i], i, source, settings, encode, text_encoder, batch_size, pool, progress
-                    )
+                    _write_shard(directory, names[i], i, source, settings, encoders, pool, progress)
     sizes = files.sizes(directory)
     entries = [_finished(directory, name, sizes) for name in names]
     if missing := entries.count(None):
@@ -260,14 +265,20 @@ def _in_dtype(arrays: Sequence[np.ndarray], dtype: str, name: str) -> list[np.nd
     return found
 
 
-def _write_shard(directory, name, number, source, settings, encode, text_encoder, batch_size, pool, progress) -> None:
+class _Encoders(NamedTuple):
+    images: Callable[[np.ndarray], Any] | None
+    batch_size: int
+    texts: "TextEncoder | None"
+
+
+def _write_shard(directory, name, number, source, settings, encoders, pool, progress) -> None:
     size = settings["shard_size"]
     indices = range(number * size, min((number + 1) * size, settings["num_source"]))
-    dtype, skipped, tokens, records = record_dtype(settings["fields"]), [], [], 0
+    skipped, tokens, records = [], [], []
     with files.replacing(directory / name, only_writer=True) as temporary:
         writer = ArrayRecordWriter(str(temporary), _OPTIONS)
 
-        def write(examples: list[dict], images: np.ndarray, moments: Any) -> None:
+        def write(dtype: np.dtype, examples: list[dict], images: np.ndarray, moments: Any) -> None:
             batch, rest = np.zeros(len(examples), dtype), [b""] * len(examples)
             batch["label"] = [example["label"] for example in examples]
             if "image" in dtype.names:
@@ -278,8 +289,8 @@ def _write_shard(directory, name, number, source, settings, encode, text_encoder
             if settings.get("captions"):
                 captions = [example["caption"] for example in examples]
                 rest = [caption.encode() for caption in captions]
-            if text_encoder:
-                texts = _in_dtype(text_encoder.encode(captions), settings["text"]["dtype"], name)
+            if encoders.texts:
+                texts = _in_dtype(encoders.texts.encode(captions), settings["text"]["dtype"], name)
                 batch["tokens"] = [len(text) for text in texts]
                 tokens.extend(map(len, texts))
                 rest = [text.tobytes() + caption for text, caption in zip(texts, rest, strict=True)]
@@ -288,34 +299,60 @@ def _write_shard(directory, name, number, source, settings, encode, text_encoder
 
         pending = None  # a batch on its way through the devices
         try:
-            for examples, images, errors in _batches(source, indices, settings["image_size"], batch_size, pool):
-                skipped += [progress.skip(error) for error in errors]
-                # Dispatched before the batch before is fetched, so that the devices need not wait for the disk.
-                following = examples, images, encode(images) if encode and examples else None
-                if pending:
-                    write(*pending)
-                pending, records = following, records + len(examples)
-                progress.add(len(examples) + len(errors))
+            for dtype, size, members in _in_buckets(source, indices, settings, pool):
+                records.append(0)
+                for examples, images, errors in _batches(source, members, size, encoders.batch_size, pool):
+                    skipped += [progress.skip(error) for error in errors]
+                    # Dispatched before the batch before is fetched, so that the devices need not wait for the disk.
+                    moments = encoders.images(images) if encoders.images and examples else None
+                    following = dtype, examples, images, moments
+                    if pending:
+                        write(*pending)
+                    pending, records[-1] = following, records[-1] + len(examples)
+                    progress.add(len(examples) + len(errors))
             write(*pending)
         finally:
             writer.close()
         entry = {
             "name": name,
-            "records": records,
+            "records": sum(records),
             "bytes": temporary.stat().st_size,
             "sha256": files.sha256(temporary),
             "skipped": skipped,
-            **({"tokens": tokens} if text_encoder else {}),
+            **({"tokens": tokens} if encoders.texts else {}),
+            **({"buckets": records} if "buckets" in settings else {}),
         }
     files.write_json(directory / "progress" / f"{name}.json", files.seal(entry), indent=1)
 
 
+def _in_buckets(
+    source: Source, indices: range, settings: dict[str, Any], pool: ThreadPoolExecutor
+) -> Iterator[tuple[np.dtype, Size, Sequence[int]]]:
+    """Yields for each bucket, or for the one square, its record, its size and those of `indices` that go there.
+
+    Images whose head is damaged go to the first; there they are found to be damaged.
+    """
+    buckets, dtypes = parse_buckets(settings.get("buckets", ()), "buckets"), bucket_dtypes(settings)
+    if not buckets:
+        yield dtypes[0], (settings["image_size"],) * 2, indices
+        return
+
+    def size_of(index: int) -> Size:
+        with contextlib.suppress(UserError):
+            return source.image_size(index)
+        return buckets[0]
+
+    numbers = nearest(np.array(list(pool.map(size_of, indices))), buckets)
+    for number, (dtype, size) in enumerate(zip(dtypes, buckets, strict=True)):
+        yield dtype, size, [index for index, found in zip(indices, numbers, strict=True) if found == number]
+
+
 def _batches(
-    source: Source, indices: range, image_size: int, batch_size: int, pool: ThreadPoolExecutor
+    source: Source, indices: Sequence[int], size: Size, batch_size: int, pool: ThreadPoolExecutor
 ) -> Iterator[tuple[list[dict[str, Any]], np.ndarray, list[UserError]]]:
     """Yields examples without images, crops of their images, and errors.
 
-    The crops are uint8 [batch_size, S, S, 3], of which zeros follow the last.
+    The crops are uint8 [batch_size, *size, 3], of which zeros follow the last.
     """
 
     def load(index: int) -> tuple[dict[str, Any], np.ndarray] | UserError:
@@ -323,7 +360,7 @@ def _batches(
             example = read(source, index)
         except UserError as error:
             return error
-        image = center_crop(to_channels(example.pop("image"), 3), image_size)
+        image = center_crop(to_channels(example.pop("image"), 3), size)
         return example, image
 
     ahead: deque[Future] = deque()
@@ -331,7 +368,7 @@ def _batches(
         ahead.extend(pool.submit(load, index) for index in indices[start : start + batch_size])
         if start < 2 * batch_size:
             continue
-        examples, images, errors = [], np.zeros((batch_size, image_size, image_size, 3), np.uint8), []
+        examples, images, errors = [], np.zeros((batch_size, *size, 3), np.uint8), []
         for _ in range(min(batch_size, len(ahead))):
             loaded = ahead.popleft().result()
             if isinstance(loaded, UserError):

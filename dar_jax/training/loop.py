@@ -64,6 +64,8 @@ def train(config: ConfigDict, workdir: str, profile_steps: int = 0) -> None:
     source = open_source(config.data, config.data.train_split)
     config = with_captions_of(source, config)
     conditions.build(config.model).check_data(source)
+    if config.data.source == "latents":
+        source.check_patches(config.model.patch_size)
     if config.eval.every_steps:
         check_evaluation(config, source)
     with sharding.use(mesh), holding_workdir(workdir) as lock, writing_to(workdir), _StopSignal() as stop:

@@ -4,16 +4,19 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from dar_jax import conditions
 from dar_jax.data.buckets import assign, nearest, parse_buckets
 from dar_jax.data.feed import make_online_encoder
 from dar_jax.data.images import center_crop
 from dar_jax.data.pipeline import train_iterator
+from dar_jax.data.prepare import verify
 from dar_jax.data.sources import open_source
 from dar_jax.errors import UserError
 from dar_jax.pretrained import vae as vae_lib
 from dar_jax.validate import validate
 from tests.data.prepared import tiny_vae
 from tests.data.test_caption_folder import captions_config, write_captions
+from tests.data.test_texts import FakeEncoder, prepare_captions
 from tests.training import tiny
 
 # Heights and widths: four squares, three wide, one tall.
@@ -113,6 +116,46 @@ def test_buckets_are_encoded_online(tmp_path):
     config.data.buckets = ("8x8", "8x14")
     with pytest.raises(UserError, match=r'sides of "8x14" must be divisible by 4, the factor of config\.data\.vae'):
         make_online_encoder(config, tiny.make_mesh(1, 1))
+
+
+def test_prepared_records_have_the_size_of_their_bucket(tmp_path):
+    """Moments against the VAE itself; a shard is made of its own images, of which one is damaged."""
+    captions = [f"word{i}" for i in range(8)]
+    folder, buckets, vae = write_captions(tmp_path / "images", captions, SIZES), ("8x8", "8x16"), tiny_vae()
+    (folder / "003.png").write_bytes(b"no image")
+    prepare_captions(tmp_path / "images", tmp_path / "data" / "train", FakeEncoder(), vae=vae, shard=5, buckets=buckets)
+    config = bucket_config(tmp_path / "data")
+    config.data.update(source="latents", image_size=4, buckets=buckets)
+    config.model.update(space="latents", input_size=4, channels=4, text="embeddings", text_size=4, text_length=16)
+    validate(config)
+    source = open_source(config.data, "train")
+    # The first shard has images 0 to 4, of which the last is wide.
+    assert source.captions == [captions[i] for i in (0, 1, 2, 4, 7, 5, 6)]
+    assert source.groups.tolist() == [0, 0, 0, 1, 0, 1, 1]
+    assert len(source.manifest["skipped"]) == 1 and "003.png" in source.manifest["skipped"][0]
+    verify(tmp_path / "data" / "train")
+    for i, size in ((2, (8, 8)), (5, (8, 16))):
+        value = 10 + captions.index(source.captions[i])
+        image = np.full((1, *size, 3), value / 127.5 - 1, np.float32)
+        (expected,) = vae.model.apply({"params": vae.params}, image, method="encode")
+        np.testing.assert_allclose(source[i]["moments"][0], expected, atol=1e-2)
+        np.testing.assert_array_equal(source[i]["text"], FakeEncoder().encode([source.captions[i]])[0])
+
+    kind = conditions.build(config.model)
+    batches = train_iterator(config.data, space="latents", channels=4, batch_size=3, seed=0, kind=kind)
+    shapes = {(next(batches)["x1"].shape) for _ in range(6)}
+    assert shapes == {(3, 4, 4, 4), (3, 4, 8, 4)}
+
+    source.check_patches(4)
+    with pytest.raises(UserError, match=r"latents of bucket 8x8 .*patch_size = 3 does not divide"):
+        source.check_patches(3)
+    config.data.buckets = ("8x8",)
+    with pytest.raises(
+        UserError, match=r"buckets = \('8x8',\), but the records of .* are prepared in \('8x8', '8x16'\)"
+    ):
+        train_iterator(config.data, space="latents", channels=4, batch_size=3, seed=0, kind=kind)
+    with pytest.raises(UserError, match="--buckets: 8x9 must be divisible by 2, as the VAE asks"):
+        prepare_captions(tmp_path / "images", tmp_path / "new", None, vae=vae, buckets=("8x8", "8x9"))
 
 
 def test_heads_of_images_are_enough(tmp_path):

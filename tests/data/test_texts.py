@@ -32,9 +32,9 @@ class FakeEncoder:
         return [np.array([[ord(c), i, 0.5, -i] for i, c in enumerate(prompt + "()")], np.float32) for prompt in prompts]
 
 
-def prepare_captions(root, out, encoder, *, vae=None, dtype="float16", shard=4, split="train"):
+def prepare_captions(root, out, encoder, *, vae=None, shard=4, split="train", buckets=()):
     source = open_source(captions_config(root).data, split)
-    settings = prepare.describe(source, f"captions:{root}", split, 8, vae, dtype, False, shard, encoder)
+    settings = prepare.describe(source, f"captions:{root}", split, 8, vae, "float16", False, shard, encoder, buckets)
     prepare.prepare(
         source, settings, vae, str(out), max_skipped=1, worker=0, workers=1, say=lambda _: None, text_encoder=encoder
     )
