@@ -250,11 +250,12 @@ class LatentSource:
                 f'config.model.space = {space} asks for {wanted}, but the records of "{self.path}" have only '
                 f"{', '.join(self.dtype.names)}; prepare them with {option}."
             )
-        sides = self.dtype["moments"].shape[2:4] if self.buckets else (image_size, image_size)
-        if wanted == "moments" and self.dtype["moments"].shape != (2, 2, *sides, channels):
+        moments = self.dtype["moments"].shape if wanted == "moments" else None
+        sides = moments[2:4] if moments and self.buckets else (image_size, image_size)
+        if moments not in (None, (2, 2, *sides, channels)):
             raise UserError(
                 f"config.data.image_size = {image_size}, config.model.channels = {channels} do not suit the latents of "
-                f'"{self.path}", which are {"x".join(map(str, self.dtype["moments"].shape[2:]))}.'
+                f'"{self.path}", which are {"x".join(map(str, moments[2:]))}.'
             )
         if wanted == "moments" and vae_fingerprint not in (None, self.manifest["vae"]["fingerprint"]):
             raise UserError(

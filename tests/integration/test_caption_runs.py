@@ -73,10 +73,11 @@ def test_words_in_buckets_resume_bit_for_bit(tmp_path, capsys):
 
 
 def test_embeddings_from_a_folder_to_samples(tmp_path, capsys):
-    write_captions(tmp_path / "images", CAPTIONS)
-    for split in ("train", "test"):
-        prepare_captions(tmp_path / "images", tmp_path / "data" / split, FakeEncoder())
+    write_captions(tmp_path / "images", CAPTIONS, SIZES)
+    for split, buckets in (("train", ("8x8", "8x16")), ("test", ())):
+        prepare_captions(tmp_path / "images", tmp_path / "data" / split, FakeEncoder(), buckets=buckets)
     config = make_config("latents", tmp_path / "data")
+    config.data.buckets = ("8x8", "8x16")
     config.model.update(text="embeddings", text_size=4, text_length=24)
     config.optimizer.update(learning_rate=0.05, ema_decay=0.0)  # so that the texts tell after few steps
     config.sampler.cfg_scale = 2.0
@@ -85,7 +86,7 @@ def test_embeddings_from_a_folder_to_samples(tmp_path, capsys):
     workdir = str(tmp_path / "run")
     train(config, workdir)
     out = capsys.readouterr().out
-    assert "tokens, shape 1 of at most 4" in out and "val_loss" in out
+    assert "tokens, shape 1 of at most 8" in out and "val_loss" in out
     assert (tmp_path / "run" / "samples" / "00000004.png").exists()
     stored = load_config(workdir)
     assert stored.model.text_encoder == "f" * 64
@@ -100,10 +101,10 @@ def test_embeddings_from_a_folder_to_samples(tmp_path, capsys):
     other, _ = draw(["x", "größe"], "swapped.npz")  # the same noises, the texts the other way round
     assert (images != other).any()
 
-    for split in ("train", "test"):
-        encoder = FakeEncoder()
-        encoder.fingerprint = "0" * 64
-        prepare_captions(tmp_path / "images", tmp_path / "other" / split, encoder)
+    encoder = FakeEncoder()
+    encoder.fingerprint = "0" * 64
+    for split, buckets in (("train", ("8x8", "8x16")), ("test", ())):
+        prepare_captions(tmp_path / "images", tmp_path / "other" / split, encoder, buckets=buckets)
     config.data.path, config.train.num_steps = str(tmp_path / "other"), 6
     with pytest.raises(UserError, match=r"holds a run with config\.model\.text_encoder = \W?ffff"):
         train(config, workdir)
