@@ -74,6 +74,11 @@ def _check_buckets(config: ConfigDict) -> None:
         "buckets to ().",
     )
     require(
+        config.data.source != "latents" or not config.diagnosis.every_steps,
+        f"config.data.buckets: config.diagnosis.every_steps = {config.diagnosis.every_steps} needs squares, which data "
+        "prepared in buckets do not have; set it to 0.",
+    )
+    require(
         config.data.source != "synthetic",
         "config.data.buckets: config.data.source = synthetic makes squares; set buckets to ().",
     )

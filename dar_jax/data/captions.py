@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 
 from dar_jax import conditions
 from dar_jax.conditions import Condition, Embeddings, Labels, Words, split_words
-from dar_jax.data.sources import Source, open_source
+from dar_jax.data.sources import Source, open_source, suited
 from dar_jax.data.texts import Texts
 from dar_jax.errors import UserError, require
 from dar_jax.pretrained import qwen_text
@@ -77,7 +77,7 @@ def to_sample(config: ConfigDict, count: int, split: str | None = None) -> ToSam
         condition = kind.to_sample(count, settings.labels, config.seed)
         return ToSample(condition, None, condition["label"], {})
     split = split or config.data.eval_split
-    source = open_source(config.data, split)
+    source = suited(open_source(config.data, split), config.model.channels, kind)
     rows = conditions.ORDERS[settings.labels](count, len(source), config.seed).astype(int)
     if isinstance(kind, Words):
         captions = [source.captions[row] for row in rows]

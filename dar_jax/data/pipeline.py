@@ -18,7 +18,7 @@ from dar_jax.data.buckets import assign, parse_buckets
 from dar_jax.data.images import center_crop, to_channels, to_float
 from dar_jax.data.latents import LatentSource, check_checksums, draw_latent
 from dar_jax.data.order import Order
-from dar_jax.data.sources import open_source, read
+from dar_jax.data.sources import open_source, read, suited
 from dar_jax.pretrained.vae import read_header
 
 _MAX_THREADS = 16
@@ -68,12 +68,9 @@ def train_iterator(
     """
     is_latent, kind = space == "latents", kind or Labels(0)
     rows = np.arange(batch_size) if rows is None else rows
-    source, flip = open_source(data, data.train_split), data.flip
+    source, flip = suited(open_source(data, data.train_split), channels, kind), data.flip
     if data.source == "latents":
         _check_latents(source, data, space, channels, image_size, batch_size, rows)
-    if data.source == "synthetic":
-        source.channels = channels
-        source = source.with_texts(kind.size, kind.length) if isinstance(kind, Embeddings) else source
     sizes = parse_buckets(data.buckets, "config.data.buckets") or ((data.image_size, data.image_size),)
     if data.source == "latents":
         groups = source.groups

@@ -15,7 +15,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from dar_jax import files
-from dar_jax.conditions import EMPTY_TOKENS
+from dar_jax.conditions import EMPTY_TOKENS, Embeddings, Kind
 from dar_jax.data.caption_folder import open_caption_folder
 from dar_jax.data.images import EXTENSIONS, decode_image, image_size
 from dar_jax.data.texts import NO_TEXTS, Texts
@@ -360,6 +360,14 @@ def read(source: Source, index: int) -> dict[str, Any]:
             "take a split that is labelled, or prepare the data again."
         )
     return example
+
+
+def suited(source: Source, channels: int, kind: Kind) -> Source:
+    """Synthetic data with the channels and the kind of texts that a model takes; all others as they are."""
+    if not isinstance(source, SyntheticSource):
+        return source
+    source = SyntheticSource(source.size, channels)
+    return source.with_texts(kind.size, kind.length) if isinstance(kind, Embeddings) else source
 
 
 def check(data: ConfigDict) -> None:

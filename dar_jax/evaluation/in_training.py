@@ -64,6 +64,11 @@ def check_evaluation(config: ConfigDict, source: Source) -> None:
     kind = conditions.build(config.model)
     if not isinstance(kind, conditions.Labels):
         held_out = open_source(config.data, config.data.eval_split)
+        require(
+            not (config.eval.loss_images and getattr(held_out, "buckets", ())),
+            f"config.eval.loss_images = {config.eval.loss_images} needs squares, but config.data.eval_split is "
+            "prepared in buckets; prepare it without --buckets, or set loss_images = 0.",
+        )
         kind.check_data(held_out)
         if isinstance(kind, conditions.Embeddings):
             check_encoder(config, held_out.texts, "config.data.eval_split")

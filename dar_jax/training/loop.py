@@ -129,7 +129,7 @@ class _Hooks(NamedTuple):
         flops_per_step = 3 * config.train.batch_size * forward_flops(model)
         logs = Logs(workdir, first_step, config.train.num_steps, config.train.batch_size, flops_per_step)
         logs.say_what_is_missing(first_step, config.train.log_every_steps)
-        metrics = _Metrics(config, workdir, logs, checkpoints, first_step)
+        metrics = _Metrics(config, workdir, logs, checkpoints)
         profile = _Profile(workdir, first_step + PROFILE_AFTER, profile_steps)
         return cls(workdir, checkpoints, logs, metrics, profile, evaluation, diagnosis)
 
@@ -155,12 +155,16 @@ def _loop(config: ConfigDict, run: Setup, state: Any, batches, hooks: _Hooks, st
     shapes, most = set(), max_shapes(config)
     while step < num_steps and not stop(step):
         batch = next(batches)
-        if (shape := describe_shape(batch)) not in shapes:
+        is_new = (shape := describe_shape(batch)) not in shapes
+        if is_new:
             shapes.add(shape)
             say(f"compiling the train step{f' for {shape}, shape {len(shapes)} of at most {most}' if most > 1 else ''}")
         state, metrics = run.step(state, frozen, batch)
         step += 1
         hooks.metrics.add(step, metrics)
+        if is_new:
+            hooks.metrics.settle()
+            hooks.logs.start_window(step)  # speed without the time of compiling
         hooks.profile.after(step, hooks.metrics)
         if hooks.diagnosis and step % config.diagnosis.every_steps == 0:
             hooks.metrics.settle()
@@ -202,9 +206,9 @@ class _Metrics:
     Those of the newest step are fetched only when the next one is on its way, so that the devices do not wait.
     """
 
-    def __init__(self, config: ConfigDict, workdir: str, logs: Logs, checkpoints: Checkpoints, first_step: int):
+    def __init__(self, config: ConfigDict, workdir: str, logs: Logs, checkpoints: Checkpoints):
         self.settings, self.workdir, self.logs, self.checkpoints = config.train, workdir, logs, checkpoints
-        self.first_step, self.pending, self.skipped, self.skipped_in_a_row = first_step, None, 0, 0
+        self.pending, self.skipped, self.skipped_in_a_row = None, 0, 0
 
     def add(self, step: int, metrics: dict[str, Any]) -> None:
         """Notes the metrics of a step that was started, and settles those of the step before."""
@@ -227,8 +231,6 @@ class _Metrics:
             say(f"step {step} is not finite and skipped: {_format(values)}  ({self.skipped} skipped so far)")
         elif step % self.settings.log_every_steps == 0 or step == self.settings.num_steps:
             self.logs.progress(step, {**values, "skipped": self.skipped} if max_skipped else values)
-        if step == self.first_step + 1:
-            self.logs.start_window(step)  # speed without the time of compiling
 
 
 def diverged(step: int, values: dict[str, float], steps: list[int], workdir: str, max_skipped: int) -> str:

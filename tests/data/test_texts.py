@@ -186,6 +186,7 @@ def test_synthetic_texts_need_no_files():
     assert batch["x1"].shape == (8, 8, 8, 16)
     assert len(set(batch["condition"]["mask"].sum(1).tolist())) > 2  # texts of unlike lengths
     assert jax.tree.map(np.shape, batch["condition"]) == jax.tree.map(np.shape, kind.abstract(8))
+    assert to_sample(config, 3).condition["text"].shape[::2] == (3, 5)
     config.model.text = "words"
     config = with_captions_of(source, config)
     kind = conditions.build(config.model)

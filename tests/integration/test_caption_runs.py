@@ -106,5 +106,9 @@ def test_embeddings_from_a_folder_to_samples(tmp_path, capsys):
     for split, buckets in (("train", ("8x8", "8x16")), ("test", ())):
         prepare_captions(tmp_path / "images", tmp_path / "other" / split, encoder, buckets=buckets)
     config.data.path, config.train.num_steps = str(tmp_path / "other"), 6
+    config.data.eval_split = "train"
+    with pytest.raises(UserError, match=r"loss_images = 4 needs squares, but config\.data\.eval_split is prepared in"):
+        train(config, workdir)
+    config.data.eval_split = "test"
     with pytest.raises(UserError, match=r"holds a run with config\.model\.text_encoder = \W?ffff"):
         train(config, workdir)
