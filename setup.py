@@ -40,6 +40,7 @@ setup(
             "etils[epath]",
             "gcsfs",
             "hypothesis",
+            "peft",
             "pytest",
             "pytest-xdist",
             "ruff",

@@ -1,4 +1,14 @@
-"""Text to image on two CPU cores."""
+"""Text to image on a laptop: an MM-DiT that draws emoji of 32x32 pixels from their captions.
+
+    pip install emoji && apt-get install fonts-noto-color-emoji
+    python -m dar_jax.main --config=configs/emoji.py --workdir=runs/emoji
+    python -m dar_jax.sample --workdir=runs/emoji --prompts="tiger face;woman cook: dark skin tone" --out=grid.png
+
+The variants are residual, static, static_t (the default) and dynamic; --config.model.routing.streams=both routes the
+text stream too. The words of a caption are embedded and encoded by a transformer that is trained along. Of every
+subject with a skin tone one tone is held out: val_loss, fd_convnet and accuracy/* are of these captions, and
+accuracy_seen/* of captions in the training split.
+"""
 
 from dar_jax import config as config_lib
 
@@ -7,12 +17,12 @@ def get_config(variant=None):
     config = config_lib.default()
     config.data.update(source="emoji", image_size=32)
     config.model.update(family="mmdit", input_size=32, channels=3, patch_size=4)
-    config.model.update(depth=8, hidden_size=128, num_heads=4)
+    config.model.update(depth=6, hidden_size=128, num_heads=4)
     config.model.update(text_length=11, text_size=128, text_depth=2)
-    config.model.routing.update(chunk_size=4)
-    config.train.update(num_steps=2000, batch_size=64, log_every_steps=50)
-    config.optimizer.update(learning_rate=1e-3, warmup_steps=100, schedule="cosine", ema_decay=0.995, clip_norm=1.0)
-    config.sampler.update(method="heun", num_steps=15, cfg_scale=3.0)
-    config.eval.update(every_steps=500, num_samples=377, final_samples=377, batch_size=128, loss_images=377)
+    config.model.routing.chunk_size = 4
+    config.train.update(num_steps=8000, batch_size=32, log_every_steps=100)
+    config.optimizer.update(learning_rate=2e-3, warmup_steps=100, schedule="cosine", ema_decay=0.995)
+    config.sampler.update(method="heun", num_steps=10, cfg_scale=2.5)
+    config.eval.update(every_steps=2000, num_samples=377, final_samples=377, batch_size=128, loss_images=377)
     config.checkpoint.every_steps = 500
-    return config_lib.route(config, variant, repa={"repa.target": "hog", "repa.block": 3})
+    return config_lib.route(config, variant, repa={"repa.target": "hog", "repa.block": 2, "repa.later_block": 4})

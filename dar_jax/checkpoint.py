@@ -51,6 +51,7 @@ FIXED = (
         f"repa.{name}"
         for name in ("target", "block", "later_block", "projector", "standardize", "mean_share", "encoder")
     ),
+    "lora",
 )
 
 
@@ -115,7 +116,7 @@ class Checkpoints:
     def save_items(self, items: dict[str, Any], step: int) -> None:
         """As `save`, of the items by name."""
         # Orbax calls back when all files are written, and then renames their directory.
-        write = functools.partial(_write_checksums, self._directory / str(step))
+        write = functools.partial(write_checksums, self._directory / str(step))
         context = ocp.Context()
         context.async_options.post_finalization_callback = write
         with context:
@@ -199,15 +200,15 @@ def _file_names(path: files.Path) -> list[str]:
     return [name for name in files.names(path) if "/" in name]
 
 
-def _write_checksums(path: files.Path) -> None:
-    """Writes the checksums of the checkpoint that will be `path`; locally it still has its temporary name."""
+def write_checksums(path: files.Path) -> None:
+    """Writes the checksums of the checkpoint that will be `path`; locally orbax may not yet have renamed it so."""
     temporary = path.with_name(f"{path.name}.orbax-checkpoint-tmp")
     path = temporary if temporary.exists() else path
     files.write_json(path / CHECKSUMS, _checksums(path, _file_names(path)), indent=0)
 
 
 def _read_checksums(path: files.Path) -> dict[str, str] | None:
-    """What `_write_checksums` wrote; None if there is no such file. Raises ValueError if it is damaged."""
+    """What `write_checksums` wrote; None if there is no such file. Raises ValueError if it is damaged."""
     try:
         return dict(json.loads((path / CHECKSUMS).read_text()))
     except FileNotFoundError:
@@ -277,18 +278,21 @@ def set_damaged_aside(workdir: str) -> int | None:
     return step
 
 
-def _load(path: files.Path, items: dict[str, Any]) -> dict[str, Any]:
+def _load(path: files.Path, items: dict[str, Any], *, partial: bool = False) -> dict[str, Any]:
+    context = ocp.Context()
+    context.pytree.loading.partial_load = partial
     try:
-        return ocp.load_checkpointables(path, items)
+        with context:
+            return ocp.load_checkpointables(path, items)
     except Exception as error:  # orbax raises what its readers happen to
         reason = str(error).partition("\n")[0]
         raise UserError(f'checkpoint "{path}" cannot be read: {type(error).__name__}, {reason}') from error
 
 
-def restore_ema(workdir: str, abstract_params, step: int | None = None) -> tuple[Any, int]:
-    """Returns (EMA weights, step) of a checkpoint, by default the latest that is not damaged. Every process calls it.
+def find_ema(workdir: str, step: int | None = None) -> tuple[files.Path, int]:
+    """Returns (directory, step) of a checkpoint, by default the latest whose EMA weights are not damaged.
 
-    Raises UserError if there is none.
+    Every process calls it. Raises UserError if there is none.
     """
     steps = saved_steps(workdir)
     if step not in (None, *steps):
@@ -297,12 +301,21 @@ def restore_ema(workdir: str, abstract_params, step: int | None = None) -> tuple
     for number in wanted:
         path = _directory(workdir) / str(number)
         if not (damage := _damage(path, ema_only=True)):
-            return _load(path, {"ema": abstract_params})["ema"], number
+            return path, number
         say(f"{path} is damaged ({damage}) and not used")
     raise UserError(
         f'workdir "{workdir}": the checkpoints of steps {wanted} are damaged ({damage}); put a copy in their place, or '
         "take another --step."
     )
+
+
+def restore_ema(workdir: str, abstract_params, step: int | None = None, *, partial: bool = False) -> tuple[Any, int]:
+    """Returns (EMA weights, step) of the checkpoint that `find_ema` finds, with its errors.
+
+    `abstract_params` may ask for other types than those that were saved, and if `partial` for a part of the weights.
+    """
+    path, number = find_ema(workdir, step)
+    return _load(path, {"ema": abstract_params}, partial=partial)["ema"], number
 
 
 def weights_fingerprint(workdir: str, step: int) -> str:

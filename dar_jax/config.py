@@ -109,9 +109,11 @@ def schema() -> ConfigDict:
     diffusion.interpolant = "linear"  # linear | gvp | vp
     diffusion.prediction = "velocity"  # velocity | score | noise | x (the data)
     diffusion.weighting = "none"  # none | velocity | likelihood; ignored for velocity and x
-    diffusion.time = "uniform"  # uniform | logit_normal
+    diffusion.time = "uniform"  # uniform | logit_normal | shifted (as a shifted sampler.schedule)
     diffusion.time_mean = Number(0.0, "[-10, 10]")  # logit_normal: mean of logit(t)
     diffusion.time_std = Number(1.0, "(0, 10]")  # logit_normal: standard deviation of logit(t)
+    # shifted: t = 1 - shift s / (1 + (shift - 1) s) of uniform s; above 1: more noise. diffusers' trainer takes 3.
+    diffusion.time_shift = Number(3.0, "(0, 1000]")
 
     config.repa = repa = ConfigDict()  # representation alignment: a state of the model is drawn to features of x1
     repa.target = "none"  # none | encoder | hog (oriented gradients) | latents (x1 itself) | later_block (of the model)
@@ -126,9 +128,19 @@ def schema() -> ConfigDict:
     repa.weights = ""  # encoder: directory of its weights, which dar_jax.convert has made
     repa.dtype = "bfloat16"  # encoder: computation, float32 | bfloat16
 
+    config.lora = lora = ConfigDict()  # low-rank adapters and routing are trained on the frozen weights of init_from
+    lora.rank = Number(0, "[0, 65536]")  # 0 = off: all weights are trained
+    lora.alpha = Number(0.0, "[0, inf)")  # the adapter's scale is alpha / rank; 0 = rank
+    lora.targets = ()  # regular expressions of whole paths of kernels; () = attention and MLP (models/lora.py)
+    lora.dtype = "bfloat16"  # of the frozen weights in memory: float32 | bfloat16
+    lora.base = ""  # written by the run: step and SHA-256 of the checkpoint of init_from that is the base
+
     config.sampler = sampler = ConfigDict()
     sampler.method = "heun"  # ODE: euler | heun | dopri5; SDE: sde_euler | sde_heun
     sampler.num_steps = Number(50, "[1, inf)")  # of the fixed-step solvers; includes the last step of the SDE
+    sampler.schedule = "uniform"  # steps of euler and heun: uniform | shifted (shorter near the noise, Qwen-Image)
+    sampler.shift = Number(0.0, "[0, 1000]")  # shifted: s = 1 - t becomes shift s / (1 + (shift - 1) s), 0 = by tokens
+    sampler.terminal_s = Number(0.0, "[0, 1)")  # shifted: stretches s so that the last step starts here; 0 = does not
     sampler.atol = Number(1e-6, "[1e-12, 1]")  # dopri5
     sampler.rtol = Number(1e-3, "[1e-12, 1]")  # dopri5
     sampler.diffusion_form = "sigma"  # SDE: constant|sbdm|sigma|linear|decreasing|increasing_decreasing
@@ -138,6 +150,7 @@ def schema() -> ConfigDict:
     sampler.cfg_scale = Number(1.0, "(-inf, inf)")  # 1 = no guidance
     sampler.cfg_channels = Number(0, "[0, 65536]")  # guided channels, 0 = all; official SiT guides the first 3 of 4
     sampler.cfg_interval = (0.0, 1.0)  # guidance acts for t in this range (t = 0 noise, 1 data)
+    sampler.cfg_rescale = False  # each guided token keeps the norm of its conditional prediction (Qwen-Image)
 
     config.optimizer = optimizer = ConfigDict()
     optimizer.learning_rate = Number(1e-4, "[0, inf)")

@@ -1,12 +1,16 @@
-"""Scores samples: FID, sFID, Inception score, KID, precision and recall.
+"""Scores samples: FID, sFID, Inception score, KID, precision and recall; or their fine detail.
 
     python -m dar_jax.evaluate --workdir=runs/digits --num_samples=2000 --inception=inception.npz
     python -m dar_jax.evaluate --samples=samples.npz --reference=ref.npz --inception=inception.npz
     python -m dar_jax.evaluate --config=configs/digits.py --write_reference=ref.npz --inception=inception.npz
+    python -m dar_jax.evaluate --workdir=runs/digits --detail --teacher_samples=teacher.npz --figure=detail.png
 
 The weights of a run are the EMA of its latest checkpoint; options left out are the run's own. A stopped evaluation of
 a run goes on where it was when the same command is given again. Without --inception, small images of a run are scored
 by a convnet (fd_convnet), which is not FID.
+
+--detail measures power spectra, high-frequency energy, grids and sharpness instead, and patch FID if the images are
+large enough and --inception is given.
 """
 
 from absl import flags
@@ -30,6 +34,10 @@ SEED = flags.DEFINE_integer("seed", None, "Seed of noise and random labels; defa
 BATCH_SIZE = flags.DEFINE_integer("batch_size", None, "Samples at a time over all devices; default: eval.batch_size")
 JSON = flags.DEFINE_string("json", None, "Also write the scores and all settings that affect them to this file")
 SAMPLES_OUT = flags.DEFINE_string("samples_out", None, "Also write the samples to this .npz in the ADM layout")
+DETAIL = flags.DEFINE_boolean("detail", False, "Measure fine detail instead: spectra, grids, sharpness, patch FID")
+TEACHER_SAMPLES = flags.DEFINE_string("teacher_samples", None, "With --detail: an .npz of a teacher, same seeds")
+BESIDE = flags.DEFINE_list("beside", None, "With --detail: more samples, same seeds, NAME=PATH.npz,NAME=PATH.npz")
+FIGURE = flags.DEFINE_string("figure", None, "With --detail: spectra as .png and .pdf; default: that of --json")
 CONFIG = config_flags.DEFINE_config_file("config", None, "With --write_reference: whose data to take")
 SPLIT = flags.DEFINE_string("split", None, "With --write_reference: which split; default: data.eval_split")
 WRITE_REFERENCE = flags.DEFINE_string("write_reference", None, "Write the reference .npz of a data set, score nothing")
@@ -41,18 +49,27 @@ def main(_):
         raise errors.UserError(f"give one of {', '.join(given)}; see --help.")
     if JSON.value is not None:
         files.check_output(JSON.value, "--json")
+    others, figure = (_others(), _figure()) if DETAIL.value else (None, None)
+    if not DETAIL.value:
+        for flag in (TEACHER_SAMPLES, BESIDE, FIGURE):
+            if flag.value is not None:
+                raise errors.UserError(f"--{flag.name} needs --detail; add --detail, or leave out --{flag.name}.")
     runtime.start()
     if WRITE_REFERENCE.value:
         _write_reference()
         return
-    results = _evaluate_run() if WORKDIR.value else [_evaluate_file()]
+    results = _evaluate_run(others) if WORKDIR.value else _evaluate_file(others)
     import jax
 
-    from dar_jax.evaluation import scoring
+    from dar_jax.evaluation import detail, scoring, spectra, style
 
     if jax.process_index() > 0:
         return
-    print(scoring.table(results))
+    print(detail.table(results) if DETAIL.value else scoring.table(results))
+    if figure is not None:
+        with files.writing(figure, "--figure"):
+            written = style.save(lambda: spectra.draw(results), files.path(figure))
+        print("\n".join(f"wrote {path}" for path in written))
     if JSON.value is not None:
         files.write_json(JSON.value, results, indent=2)
         print(f"wrote {JSON.value}")
@@ -60,7 +77,33 @@ def main(_):
         print(f"wrote {SAMPLES_OUT.value}")
 
 
-def _evaluate_run() -> list[dict]:
+def _others() -> dict[str, str]:
+    """The files of --teacher_samples and --beside by name."""
+    if WRITE_REFERENCE.value or CFG_SWEEP.value:
+        flag = "write_reference" if WRITE_REFERENCE.value else "cfg_sweep"
+        raise errors.UserError(f"--detail is of one set of samples; leave out --{flag}.")
+    found = {"teacher": TEACHER_SAMPLES.value} if TEACHER_SAMPLES.value else {}
+    for word in BESIDE.value or ():
+        name, _, path = word.partition("=")
+        if not (name and path) or name in {"reference", "samples", "teacher", *found}:
+            raise errors.UserError(
+                f'--beside: "{word}" must be NAME=PATH.npz, and the name another than reference, samples, teacher or '
+                "one given before."
+            )
+        found[name] = path
+    return found
+
+
+def _figure() -> str | None:
+    """Where the figure goes, None for nowhere. Both its files can be written."""
+    path = FIGURE.value or (JSON.value and JSON.value.removesuffix(".json") + ".png")
+    if path:
+        files.check_output(path, "--figure", ".png")
+        files.check_output(path.removesuffix(".png") + ".pdf", "--figure")
+    return path
+
+
+def _evaluate_run(others: dict[str, str] | None) -> list[dict]:
     from dar_jax.checkpoint import load_config
     from dar_jax.evaluation import scoring
     from dar_jax.validate import validate
@@ -85,14 +128,19 @@ def _evaluate_run() -> list[dict]:
     for scale in scales:
         config.sampler.cfg_scale = scale
         validate(config)
+    if others is not None:
+        return scoring.detail_of_run(config, WORKDIR.value, STEP.value, others, SAMPLES_OUT.value)
     return scoring.evaluate_run(config, WORKDIR.value, STEP.value, scales, SAMPLES_OUT.value)
 
 
-def _evaluate_file() -> dict:
+def _evaluate_file(others: dict[str, str] | None) -> list[dict]:
     from dar_jax.evaluation import scoring
 
     cli.require_flags(reference=REFERENCE.value)
-    return scoring.evaluate_file(SAMPLES.value, REFERENCE.value, INCEPTION.value or "", NUM_SAMPLES.value)
+    inception, count = INCEPTION.value or "", NUM_SAMPLES.value
+    if others is not None:
+        return scoring.detail_of_file(SAMPLES.value, REFERENCE.value, others, inception, count)
+    return [scoring.evaluate_file(SAMPLES.value, REFERENCE.value, inception, count)]
 
 
 def _write_reference() -> None:

@@ -19,6 +19,7 @@ AXES = ("data", "fsdp", "tensor")
 # because linen would leave it unsharded without a word. Between the matrices of a block, that is where sources live
 # and are routed, the tensor axis splits the tokens: routing is one token's business.
 RULES = (
+    ("adapter", ("fsdp", "tensor")),
     ("batch", ("data", "fsdp")),
     ("embed", "fsdp"),
     ("classes", None),
@@ -34,6 +35,7 @@ RULES = (
     ("patch", None),
     ("qkv", None),
     ("query", "tensor"),
+    ("rank", None),
     ("tokens", "tensor"),
 )
 
@@ -125,6 +127,11 @@ def check_model(mesh: Mesh, model: ConfigDict) -> None:
             f"config.mesh.tensor = {tensor} must divide config.model.num_heads = {model.num_heads} and the {tokens} "
             "tokens of a sample."
         )
+    if model.family == "mmdit" and model.text_length % tensor:
+        raise UserError(
+            f"config.mesh.tensor = {tensor} must divide config.model.text_length = {model.text_length}; set that to "
+            f"{-(-model.text_length // tensor) * tensor}."
+        )
 
 
 def local_rows(mesh: Mesh, batch_size: int) -> np.ndarray:
@@ -186,10 +193,12 @@ def tree_shardings(mesh: Mesh, abstract):
     shardings = nn.logical_to_mesh_sharding(specs, mesh, RULES)
 
     def check(path, leaf, sharding):
-        for size, axis in zip(leaf.shape, sharding.spec, strict=False):
-            if axis is not None and size % mesh.shape[axis]:
+        for size, axes in zip(leaf.shape, sharding.spec, strict=False):
+            axes = (axes,) if isinstance(axes, str) else axes or ()
+            parts = math.prod(mesh.shape[axis] for axis in axes)
+            if size % parts:
                 raise UserError(
-                    f"config.mesh.{axis} = {mesh.shape[axis]} must divide {size}, an axis of "
+                    f"config.mesh.{' * '.join(axes)} = {parts} must divide {size}, an axis of "
                     f"{jax.tree_util.keystr(path, simple=True, separator='/')}."
                 )
 

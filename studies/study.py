@@ -37,7 +37,7 @@ class Study(NamedTuple):
       shared: flags of all runs.
       seeds: one run of every cell each.
       differences: pairs of cells (a, b), whose metrics are subtracted, a - b, seed by seed.
-      metrics: what is compared, of metrics.jsonl; lower is better.
+      metrics: what is compared, of metrics.jsonl; lower is better but for accuracies.
     """
 
     name: str

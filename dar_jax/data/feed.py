@@ -2,7 +2,7 @@
 
 A batch is a dictionary with the samples on the leading axis of every array:
 
-    x1          float32 [B, H, W, C]: images in [-1, 1], or scaled latents; all of one bucket, if there are buckets
+    x1          float32 [B, H, W, C]: images in [-1, 1], or normalised latents; all of one bucket, if there are buckets
     condition   what the model is conditioned on (`dar_jax.conditions`)
     image       uint8 [B, S, S, 3]: the images of latents, only if the objective looks at them (`repa.needs_images`)
 
@@ -115,7 +115,7 @@ def open_batches(
 
 
 def make_online_encoder(config: ConfigDict, mesh: Mesh) -> Callable[[Array, int], Array]:
-    """Returns (images float32 [B, H, W, 3] in [-1, 1], step) -> scaled latents float32 [B, h, w, C].
+    """Returns (images float32 [B, H, W, 3] in [-1, 1], step) -> normalised latents float32 [B, h, w, C].
 
     Each is a draw from its distribution, whose noise follows from config.seed and the step, whatever the mesh.
 
@@ -135,7 +135,7 @@ def make_online_encoder(config: ConfigDict, mesh: Mesh) -> Callable[[Array, int]
     def draw(moments: Array, step: Array) -> Array:
         stream = jax.random.fold_in(jax.random.key(seed), ENCODER_STREAM)
         mean, std = moments[:, 0], moments[:, 1]
-        return vae.scale * (mean + std * jax.random.normal(jax.random.fold_in(stream, step), mean.shape))
+        return vae.normalise(mean + std * jax.random.normal(jax.random.fold_in(stream, step), mean.shape))
 
     step = vae.model.factor * model.patch_size
     for name, sides in zip(config.data.buckets, parse_buckets(config.data.buckets, "config.data.buckets"), strict=True):

@@ -3,7 +3,7 @@
 A record is one example, its fields one after the other, little-endian and without padding:
 
     label    int32
-    moments  float16 or float32 [2, 2, h, w, C]: of the image, of its mirror; each mean, standard deviation, not scaled
+    moments  float16 or float32 [2, 2, h, w, C]: of the image, of its mirror; each mean and deviation, not normalised
     image    uint8 [S, S, 3]: after the crop
 
 with moments if a VAE made them, and with the image if asked for or if there is no VAE. In data with captions the
@@ -23,7 +23,7 @@ manifest.json lists the fields (numpy's names and shapes, in this order, of a sq
     schema        SCHEMA; another one is another layout
     source, split, num_source, num_classes   what was prepared, and how many images and classes it had
     image_size, crop                         S; "adm": `images.center_crop`
-    vae           null, or the fingerprint and scale of the VAE
+    vae           null, or the fingerprint, scale and, unless it is 0, shift of the VAE (`vae.Vae.describe`)
     buckets       with buckets: their sizes, as "448x576"
     captions      true, if there are captions
     text          with embeddings: the fingerprint of the text encoder ("encoder"), E ("size") and their dtype
@@ -40,7 +40,6 @@ import contextlib
 import functools
 import hashlib
 import json
-import math
 import re
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -66,7 +65,7 @@ MANIFEST = {
     "num_examples": int,
     "skipped": list,
     "fields": [list],
-    "vae": ({"fingerprint": str, "scale": int | float},),
+    "vae": ({"fingerprint": str, "scale": int | float | list},),
     "shards": [SHARD],
 }
 
@@ -164,7 +163,7 @@ class LatentSource:
       dtype: the record; with buckets, that of the first.
       buckets: their sizes as config.data.buckets has them, () without.
       groups: the number of each record's bucket, int [N].
-      scale: of the latents, None without a VAE.
+      shift, scale: a latent is (z - shift) * scale; float32, numbers or one for each channel. None without a VAE.
       texts: what is known of the embeddings of captions, None without.
     """
 
@@ -172,7 +171,7 @@ class LatentSource:
         self.path, self.manifest = path, read_manifest(path)
         self.directory = _local(path, self.manifest)
         self.num_classes, vae = self.manifest["num_classes"], self.manifest["vae"]
-        self.scale = vae and vae["scale"]
+        self.shift = self.scale = None
         try:
             self.dtypes, shards = bucket_dtypes(self.manifest), self.manifest["shards"]
             self.dtype, self.buckets = self.dtypes[0], tuple(self.manifest.get("buckets", ()))
@@ -182,8 +181,8 @@ class LatentSource:
                 raise ValueError(f"{len(self.groups)} examples in buckets")
             if "label" not in self.dtype.names or ("moments" in self.dtype.names) != bool(vae):
                 raise ValueError(f"fields {', '.join(self.dtype.names)}")
-            if vae and not 0 < self.scale < math.inf:
-                raise ValueError(f"scale {self.scale}")
+            if vae:
+                self.shift, self.scale = self._scaling(vae)
             self._has_captions, self._text = self.manifest.get("captions", False), self.manifest.get("text")
             self.texts = self._text and self._read_texts()
         except (KeyError, TypeError, ValueError) as error:
@@ -191,6 +190,18 @@ class LatentSource:
         with ThreadPoolExecutor(8) as pool:
             list(pool.map(lambda shard: _check_count(self.directory, shard), self.manifest["shards"]))
         self.records = ArrayRecordDataSource([str(self.directory / shard["name"]) for shard in self.manifest["shards"]])
+
+    def _scaling(self, vae: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
+        """Shift and scale of the manifest's VAE. Raises TypeError or ValueError if they are not such."""
+        shift, scale = (np.asarray(value, np.float32) for value in (vae.get("shift", 0.0), vae["scale"]))
+        if not (np.isfinite(scale).all() and (scale > 0).all()):
+            raise ValueError(f"scale {vae['scale']}")
+        if not np.isfinite(shift).all():
+            raise ValueError(f"shift {vae['shift']}")
+        channels = self.dtype["moments"].shape[-1]
+        if any(value.shape not in ((), (channels,)) for value in (shift, scale)):
+            raise ValueError(f"shift or scale are not of {channels} channels")
+        return shift, scale
 
     def __len__(self) -> int:
         return len(self.records)
@@ -287,7 +298,10 @@ class LatentSource:
             )
 
 
-def draw_latent(moments: np.ndarray, scale: float, rng: np.random.Generator) -> np.ndarray:
-    """scale * (mean + std * noise), float32 [h, w, C], of the moments [2, h, w, C] of one image."""
+def draw_latent(moments: np.ndarray, shift: np.ndarray, scale: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """(mean + std * noise - shift) * scale, float32 [h, w, C], of the moments [2, h, w, C] of one image.
+
+    `shift` and `scale` are float32, [] or [C].
+    """
     mean, std = moments.astype(np.float32)
-    return np.float32(scale) * (mean + std * rng.standard_normal(mean.shape, np.float32))
+    return (mean + std * rng.standard_normal(mean.shape, np.float32) - shift) * scale

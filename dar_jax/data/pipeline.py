@@ -86,7 +86,7 @@ def train_iterator(
         example = read(source, int(indices[row]))
         mirrored = flip and rng.random() < 0.5
         if is_latent and "moments" in example:
-            x1 = draw_latent(example["moments"][int(mirrored)], source.scale, rng)
+            x1 = draw_latent(example["moments"][int(mirrored)], source.shift, source.scale, rng)
         else:
             image = (
                 example["image"] if is_latent else center_crop(to_channels(example["image"], channels), sizes[bucket])

@@ -86,7 +86,7 @@ def describe(
         "num_classes": source.num_classes,
         "image_size": image_size,
         "crop": "adm",
-        "vae": vae and {"fingerprint": vae.fingerprint, "scale": vae.scale},
+        "vae": vae and vae.describe(),
         "fields": fields,
         "shard_size": shard_size,
         **({"buckets": list(buckets)} if buckets else {}),

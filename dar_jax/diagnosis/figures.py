@@ -11,25 +11,12 @@ from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
 from dar_jax import files
 from dar_jax.diagnosis.probes import over_times, relative_entropy
+from dar_jax.evaluation import style
+from dar_jax.evaluation.style import LINES, WIDTH
 
-DPI = 200
-WIDTH = 7.0  # inches, both columns of a paper
 MAX_TIMES = 5  # curves in one panel
-LINES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)))
 READER = "reader (sublayers, then the head)"
 MARKERS = ("o", "s", "^", "D", "v")
-STYLE = {
-    "font.size": 8,
-    "axes.titlesize": 8,
-    "legend.fontsize": 7,
-    "lines.linewidth": 1.2,
-    "lines.markersize": 3.5,
-    "axes.grid": True,
-    "grid.alpha": 0.3,
-    "figure.constrained_layout.use": True,
-    "pdf.fonttype": 42,  # text stays text
-    "savefig.dpi": DPI,
-}
 CURVES = (
     ("forward_rms", "RMS of the state $z_k$", True),
     ("backward_rms", "RMS of $\\partial$Loss/$\\partial z_k$", True),
@@ -63,13 +50,7 @@ def draw(results: Sequence[dict], folder: files.Path) -> list[Figure]:
 
     def save(name: str, title: str, caption: str, owner: int | None, plot: Callable[[], Canvas]) -> None:
         name = name if owner is None else f"{name}_{names[owner]}"
-        with matplotlib.rc_context(STYLE):
-            canvas = plot()
-            paths = folder / f"{name}.png", folder / f"{name}.pdf"
-            for path in paths:
-                with files.replacing(path) as temporary:
-                    canvas.savefig(temporary, format=path.suffix[1:])
-        figures.append(Figure(name, title, caption, owner, paths))
+        figures.append(Figure(name, title, caption, owner, style.save(plot, folder / f"{name}.png")))
 
     save(
         "curves",

@@ -7,10 +7,13 @@ from jax import Array
 
 from dar_jax.conditions import Condition
 from dar_jax.models import SiT
+from dar_jax.models.mmdit import MMDiT
 
 
 class Reads(NamedTuple):
     """What the A = 2 * depth + 1 readers of a stack see: sublayers 1..A-1 and then the head.
+
+    Of an MM-DiT they are those of the image stream.
 
     Sources are at the position of the sublayer that made them, 0 for the embedded input; a chunk's summary is at the
     position of the chunk's last sublayer.
@@ -38,7 +41,8 @@ def forward(
     """
     variables = {"params": params}
     if taps is not None:
-        num_steps = model.depth if model.layout is None else model.layout.num_steps
+        is_by_block = model.layout is None or isinstance(model, MMDiT)
+        num_steps = model.depth if is_by_block else model.layout.num_steps
         by_step = taps[:-1].reshape(num_steps, -1, *taps.shape[1:])
         variables["taps"] = {"stack": {"added": taps[-1:], "steps": {"added": by_step}}}
     output, shown = model.clone(plain=True).apply(variables, x_t, t, condition, mutable=["intermediates"])

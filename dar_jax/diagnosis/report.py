@@ -9,7 +9,8 @@ import numpy as np
 from PIL import Image
 
 from dar_jax import files
-from dar_jax.diagnosis.figures import DPI, Figure, labels
+from dar_jax.diagnosis.figures import Figure, labels
+from dar_jax.evaluation.style import DPI
 
 PIXELS_PER_INCH = 165  # on the page: a figure of a paper's full width fills it
 

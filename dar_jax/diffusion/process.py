@@ -9,6 +9,7 @@ from ml_collections import ConfigDict
 
 from dar_jax.diffusion.path import PATHS, Path
 from dar_jax.diffusion.prediction import PREDICTIONS, Prediction
+from dar_jax.diffusion.schedule import shift_time
 from dar_jax.errors import check_choice
 
 Array = jax.Array
@@ -24,8 +25,13 @@ def _logit_normal(section: ConfigDict) -> Callable[[Array, tuple], Array]:
     return lambda key, shape: jax.nn.sigmoid(mean + std * jax.random.normal(key, shape, jnp.float32))
 
 
+def _shifted(section: ConfigDict) -> Callable[[Array, tuple], Array]:
+    """1 - shift_time(u, time_shift) of uniform u: the times at which a shifted schedule samples, arXiv 2403.03206."""
+    return lambda key, shape: 1 - shift_time(jax.random.uniform(key, shape, jnp.float32), section.time_shift)
+
+
 # A config section -> the function (key, shape) that draws times from [0, 1].
-TIMES = {"uniform": _uniform, "logit_normal": _logit_normal}
+TIMES = {"uniform": _uniform, "logit_normal": _logit_normal, "shifted": _shifted}
 
 # (path, t) -> the weight of the squared noise error: 1, (D / sigma)^2 or D / sigma^2, where D = sigma W / alpha.
 WEIGHTINGS = {

@@ -6,7 +6,7 @@ x0[i], keys[i] and its condition alone, whatever else is in the batch and howeve
 
 What `num_steps` = N means, and the network evaluations it costs per sample:
 
-    euler      N equal intervals over `Prediction.time_range`                                   N
+    euler      N intervals over `Prediction.time_range`, as config.sampler.schedule sets them   N
     heun       the same, trapezoidal                                                            2 N
     sde_euler  N - 1 noisy Euler-Maruyama intervals over [t0, 1 - last_step_size], last step    N
     sde_heun   N - 1 noisy Heun intervals over the same, last step                              2 N - 1
@@ -26,6 +26,7 @@ from ml_collections import ConfigDict
 
 from dar_jax.diffusion.path import TIME_MARGIN, Path, expand
 from dar_jax.diffusion.process import Diffusion
+from dar_jax.diffusion.schedule import SCHEDULES, check_shifted
 from dar_jax.errors import UserError, check_choice, check_number
 
 Array = jax.Array
@@ -33,21 +34,21 @@ Array = jax.Array
 DOPRI5_MAX_ATTEMPTS = 1000  # accepted and rejected steps of a sample before it is given up
 
 
-def _euler(drift: Callable, x: Array, t: Array, t_next: Array, dt: float, kick: Array | None) -> Array:
+def _euler(drift: Callable, x: Array, t: Array, t_next: Array, dt: Array, kick: Array | None) -> Array:
     return x + dt * drift(x, t)
 
 
-def _heun(drift: Callable, x: Array, t: Array, t_next: Array, dt: float, kick: Array | None) -> Array:
+def _heun(drift: Callable, x: Array, t: Array, t_next: Array, dt: Array, kick: Array | None) -> Array:
     slope = drift(x, t)
     slope = 0.5 * (slope + drift(x + dt * slope, t_next))
     return x + dt * slope
 
 
-def _sde_euler(drift: Callable, x: Array, t: Array, t_next: Array, dt: float, kick: Array | None) -> Array:
+def _sde_euler(drift: Callable, x: Array, t: Array, t_next: Array, dt: Array, kick: Array | None) -> Array:
     return _euler(drift, x, t, t_next, dt, None) + kick
 
 
-def _sde_heun(drift: Callable, x: Array, t: Array, t_next: Array, dt: float, kick: Array | None) -> Array:
+def _sde_heun(drift: Callable, x: Array, t: Array, t_next: Array, dt: Array, kick: Array | None) -> Array:
     # The noise comes first, as in the official solver: both slopes then see the same noise.
     return _heun(drift, x + kick, t, t_next, dt, None)
 
@@ -136,6 +137,9 @@ def check(section: ConfigDict) -> None:
     check_choice("config.sampler.method", section.method, METHODS)
     check_choice("config.sampler.diffusion_form", section.diffusion_form, DIFFUSION_FORMS)
     check_choice("config.sampler.last_step", section.last_step, LAST_STEPS)
+    check_choice("config.sampler.schedule", section.schedule, SCHEDULES)
+    if section.schedule == "shifted":
+        check_shifted(section)
 
     def require(condition: bool, field: str, rule: str) -> None:
         if not condition:
@@ -166,11 +170,12 @@ def num_evaluations(section: ConfigDict) -> int | None:
     return None if method.step is None else method.evaluations * (section.num_steps - last) + last
 
 
-def build(section: ConfigDict, diffusion: Diffusion) -> Callable[[Callable, Array, Array], Array]:
+def build(section: ConfigDict, diffusion: Diffusion, patch_size: int) -> Callable[[Callable, Array, Array], Array]:
     """Returns sample(predict, x0, keys) -> x1 of config.sampler: the integral from the noise x0 to samples.
 
     It is a pure function, to be jitted with the batch sharded at will.
 
+    patch_size: side of the network's tokens, by whose number a schedule may go.
     predict: (x_t [B, H, W, C] float32, t [B] float32) -> output [B, H, W, C], what `diffusion.prediction` says.
     x0: [B, H, W, C], N(0, 1).
     keys: [B] typed PRNG keys; the SDE's noise of sample i in interval k comes from fold_in(keys[i], k).
@@ -192,8 +197,6 @@ def build(section: ConfigDict, diffusion: Diffusion) -> Callable[[Callable, Arra
         t1 = 1.0 - (size if last_step else TIME_MARGIN)
         if form.divides_by_alpha and diffusion.path.starts_as_noise:
             t0 = TIME_MARGIN
-    times = np.linspace(t0, t1, intervals + 1)
-    dt = (t1 - t0) / intervals
 
     def rate(t: Array) -> Array:
         return form.rate(diffusion.path, norm, t)
@@ -213,20 +216,23 @@ def build(section: ConfigDict, diffusion: Diffusion) -> Callable[[Callable, Arra
         if method.step is None:
             return dopri5(drift, x0, t0, t1, atol=atol, rtol=rtol)[0]
 
+        num_tokens = (x0.shape[1] // patch_size) * (x0.shape[2] // patch_size)
+        times = t0 + (t1 - t0) * SCHEDULES[section.schedule](section, num_tokens, intervals)
+
         def at(t: Array) -> Array:
             return jnp.broadcast_to(t, x0.shape[:1])
 
-        def kick(t: Array, k: Array) -> Array:
+        def kick(t: Array, dt: Array, k: Array) -> Array:
             step_keys = jax.vmap(jax.random.fold_in, (0, None))(keys, k)
             noise = jax.vmap(lambda key: jax.random.normal(key, x0.shape[1:], jnp.float32))(step_keys)
             return jnp.sqrt(2 * dt * rate(t)) * noise
 
-        def step(x: Array, inputs: tuple[Array, Array, Array]) -> tuple[Array, None]:
-            t, t_next, k = inputs
-            return method.step(drift, x, at(t), at(t_next), dt, kick(t, k) if method.is_sde else None), None
+        def step(x: Array, inputs: tuple[Array, Array, Array, Array]) -> tuple[Array, None]:
+            t, t_next, dt, k = inputs
+            return method.step(drift, x, at(t), at(t_next), dt, kick(t, dt, k) if method.is_sde else None), None
 
-        grid = (jnp.asarray(times[:-1], jnp.float32), jnp.asarray(times[1:], jnp.float32), jnp.arange(intervals))
-        x, _ = jax.lax.scan(step, x0, grid)
+        grid = (jnp.asarray(part, jnp.float32) for part in (times[:-1], times[1:], np.diff(times)))
+        x, _ = jax.lax.scan(step, x0, (*grid, jnp.arange(intervals)))
         if last_step is None:
             return x
         t_last = at(jnp.float32(t1))

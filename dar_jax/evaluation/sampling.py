@@ -16,6 +16,7 @@ from dar_jax.checkpoint import restore_ema, saved_steps
 from dar_jax.data.captions import of_prompts
 from dar_jax.errors import UserError
 from dar_jax.evaluation.grid import save_grid
+from dar_jax.init_from import load_base
 from dar_jax.pretrained.vae import load as load_vae
 from dar_jax.pretrained.vae import make_decoder, read_factor
 
@@ -67,15 +68,20 @@ def image_shape(config: ConfigDict) -> tuple[int, int, int]:
 
 
 def restore(config: ConfigDict, workdir: str, mesh: Mesh, step: int | None) -> tuple[Any, int]:
-    """The EMA weights of a run's checkpoint on `mesh`, and its step.
+    """The EMA weights of a run's checkpoint on `mesh`, assembled with what it holds frozen, and its step.
 
-    Raises UserError as `checkpoint.restore_ema`, and if the processes of the job see another run or other checkpoints.
+    Raises UserError as `checkpoint.restore_ema` and `init_from.load_base`, and if the processes of the job see another
+    run or other checkpoints.
     """
     facts = {f'the config of "{workdir}"': config.to_json(), f'the steps of "{workdir}"': saved_steps(workdir)}
     hosts.agree(facts, "the checkpoint")
     objective = objectives.build(config)
     weights = sharding.abstract(mesh, lambda: objective.init_sampled(jax.random.key(config.seed)))
-    return restore_ema(workdir, weights, step)
+    ema, step = restore_ema(workdir, weights, step)
+    if config.lora.rank == 0:
+        return ema, step
+    abstract = sharding.abstract(mesh, lambda: objective.init_frozen(jax.random.key(config.seed))["base"])
+    return objective.assemble(ema, {"base": load_base(config, abstract)}), step
 
 
 def sample_images(

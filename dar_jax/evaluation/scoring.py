@@ -1,10 +1,11 @@
 """Scores a run or a file of samples, and writes a reference: what the door `evaluate` does."""
 
 import contextlib
+import functools
 import hashlib
 import importlib.metadata
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -16,10 +17,11 @@ from ml_collections import ConfigDict
 from dar_jax import conditions, files, lock, objectives, sharding
 from dar_jax.checkpoint import weights_fingerprint
 from dar_jax.config import default
-from dar_jax.data.captions import to_sample
+from dar_jax.data.captions import ToSample, to_sample
 from dar_jax.data.pipeline import image_batches
 from dar_jax.data.sources import open_source
 from dar_jax.errors import UserError
+from dar_jax.evaluation import detail
 from dar_jax.evaluation.attributes import attribute_accuracy
 from dar_jax.evaluation.features import Features, extract_all, inception_features
 from dar_jax.evaluation.in_training import load_features
@@ -27,13 +29,14 @@ from dar_jax.evaluation.metrics import (
     MAX_REFERENCE_IMAGES,
     READ_BATCH,
     Collector,
+    FeatureSet,
     load_reference,
     read_reference,
     score,
     warn_if_few,
 )
 from dar_jax.evaluation.sampling import image_shape, make_sampler, restore, sample_images
-from dar_jax.evaluation.sets import MOMENT_KEYS, open_images, write_set
+from dar_jax.evaluation.sets import MOMENT_KEYS, open_images, read_names, write_set
 from dar_jax.logs import say
 from dar_jax.pretrained.inception import how_to_get
 from dar_jax.pretrained.vae import read_header
@@ -83,21 +86,16 @@ def evaluate_run(
         for scale in cfg_scales:
             config.sampler.cfg_scale = scale
             settings = _settings(config, features, workdir=workdir, step=step)
-            shards = _Shards(files.path(workdir) / "evaluation", settings, with_images=bool(samples_out))
-            draw = make_sampler(config, objectives.build(config).sample, mesh)
-            with shards.holding():
-                samples = _sample(draw, ema, wanted.condition, features, shards, config.eval.batch_size, mesh)
+            measure = functools.partial(_extract, features, mesh)
+            with _samples(config, ema, wanted, measure, settings, samples_out, mesh) as parts:
+                collector = Collector()
+                for part in parts:
+                    collector.add(part)
+                samples = collector.result() if jax.process_index() == 0 else None
                 scores = score(features, reference, samples)
                 if wanted.attributes and features.name == "convnet" and jax.process_index() == 0:
                     scores |= attribute_accuracy(samples.logits, wanted.labels, wanted.attributes)
                 results.append({"scores": scores, "settings": settings})
-                if samples_out and jax.process_index() == 0:
-                    count, others = (
-                        config.eval.num_samples,
-                        {"arr_1": np.array(wanted.captions or wanted.labels.astype(np.int64))},
-                    )
-                    write_set(samples_out, (count, *image_shape(config)), shards.images(count), others, "--samples_out")
-                shards.remove()
     return results
 
 
@@ -126,6 +124,156 @@ def evaluate_file(samples: str, reference: str, inception: str, num_samples: int
         "num_samples": count,
     }
     return {"scores": score(features, against, collector.result()), "settings": settings}
+
+
+def detail_of_run(
+    config: ConfigDict, workdir: str, step: int | None, others: dict[str, str], samples_out: str | None
+) -> list[dict]:
+    """Measures the detail of `config.eval.num_samples` samples of a run's EMA beside real images and other samples.
+
+    The arguments but `others` are those of `evaluate_run`, and so is what happens when it is stopped. Real images are
+    those of `config.eval.reference`, else at most 10,000 of `config.data.eval_split`, evenly spaced.
+
+    Args:
+      others: names and npz files of other samples; "teacher" is what all sets are compared with as well.
+
+    Returns:
+      "reference", the others, and "samples", as `_Detail.results`.
+
+    Raises:
+      UserError: something does not fit, before anything is sampled.
+    """
+    if config.model.space == "latents" and not (config.data.vae and config.eval.reference):
+        raise UserError(
+            f"--workdir: the model makes latents of {config.model.channels} channels; to measure the detail of their "
+            "images give --vae and --reference."
+        )
+    if samples_out:
+        files.check_output(samples_out, "--samples_out", ".npz")
+    sharding.fit(config.mesh)
+    mesh = sharding.make_mesh(config.mesh)
+    count, wanted = config.eval.num_samples, to_sample(config, config.eval.num_samples)
+    with sharding.use(mesh):
+        measured = _Detail("--workdir", image_shape(config)[:2], config.eval.inception, mesh)
+        ema, step = restore(config, workdir, mesh, step)
+        if config.eval.reference:
+            measured.add_file(detail.REFERENCE, config.eval.reference, "--reference")
+        else:
+            real = image_batches(
+                config.data,
+                config.data.eval_split,
+                channels=config.model.channels,
+                batch_size=READ_BATCH,
+                limit=MAX_REFERENCE_IMAGES,
+            )
+            settings = {"data": config.data.to_dict()}
+            measured.add(detail.REFERENCE, map(measured.measure, (images for images, _ in real)), settings)
+        measured.add_others(others, count, _names(wanted))
+        settings = {**_settings(config, measured.features, workdir=workdir, step=step), "detail": True}
+        with _samples(config, ema, wanted, measured.measure, settings, samples_out, mesh) as parts:
+            measured.add("samples", parts, settings)
+    return measured.results()
+
+
+def detail_of_file(
+    samples: str, reference: str, others: dict[str, str], inception: str, num_samples: int
+) -> list[dict]:
+    """Measures the detail of the first `num_samples` images of an npz; else as `detail_of_run`.
+
+    Raises UserError if a file is missing, damaged or does not fit. `inception`, the converted weights, may be "".
+    """
+    shape = open_images(samples, "--samples").shape
+    count = min(num_samples, shape[0])
+    measured = _Detail("--samples", shape[1:3], inception, sharding.make_mesh(default().mesh))
+    measured.add_file(detail.REFERENCE, reference, "--reference")
+    measured.add_others(others, count, read_names(samples, "--samples"))
+    measured.add_file("samples", samples, "--samples", count)
+    return measured.results()
+
+
+class _Detail:
+    """Sets of images of one size, whose detail is compared.
+
+    Args:
+      flag: what the size follows from, for an error.
+      size: height and width.
+      inception: converted weights for patch FID, "" for none.
+      mesh: the devices that run the Inception network.
+
+    Raises UserError if the images are too small, or the weights cannot be read.
+    """
+
+    def __init__(self, flag: str, size: tuple[int, int], inception: str, mesh: Mesh):
+        detail.check_size(size, flag)
+        self.size, self.mesh, self.inception = size, mesh, inception
+        self.not_available = detail.not_available(size, bool(inception))
+        has_patches = "patch_fid" not in self.not_available
+        self.features = inception_features(inception, mesh) if has_patches else None
+        self.sets: dict[str, detail.Measured] = {}
+        self.settings: dict[str, dict] = {}
+
+    def measure(self, images: np.ndarray) -> dict[str, np.ndarray]:
+        """What `detail.collect` joins, of uint8 [B, H, W, C]."""
+        found = detail.per_image(images)
+        if self.features is not None:
+            found["patch"] = extract_all(self.features, detail.crop_patches(images), self.mesh)["pool"]
+        return found
+
+    def add(self, name: str, parts: Iterator[dict[str, np.ndarray]], settings: dict) -> None:
+        """Adds a set by what `measure` found in its batches. Processes but the first may lack some, and keep none."""
+        if jax.process_index() == 0:
+            self.sets[name], self.settings[name] = detail.collect(parts, self.size), settings
+        for _ in parts:  # all processes extract features together
+            pass
+
+    def add_file(self, name: str, path: str, flag: str, count: int | None = None) -> None:
+        """Adds the first `count` images of an npz, by default all.
+
+        Raises UserError if it is missing or damaged, of another size, or has fewer.
+        """
+        images = open_images(path, flag)
+        if images.shape[1:3] != self.size:
+            raise UserError(
+                f'{flag} = "{path}" has images of {images.shape[1]} x {images.shape[2]}, but they are compared with '
+                f"images of {self.size[0]} x {self.size[1]}."
+            )
+        if count is not None and images.shape[0] < count:
+            raise UserError(
+                f'{flag} = "{path}" has {images.shape[0]} images, but is compared with {count} samples; '
+                f"give --num_samples={images.shape[0]}."
+            )
+        settings = {"path": path, "sha256": files.sha256(files.local(path)), "num_samples": count or images.shape[0]}
+        self.add(name, map(self.measure, images.batches(READ_BATCH, count)), settings)
+
+    def add_others(self, others: dict[str, str], count: int, names: np.ndarray | None) -> None:
+        """Adds the first `count` images of npz files. Says which have other labels or captions than `names`."""
+        for name, path in others.items():
+            flag = "--teacher_samples" if name == detail.TEACHER else "--beside"
+            self.add_file(name, path, flag, count)
+            found = read_names(path, flag)
+            if not (found is None or names is None or np.array_equal(found[:count], names[:count])):
+                say(
+                    f'warning: {flag} = "{path}" has other labels (arr_1) than the samples: the intervals '
+                    "of their distance are not valid; draw both with the same seed and labels"
+                )
+
+    def results(self) -> list[dict]:
+        """Of every set {"name", "scores", "intervals", ..., "not_available", "settings"}, see `detail.compare`.
+
+        "not_available" gives the reason for each measure that the images do not allow. Only the first process has them.
+        """
+        if jax.process_index() > 0:
+            return []
+        if self.features is not None:
+            reference = FeatureSet({"pool": self.sets[detail.REFERENCE].patches}, None, None)
+            warn_if_few(reference, min(one.count for one in self.sets.values()), say)
+        config = default()
+        config.eval.inception = "" if self.features is None else self.inception
+        common = _files(config, self.features)
+        return [
+            {"name": name, **one, "not_available": self.not_available, "settings": {**common, **self.settings[name]}}
+            for name, one in detail.compare(self.sets).items()
+        ]
 
 
 def write_reference(config: ConfigDict, split: str, path: str) -> int:
@@ -173,12 +321,47 @@ def table(results: list[dict]) -> str:
     return "\n".join(lines)
 
 
-def _sample(draw, ema: Any, condition: dict, features: Features, shards: "_Shards", batch_size: int, mesh: Mesh):
-    """The `FeatureSet` of the samples of `condition`; what `shards` already holds is not drawn again."""
-    collector, position, total = Collector(), 0, conditions.length(condition)
+def _extract(features: Features, mesh: Mesh, images: np.ndarray) -> dict[str, np.ndarray]:
+    return extract_all(features, images, mesh)
+
+
+def _names(wanted: ToSample) -> np.ndarray:
+    """What an npz of samples holds as arr_1: captions, or labels int64 [N]."""
+    return np.array(wanted.captions or wanted.labels.astype(np.int64))
+
+
+@contextlib.contextmanager
+def _samples(
+    config: ConfigDict,
+    ema: Any,
+    wanted: ToSample,
+    measure: Callable[[np.ndarray], dict[str, np.ndarray]],
+    settings: dict,
+    samples_out: str | None,
+    mesh: Mesh,
+) -> Iterator[Iterator[dict[str, np.ndarray]]]:
+    """Yields what `measure` finds in the samples of a run, batch by batch; what is already there is not drawn again.
+
+    Processes but the first see only what is drawn now. When the block ends, the samples are written to `samples_out`,
+    and what was kept for a continuation is removed.
+    """
+    shards = _Shards(files.path(settings["workdir"]) / "evaluation", settings, with_images=bool(samples_out))
+    draw = make_sampler(config, objectives.build(config).sample, mesh)
+    with shards.holding():
+        yield _sample(draw, ema, wanted.condition, measure, shards, config.eval.batch_size, mesh)
+        if samples_out and jax.process_index() == 0:
+            count = config.eval.num_samples
+            names = {"arr_1": _names(wanted)}
+            write_set(samples_out, (count, *image_shape(config)), shards.images(count), names, "--samples_out")
+        shards.remove()
+
+
+def _sample(draw, ema: Any, condition: dict, measure: Callable, shards: "_Shards", batch_size: int, mesh: Mesh):
+    """Yields what `measure` finds in the samples of `condition`; what `shards` already holds is not drawn again."""
+    position, total = 0, conditions.length(condition)
     for stored in shards.stored(total):
-        collector.add(stored)
-        position += len(stored["pool"])
+        yield stored
+        position += len(next(iter(stored.values())))
     if jax.process_count() > 1:  # the shards are the first process's, and all must draw the same
         position = int(multihost_utils.broadcast_one_to_all(np.int32(position)))
     if position:
@@ -188,12 +371,11 @@ def _sample(draw, ema: Any, condition: dict, features: Features, shards: "_Shard
         stop = min(position + per_shard, total)
         until = jax.tree.map(lambda x: x[:stop], condition)  # noqa: B023
         images = np.concatenate(list(sample_images(draw, ema, until, batch_size, mesh, first=position)))
-        found = extract_all(features, images, mesh)
+        found = measure(images)
         shards.write(position, found, images)
-        collector.add(found)
+        yield found
         position = stop
         say(f"{position} of {total} samples")
-    return collector.result() if jax.process_index() == 0 else None
 
 
 class _Shards:
@@ -249,17 +431,18 @@ class _Shards:
             files.remove_tree(self.directory)
 
 
-def _files(config: ConfigDict, features: Features) -> dict:
+def _files(config: ConfigDict, features: Features | None) -> dict:
     """Names and checksums of the files that a number depends on, and the versions of the libraries."""
-    versions = {name: importlib.metadata.version(name) for name in ("dar_jax", "jax")}
-    settings = {"features": features.name, "features_sha256": features.fingerprint, "versions": versions}
+    settings = {"versions": {name: importlib.metadata.version(name) for name in ("dar_jax", "jax")}}
+    if features is not None:
+        settings |= {"features": features.name, "features_sha256": features.fingerprint}
     for name in ("inception", "reference"):
         if path := config.eval[name]:
             settings[name], settings[f"{name}_sha256"] = path, files.sha256(files.local(path))
     return settings
 
 
-def _settings(config: ConfigDict, features: Features, *, workdir: str, step: int) -> dict:
+def _settings(config: ConfigDict, features: Features | None, *, workdir: str, step: int) -> dict:
     """All that affects the scores of a run."""
     reference = {} if config.eval.reference else {"reference": {"data": config.data.to_dict()}}
     return {

@@ -87,6 +87,21 @@ def open_images(path: str, flag: str) -> ImageSet:
     return ImageSet(path, shape)
 
 
+def read_names(path: str, flag: str) -> np.ndarray | None:
+    """The labels or captions of an npz of samples, arr_1, [N]; None if it has no such array.
+
+    Raises UserError if the file is missing or damaged.
+    """
+    if "arr_1" not in array_names(path, flag):
+        return None
+    try:
+        with np.load(files.local(path)) as file:
+            names = file["arr_1"]
+    except Exception as error:  # as in `ImageSet.batches`
+        raise UserError(f'{flag} = "{path}" is damaged ({error}); fetch or write it again.') from error
+    return names if names.ndim == 1 else None
+
+
 def read_moments(path: str, flag: str) -> dict[str, Statistics]:
     """Means and covariances of an npz, float64, by features ("pool", "spatial"); {} if it has none.
 

@@ -1,18 +1,32 @@
-"""Softmax attention: one function for all models, which bounds its memory where there are many tokens."""
+"""Softmax attention: one function for all models, which never holds the scores of many tokens.
+
+For few keys it is plain XLA on all platforms. For many it is the kernels of attention_tpu.py and attention_gpu.py where
+they take the head's size, and elsewhere XLA, by blocks of queries. Then its backward pass is its own: the forward pass
+keeps its outputs and the logs of the denominators of the softmax, and no scores.
+"""
 
 import functools
+import math
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import PartitionSpec as P
+
+from dar_jax.models import attention_gpu, attention_tpu
 
 # Above so many keys the scores of all queries are never held at once: 24 heads of 4,608 tokens take 2 GB a sample.
 MOST_KEYS_AT_ONCE = 2048
+# From so many keys on kernels are faster by the planner's estimate: at 1,024 a gradient takes a quarter of plain XLA's.
+LEAST_KEYS_OF_KERNELS = 1024
 QUERIES_PER_BLOCK = 512
+KEPT = "attention"  # the name of what the backward pass needs of the forward pass, for policies of `jax.checkpoint`
 
 
 def attention(q: Array, k: Array, v: Array, key_mask: Array | None = None) -> Array:
-    """softmax(q k / sqrt(d)) v for every head, with scores and softmax in float32.
+    """softmax(q k / sqrt(d)) v for every head, with scores and softmax in float32. Reverse mode only.
 
     Args:
       q: queries `[B, Q, heads, d]`.
@@ -22,6 +36,14 @@ def attention(q: Array, k: Array, v: Array, key_mask: Array | None = None) -> Ar
     Returns:
       `[B, Q, heads, d]` in the dtype of `v`.
     """
+    has_kernel = q.dtype != jnp.float64 and (attention_tpu.supports(q, k) or attention_gpu.supports(q, k))
+    if k.shape[1] < LEAST_KEYS_OF_KERNELS or not has_kernel:
+        return by_autodiff(q, k, v, key_mask)
+    return _by_kernels(q, k, v, key_mask)
+
+
+def by_autodiff(q: Array, k: Array, v: Array, key_mask: Array | None = None) -> Array:
+    """`attention` in plain XLA, which has derivatives of all modes and orders."""
     attend = plain if k.shape[1] <= MOST_KEYS_AT_ONCE else functools.partial(blockwise, size=QUERIES_PER_BLOCK)
     return attend(q, k, v, key_mask)
 
@@ -42,3 +64,61 @@ def blockwise(q: Array, k: Array, v: Array, key_mask: Array | None, size: int) -
     blocks = jnp.moveaxis(padded.reshape(b, -1, size, *head), 1, 0)
     out = jax.lax.map(jax.checkpoint(lambda block: plain(block, k, v, key_mask), prevent_cse=False), blocks)
     return jnp.moveaxis(out, 0, 1).reshape(b, -1, *v.shape[2:])[:, :num_queries]
+
+
+@jax.custom_vjp
+def _by_kernels(q: Array, k: Array, v: Array, key_mask: Array | None) -> Array:
+    return _by_kernels_forward(q, k, v, key_mask)[0]
+
+
+def _by_kernels_forward(q, k, v, key_mask):
+    kept = _run("forward", (q, k, v, key_mask), (TOKENS, TOKENS, TOKENS, SAMPLES), (TOKENS, HEADS))
+    out, log_sum = (checkpoint_name(x, KEPT) for x in kept)
+    return out, (q, k, v, key_mask, out, log_sum)
+
+
+def _by_kernels_backward(residuals, g):
+    axes = TOKENS, TOKENS, TOKENS, SAMPLES, TOKENS, HEADS, TOKENS
+    return *_run("backward", (*residuals, g), axes, (TOKENS, TOKENS, TOKENS)), None
+
+
+_by_kernels.defvjp(_by_kernels_forward, _by_kernels_backward)
+
+# Axes of what passes take and return, `[B, T, heads, d]`, `[B, heads, T]` and `[B, K]`, as linen's logical names.
+TOKENS, HEADS, SAMPLES = ("batch", None, "heads"), ("batch", "heads"), ("batch",)
+
+
+def _run(name: str, args: tuple, arg_axes: tuple, result_axes: tuple) -> tuple[Array, ...]:
+    """A pass, "forward" or "backward", on every device that holds a part of the samples and of the heads.
+
+    The compiler cannot split a kernel by itself. What a mesh axis does not divide is whole on every device.
+    """
+    q, k = args[:2]
+    passes = {
+        platform: getattr(kernels if kernels.supports(q, k) else _Blockwise, name)
+        for platform, kernels in (("tpu", attention_tpu), ("cuda", attention_gpu))
+    }
+    choose = functools.partial(jax.lax.platform_dependent, **passes, default=getattr(_Blockwise, name))
+
+    mesh, split = jax.sharding.get_abstract_mesh(), {None: None}
+    if mesh.empty:
+        return choose(*args)
+    for axis, size in (("batch", q.shape[0]), ("heads", q.shape[2])):
+        (names,) = nn.logical_to_mesh_axes((axis,))
+        names = (names,) if isinstance(names, str) else names or ()
+        split[axis] = names if size % math.prod(mesh.shape[name] for name in names) == 0 else ()
+    in_specs, out_specs = (tuple(P(*(split[a] for a in axes)) for axes in of) for of in (arg_axes, result_axes))
+    return jax.shard_map(choose, in_specs=in_specs, out_specs=out_specs, check_vma=False)(*args)
+
+
+class _Blockwise:
+    """The two passes where there is no kernel. The backward pass needs nothing of the forward pass."""
+
+    @staticmethod
+    def forward(q, k, v, key_mask):
+        b, num_queries, heads, _ = q.shape
+        return by_autodiff(q, k, v, key_mask), jnp.zeros((b, heads, num_queries), jnp.float32)
+
+    @staticmethod
+    def backward(q, k, v, key_mask, out, log_sum, g):
+        return jax.vjp(lambda *qkv: by_autodiff(*qkv, key_mask), q, k, v)[1](g)

@@ -48,7 +48,7 @@ def _check_mmdit(model: ConfigDict) -> None:
     )
     check_choice("config.model.text", model.text, TEXTS)
     require(
-        model.text == "embeddings" or model.text_size % model.num_heads == 0,
+        model.text == "embeddings" or model.text_depth == 0 or model.text_size % model.num_heads == 0,
         f"config.model.text_size = {model.text_size} must be divisible by num_heads = {model.num_heads}.",
     )
     require(model.mlp_ratio == 4, f"config.model.mlp_ratio = {model.mlp_ratio} must be 4 in an mmdit.")

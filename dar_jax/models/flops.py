@@ -29,11 +29,19 @@ def peak_flops(device_kind: str) -> float | None:
 def forward_flops(model: SiT | MMDiT) -> float:
     """FLOPs of the forward pass of a model for one image: its matmuls, two for a multiply-add.
 
-    An aggregator adds its query, the scores and the weighted sum of its sources. A train step counts as three
-    forward passes, whatever it recomputes. Of an MM-DiT the image is of input_size, its text of text_length; the
-    encoder of words is left out.
+    An aggregator adds its query, the scores and the weighted sum of its sources. Of an MM-DiT the image is of
+    input_size, its text of text_length; the encoder of words is left out.
     """
     return _mmdit_flops(model) if isinstance(model, MMDiT) else _sit_flops(model)
+
+
+def step_flops(model: SiT | MMDiT, batch_size: int, *, adapted: bool) -> float:
+    """FLOPs of a train step: those of three forward passes, whatever it recomputes.
+
+    An `adapted` model (lora.py) counts two, because the gradients of frozen weights are the third. That is a little too
+    few: attention has no weights, and the adapters are left out.
+    """
+    return (2 if adapted else 3) * batch_size * forward_flops(model)
 
 
 def _mmdit_flops(model: MMDiT) -> float:

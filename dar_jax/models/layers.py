@@ -10,7 +10,6 @@ import numpy as np
 from jax import Array
 
 from dar_jax.models import numerics
-from dar_jax.models.attention import attention
 from dar_jax.models.numerics import Arithmetic
 
 logical = nn.with_logical_partitioning
@@ -86,7 +85,7 @@ class Dense(nn.Module):
     """A linear map of the last axis, `[..., I]` -> `[..., *features]`, with zero bias.
 
     The kernel `[I, *features]` is initialised as one matrix of prod(features) columns. `axes` are its logical axes; all
-    but the first are those of the bias.
+    but the first are those of the bias. Where its parameters hold a low-rank adapter (lora.py), it is added.
     """
 
     features: tuple[int, ...]
@@ -101,8 +100,14 @@ class Dense(nn.Module):
 
         kernel = self.param("kernel", logical(init, self.axes), (x.shape[-1], *self.features))
         bias = self.param("bias", logical(zeros, self.axes[1:]), self.features)
-        x, kernel, bias = nn.dtypes.promote_dtype(x, kernel, bias, dtype=self.arithmetic.dtype)
-        return self.arithmetic.matmul(x, kernel) + bias
+        dtype, matmul = self.arithmetic.dtype, self.arithmetic.matmul
+        x, kernel, bias = nn.dtypes.promote_dtype(x, kernel, bias, dtype=dtype)
+        y = matmul(x, kernel) + bias
+        if self.has_variable("params", "lora_a"):
+            adapter = (self.get_variable("params", f"lora_{name}") for name in ("a", "b", "scale"))
+            a, b, scale = nn.dtypes.promote_dtype(*adapter, dtype=dtype)
+            y += matmul(scale * matmul(x, a), b)
+        return y
 
 
 class TimestepEmbedder(nn.Module):
@@ -154,7 +159,7 @@ class Attention(nn.Module):
         qkv = Dense((3, size), ("embed", "qkv", "heads"), self.arithmetic, name="qkv")(x)
         qkv = qkv.reshape(b, tokens, 3, self.num_heads, size // self.num_heads)
         q, k, v = (jnp.squeeze(x, 2) for x in jnp.split(qkv, 3, axis=2))
-        out = attention(q, k, v, key_mask)
+        out = self.arithmetic.attention(q, k, v, key_mask)
         return Dense((size,), ("heads", "embed"), self.arithmetic, name="out")(out.reshape(b, tokens, size))
 
 

@@ -13,8 +13,7 @@ import numpy as np
 from jax import Array
 
 from dar_jax.conditions import PADDING, Condition
-from dar_jax.models import layers, numerics
-from dar_jax.models.attention import attention
+from dar_jax.models import layers
 from dar_jax.models.layers import Dense, logical, ones
 from dar_jax.models.numerics import Arithmetic
 from dar_jax.models.sit import Output
@@ -150,7 +149,7 @@ class Block(nn.Module):
     @layers.keep_dense_outputs
     def joint_attention(self, text: Array, image: Array, by, key_mask: Array) -> tuple[Array, Array]:
         parts = zip(self.text.qkv(text, by[0]), self.image.qkv(image, by[1]), strict=True)
-        out = attention(*(jnp.concatenate(part, axis=1) for part in parts), key_mask)
+        out = self.arithmetic.attention(*(jnp.concatenate(part, axis=1) for part in parts), key_mask)
         out = out.reshape(*out.shape[:2], self.hidden_size)
         num_text = text.shape[1]
         return self.text.out(out[:, :num_text]), self.image.out(out[:, num_text:])
@@ -215,7 +214,7 @@ class MMDiT(nn.Module):
     def __call__(self, x_t: Array, t: Array, condition: Condition, *, hidden_at: tuple[int, ...] = ()) -> Output:
         self._check(x_t, condition, hidden_at)
         size, dtype, patch = self.hidden_size, self.dtype, self.patch_size
-        arithmetic = Arithmetic(dtype, numerics.plain_matmul if self.plain else numerics.matmul)
+        arithmetic = Arithmetic.of(dtype, plain=self.plain)
         starts_at_zero = self.layout is not None and self.query.adds_time
         e_t = layers.TimestepEmbedder(size, starts_at_zero, arithmetic, name="timestep")(1000 * (1 - t))
 

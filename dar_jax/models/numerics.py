@@ -8,9 +8,14 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from dar_jax.models.attention import KEPT, attention, by_autodiff
+
 # For `jax.checkpoint`: the backward pass keeps the outputs of dense layers and recomputes all else, that is LayerNorm,
 # modulation, GELU and the attention weights. On a CPU, to write and read these takes longer than to compute them again.
-keep_dense_outputs = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+# Of attention by kernels it keeps the outputs too, so that no kernel runs twice.
+keep_dense_outputs = jax.checkpoint_policies.save_from_both_policies(
+    jax.checkpoint_policies.dots_with_no_batch_dims_saveable, jax.checkpoint_policies.save_only_these_names(KEPT)
+)
 
 
 @jax.custom_vjp
@@ -58,7 +63,14 @@ class Arithmetic(NamedTuple):
     Attributes:
       dtype: of activations and of the kernels that they are multiplied with.
       matmul: `matmul` or `plain_matmul`.
+      attention: `attention.attention` or `attention.by_autodiff`.
     """
 
     dtype: jnp.dtype
     matmul: Callable[[Array, Array], Array] = matmul
+    attention: Callable[..., Array] = attention
+
+    @classmethod
+    def of(cls, dtype: jnp.dtype, *, plain: bool) -> "Arithmetic":
+        """That of a model, which is fast, or has derivatives of all modes if `plain`."""
+        return cls(dtype, plain_matmul, by_autodiff) if plain else cls(dtype)

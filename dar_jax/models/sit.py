@@ -61,7 +61,7 @@ class SiT(nn.Module):
         if not all(0 < k < self.depth for k in hidden_at):
             raise ValueError(f"hidden_at = {hidden_at} must be in 1 to {self.depth - 1}, the depth less one.")
         size, dtype = self.hidden_size, self.dtype
-        arithmetic = numerics.Arithmetic(dtype, numerics.plain_matmul if self.plain else numerics.matmul)
+        arithmetic = numerics.Arithmetic.of(dtype, plain=self.plain)
         starts_at_zero = self.layout is not None and self.query.adds_time
         e_t = layers.TimestepEmbedder(size, starts_at_zero, arithmetic, name="timestep")(t)
         label = layers.LabelEmbedder(self.num_classes, size, dtype, name="label")(condition["label"])

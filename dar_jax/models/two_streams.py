@@ -21,7 +21,7 @@ from jax import Array
 
 from dar_jax.models.fused_streams import NAMES, FusedStep, fused_streams
 from dar_jax.models.layers import constrain, modulated_norm, scan_steps
-from dar_jax.models.plain_stack import source_weights, weighted
+from dar_jax.models.plain_stack import show, source_weights, weighted
 from dar_jax.routing import SUMMARIES, Layout, Query
 
 STREAMS = ("image", "both")
@@ -36,14 +36,16 @@ class Residual:
     def start(self, v_0: Array) -> Array:
         return v_0
 
-    def read(self, state: Array, query: tuple, e_t: Array, sublayer: Array) -> Array:
-        return state
+    def read(self, state: Array, query: tuple, e_t: Array, sublayer: Array) -> tuple[Array, None]:
+        return state, None
 
     def write(self, state: Array, sublayer: Array, output: Array) -> Array:
         return constrain(state + output)
 
-    def read_by_head(self, state: Array, query: Callable[[Array, Array], Array] | None, e_t: Array) -> Array:
-        return state
+    def read_by_head(
+        self, state: Array, query: Callable[[Array, Array], Array] | None, e_t: Array
+    ) -> tuple[Array, None]:
+        return state, None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,8 +73,8 @@ class Routed:
         sources = jnp.zeros((self.layout.num_rows + self.num_recent, *v_0.shape), v_0.dtype)
         return constrain(sources.at[0].set(v_0))
 
-    def read(self, sources: Array, query: dict, e_t: Array, sublayer: Array) -> Array:
-        """What a sublayer (0-based) reads: the aggregate of what was written before, `[B, T, D]`.
+    def read(self, sources: Array, query: dict, e_t: Array, sublayer: Array) -> tuple[Array, Array]:
+        """What a sublayer (0-based) reads: the aggregate of what was written before, `[B, T, D]`, and `by_position`.
 
         `query` are the parameters of its aggregator.
         """
@@ -81,9 +83,14 @@ class Routed:
         newest = jnp.where(position == 0, chunk, rows + position - 1)
         u = self.query(parent=None).apply({"params": query}, e_t, sources[newest])
         place = jnp.arange(len(sources))
-        return weighted(
-            sources, source_weights(u, sources, jnp.where(place < rows, place <= chunk, place - rows < position))
-        )
+        weights = source_weights(u, sources, jnp.where(place < rows, place <= chunk, place - rows < position))
+        positions = jnp.where(place < rows, place * chunk_size, chunk * chunk_size + 1 + place - rows)
+        return weighted(sources, weights), self.by_position(weights, positions)
+
+    def by_position(self, weights: Array, positions: Array) -> Array:
+        """Weights of sources `[K, B, T]` by the sublayer that made them, 0 for v_0: `[2 * depth + 1, B, T]`."""
+        empty = jnp.zeros((2 * self.layout.depth + 1, *weights.shape[1:]), weights.dtype)
+        return empty.at[positions].add(weights)
 
     def write(self, sources: Array, sublayer: Array, output: Array) -> Array:
         """The sources with the output of a sublayer. The summary of an unfinished chunk is there but not read."""
@@ -93,12 +100,17 @@ class Routed:
         sources = sources.at[rows + sublayer % chunk_size].set(output)
         return sources.at[1 + sublayer // chunk_size].set(SUMMARIES[self.layout.summary].of(tuple(sources[rows:])))
 
-    def read_by_head(self, sources: Array, query: Callable[[Array, Array], Array], e_t: Array) -> Array:
-        """What the head reads after all sublayers, `[B, T, D]`."""
-        if self.num_recent:
-            rows = self.layout.num_rows
-            sources = jnp.delete(sources, rows - 1, 0) if self.layout.final_set.sees_outputs else sources[:rows]
-        return weighted(sources, source_weights(query(e_t, sources[-1]), sources, jnp.ones(len(sources), bool)))
+    def read_by_head(self, sources: Array, query: Callable[[Array, Array], Array], e_t: Array) -> tuple[Array, Array]:
+        """What the head reads after all sublayers, `[B, T, D]`, and `by_position`."""
+        rows, chunk_size = self.layout.num_rows, self.layout.chunk_size
+        positions = chunk_size * jnp.arange(rows)
+        if self.num_recent and self.layout.final_set.sees_outputs:
+            sources = jnp.delete(sources, rows - 1, 0)
+            last = 2 * self.layout.depth - chunk_size + 1 + jnp.arange(chunk_size)
+            positions = jnp.concatenate([positions[:-1], last])
+        sources = sources[: len(positions)]
+        weights = source_weights(query(e_t, sources[-1]), sources, jnp.ones(len(sources), bool))
+        return weighted(sources, weights), self.by_position(weights, positions)
 
 
 Kind = Residual | Routed
@@ -122,7 +134,10 @@ def stream_kinds(layout: Layout | None, query: type[Query], streams: str) -> tup
 
 
 class Step(nn.Module):
-    """One block. It keeps what the image stream of block k + 1 reads, for each k of `hidden_at`."""
+    """One block. It keeps what the image stream of block k + 1 reads, for each k of `hidden_at`.
+
+    It shows the image stream as the stacks of plain_stack.py do.
+    """
 
     block: Callable[..., nn.Module]
     kinds: tuple[Kind, Kind]
@@ -133,18 +148,26 @@ class Step(nn.Module):
         states, kept = carry
         for j, (sublayers, modulations) in enumerate(self.block(name="block_0").pairs(e_t, by, key_mask)):
             sublayer = 2 * index + j
-            reads = [
-                kind.read(state, jax.tree.map(lambda p: p[j], query), e_t, sublayer)  # noqa: B023
-                for kind, state, query in zip(self.kinds, states, queries, strict=True)
-            ]
+            reads, weights = zip(
+                *(
+                    kind.read(state, jax.tree.map(lambda p: p[j], query), e_t, sublayer)  # noqa: B023
+                    for kind, state, query in zip(self.kinds, states, queries, strict=True)
+                ),
+                strict=True,
+            )
             if j == 0:
                 kept = tuple(jnp.where(index == k, reads[-1], old) for k, old in zip(self.hidden_at, kept, strict=True))
+            reads = *reads[:-1], show(self, j, reads[-1])
             outputs = sublayers(
                 *(modulated_norm(h, shift, scale) for h, (shift, scale, _) in zip(reads, modulations, strict=True))
             )
+            outputs = [constrain(gate * output) for output, (_, _, gate) in zip(outputs, modulations, strict=True)]
+            self.sow("intermediates", "outputs", outputs[-1])
+            if weights[-1] is not None:
+                self.sow("intermediates", "weights", weights[-1])
             states = tuple(
-                kind.write(state, sublayer, constrain(gate * output))
-                for kind, state, output, (_, _, gate) in zip(self.kinds, states, outputs, modulations, strict=True)
+                kind.write(state, sublayer, output)
+                for kind, state, output in zip(self.kinds, states, outputs, strict=True)
             )
         return (states, kept), None
 
@@ -180,7 +203,11 @@ class Stack(nn.Module):
         states = tuple(kind.start(v) for kind, v in zip(self.kinds, v_0, strict=True))
         kept = tuple(jnp.zeros_like(v_0[-1]) for _ in hidden_at)
         (states, kept), _ = steps((states, kept), jnp.arange(self.depth), queries, e_t, by, key_mask)
-        return self.kinds[-1].read_by_head(states[-1], self._final_query(queries[-1]), e_t), kept
+        h, weights = self.kinds[-1].read_by_head(states[-1], self._final_query(queries[-1]), e_t)
+        self.sow("intermediates", "outputs", v_0[-1])
+        if weights is not None:
+            self.sow("intermediates", "weights", weights)
+        return show(self, 0, h), kept
 
     def _queries(self, stream: str, kind: Kind, v_0: Array, e_t: Array) -> dict | tuple:
         """Parameters of a stream's aggregators, `[depth, 2, ...]`; zeros stand for an aggregator that it lacks."""

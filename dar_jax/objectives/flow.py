@@ -19,11 +19,12 @@ def build(config: ConfigDict, model: nn.Module | None = None, term: HiddenTerm |
     """
     model, kind = model or models.build(config.model), conditions.build(config.model)
     process = diffusion.build(config.diffusion)
-    solve = sampler.build(config.sampler, process)
+    solve = sampler.build(config.sampler, process, config.model.patch_size)
     guide = {
         "scale": config.sampler.cfg_scale,
         "channels": config.sampler.cfg_channels,
         "interval": config.sampler.cfg_interval,
+        "rescaled_patch": config.model.patch_size if config.sampler.cfg_rescale else 0,
     }
 
     def init(key: Array) -> dict:

@@ -11,11 +11,18 @@ def nothing(key: Array) -> Any:
     return ()
 
 
+def all_trained(trained: dict, frozen: Any) -> dict:
+    """The parameters of a model none of whose weights are frozen."""
+    return trained
+
+
 class Objective(NamedTuple):
     """What is minimised, and how its model is sampled. Every entry but `load_frozen` is a pure function.
 
+    What is trained may be a part of the parameters, and the rest be frozen: `assemble` puts both together.
+
     Attributes:
-      init: key -> initial parameters, with their logical axes (linen boxes): a dictionary.
+      init: key -> initial values of what is trained, with their logical axes (linen boxes): a dictionary.
       draw: (key, step, frozen, batch) -> the batch with all that is random in a loss: noises, times, dropped
         conditions; and with what the frozen networks make of it. The samples stay on the leading axis of every array,
         so that the result can be cut into microbatches.
@@ -23,6 +30,8 @@ class Objective(NamedTuple):
       sample: (params, x0 `[B, H, W, C]` N(0, 1), keys `[B]`, condition) -> x1 `[B, H, W, C]` float32.
       helpers: entries of the parameters that only the loss needs. They are trained, but neither averaged nor sampled.
       init_frozen, load_frozen: networks that are not trained, as those of `training.algorithm.Algorithm`.
+      assemble: (what is trained, frozen) -> the parameters that `loss`, `sample` and the model take. It copies no
+        array, so it may be called outside of jit.
     """
 
     init: Callable[[Array], dict]
@@ -32,9 +41,10 @@ class Objective(NamedTuple):
     helpers: tuple[str, ...] = ()
     init_frozen: Callable[[Array], Any] = nothing
     load_frozen: Callable[[Any], Any] | None = None
+    assemble: Callable[[dict, Any], dict] = all_trained
 
     def sampled(self, params: dict) -> dict:
-        """The parameters that `sample` needs."""
+        """The parameters that `sample` needs, of all or of those that are trained."""
         return {name: value for name, value in params.items() if name not in self.helpers}
 
     def init_sampled(self, key: Array) -> dict:

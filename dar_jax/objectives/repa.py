@@ -160,7 +160,7 @@ def build(config: ConfigDict, model: nn.Module) -> HiddenTerm:
     """The term of `config.repa` for `model`, whose grid and width it takes. Reads no file before `load_frozen`."""
     settings, grid = config.repa, model.input_size // model.patch_size
     target = TARGETS[settings.target](config, grid)
-    arithmetic = numerics.Arithmetic(model.dtype, numerics.plain_matmul if model.plain else numerics.matmul)
+    arithmetic = numerics.Arithmetic.of(model.dtype, plain=model.plain)
     projector = PROJECTORS[settings.projector](target.width, grid, arithmetic) if target.features else None
 
     def init(key: Array) -> dict:

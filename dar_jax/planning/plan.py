@@ -15,7 +15,7 @@ from dar_jax import models, sharding
 from dar_jax.config import micro_batch
 from dar_jax.data.feed import abstract_batch
 from dar_jax.errors import UserError
-from dar_jax.models.flops import forward_flops
+from dar_jax.models.flops import step_flops
 from dar_jax.planning.schedule import CHIPS, RESERVED_HBM, count_flops, read_schedule
 from dar_jax.training.setup import build_algorithm, set_up
 
@@ -41,7 +41,7 @@ class Plan:
         cotangents) and "activations", which is all else: also gradients and the program.
       fits: whether the compiler accepts it; on host devices, whether total is at most capacity.
       flops_per_step: matmul FLOPs that are executed, over all devices, recomputation included.
-      model_flops_per_step: three times those of the forward pass: what MFU counts.
+      model_flops_per_step: what MFU counts (`models.flops.step_flops`).
       estimated_step_ms: the compiler's estimate, kernels included, time between chips not.
       estimated_kernel_ms: the part of Pallas kernels, by declared cost.
       traffic_ms: what the bytes of the collectives take at the full bandwidth of a chip's links to its neighbours, a
@@ -164,7 +164,8 @@ def make_plan(config: ConfigDict, topology: str) -> Plan:
     seconds = schedule.cycles / chip.clock + kernel_seconds if chip and compiled else None
     fields = {field.name: _bytes_per_device(getattr(run.state, field.name)) for field in dataclasses.fields(run.state)}
     params, ema = fields.pop("params"), fields.pop("ema")
-    model_flops = 3 * config.train.batch_size * forward_flops(models.build(config.model))
+    model = models.build(config.model)
+    model_flops = step_flops(model, config.train.batch_size, adapted=config.lora.rank > 0)
     collectives = schedule.collectives if schedule else {}
     traffic = sum((2 if kind == "all-reduce" else 1) * entry["bytes"] for kind, entry in collectives.items())
     memory_bytes = {
@@ -189,7 +190,7 @@ def make_plan(config: ConfigDict, topology: str) -> Plan:
         hbm_capacity_bytes=capacity,
         memory_bytes=memory_bytes,
         fits=compiled is not None and total <= capacity,
-        flops_per_step=count_flops(traced.jaxpr.jaxpr),
+        flops_per_step=count_flops(traced.jaxpr.jaxpr, "tpu" if chip else "cpu"),
         model_flops_per_step=model_flops,
         estimated_step_ms=seconds and 1e3 * seconds,
         estimated_kernel_ms=None if kernel_seconds is None else 1e3 * kernel_seconds,
@@ -243,7 +244,10 @@ def _history_bytes(config: ConfigDict, mesh) -> int:
     if layout is None:
         return 0
     samples = micro_batch(config) // sharding.batch_shards(mesh)
-    tokens = (model.input_size // model.patch_size) ** 2 // mesh.shape["tensor"]
+    tokens = (model.input_size // model.patch_size) ** 2
+    if model.family == "mmdit" and model.routing.streams == "both":
+        tokens += model.text_length
+    tokens //= mesh.shape["tensor"]
     return 2 * layout.num_rows * samples * tokens * model.hidden_size * jnp.dtype(model.dtype).itemsize
 
 

@@ -18,7 +18,7 @@ def report(plan: Plan) -> str:
         ("fits", "yes" if plan.fits else "no"),
         (
             "FLOPs per step",
-            f"{plan.flops_per_step:.4g} executed, {plan.model_flops_per_step:.4g} of the model (3x forward)",
+            f"{plan.flops_per_step:.4g} executed, {plan.model_flops_per_step:.4g} of the model",
         ),
     ]
     if plan.estimated_step_ms is not None:

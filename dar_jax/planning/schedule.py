@@ -5,6 +5,8 @@ import math
 import re
 from typing import NamedTuple
 
+from jax.interpreters import partial_eval
+
 from dar_jax.models.flops import PEAK_FLOPS
 
 
@@ -170,12 +172,17 @@ def read_schedule(text: str, chip: Chip) -> Schedule:
     return total
 
 
-def count_flops(jaxpr) -> float:
+def count_flops(jaxpr, platform: str = "tpu") -> float:
     """FLOPs of the matmuls and convolutions of a traced function, over all devices; scans times their length.
 
     Counted before XLA, whose own count takes a loop body once. A kernel counts as declared, a branch as its
-    costliest, a loop of unknown length once.
+    costliest, a loop of unknown length once. Of what a platform chooses, the branch of `platform` counts. What nothing
+    uses is not counted, as XLA does not compute it: gradients of frozen weights, say.
     """
+    return _count_flops(partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars), instantiate=True)[0], platform)
+
+
+def _count_flops(jaxpr, platform: str) -> float:
     total = 0.0
     for eqn in jaxpr.eqns:
         kind, params = eqn.primitive.name, eqn.params
@@ -189,7 +196,7 @@ def count_flops(jaxpr) -> float:
         elif kind == "pallas_call" and params["cost_estimate"] is not None:
             total += params["cost_estimate"].flops
         else:
-            inner = [count_flops(j) for j in _jaxprs(params)]
+            inner = [_count_flops(j, platform) for j in _jaxprs(params)]
             if kind == "scan":
                 total += params["length"] * sum(inner)
             elif kind == "pallas_call":
@@ -197,6 +204,8 @@ def count_flops(jaxpr) -> float:
             elif kind == "shard_map":
                 total += math.prod(params["mesh"].shape[a] for a in params["newly_manual_axes"]) * sum(inner)
             else:
+                if chosen := params.get("branches_platforms"):  # None stands for all other platforms
+                    inner = [next(f for f, of in zip(inner, chosen, strict=True) if of is None or platform in of)]
                 total += max(inner, default=0.0) if kind == "cond" else sum(inner)
     return total
 

@@ -44,6 +44,8 @@ _BLOCK_LAYERS = {  # below stack/steps/block_0 and transformer_blocks.N
     "text/mlp/dense_0": "txt_mlp.net.0.proj",
     "text/mlp/dense_1": "txt_mlp.net.2",
 }
+PATCH_SIZE = 2  # of the published model; the weights tell its square times the channels
+TIME_FEATURES = 256
 _BLOCK = "stack/steps/block_0"
 _OURS = {official: ours for ours, official in _LAYERS.items()}
 _OURS_IN_BLOCK = {official: f"{_BLOCK}/{ours}" for ours, official in _BLOCK_LAYERS.items()}
@@ -90,6 +92,73 @@ def names(depth: int) -> Iterator[str]:
             yield f"{official}.bias"
 
 
+def infer_model(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, int]:
+    """The fields of `config.model` that the published tensors determine, from their shapes by name.
+
+    Returns channels, patch_size, hidden_size, depth, num_heads and text_size. Raises UserError if a tensor is missing,
+    unknown, or of a shape that does not fit the others.
+    """
+
+    def shape(name: str, rank: int) -> tuple[int, ...]:
+        if name not in shapes:
+            raise UserError(f'the weights lack the key "{name}" of Qwen-Image.')
+        if len(shapes[name]) != rank or 0 in shapes[name]:
+            raise UserError(f'"{name}" has shape {tuple(shapes[name])}, which is not of rank {rank}.')
+        return tuple(shapes[name])
+
+    depth = 1 + max([place(name).block or 0 for name in shapes], default=0)
+    size, features = shape("img_in.weight", 2)
+    _, text_size = shape("txt_in.weight", 2)
+    (head,) = shape("transformer_blocks.0.attn.norm_q.weight", 1)
+    if size % head or features % PATCH_SIZE**2:
+        raise UserError(
+            f"the weights have heads of {head}, width {size} and patches of {features} features, unlike Qwen-Image."
+        )
+    wide = {
+        **{"image": (size, features), "text": (size, text_size), "text_norm": (text_size,)},
+        **{"timestep/dense_0": (size, TIME_FEATURES), "timestep/dense_1": (size, size)},
+        **{"head/adaln": (2 * size, size), "head/dense": (features, size)},
+        **{"adaln": (6 * size, size), "q": (size, size), "k": (size, size), "v": (size, size), "out": (size, size)},
+        **{"q_norm": (head,), "k_norm": (head,), "mlp/dense_0": (4 * size, size), "mlp/dense_1": (size, 4 * size)},
+    }
+    for name in names(depth):
+        path, block, _ = place(name)
+        layer = path.rpartition("/")[0].removeprefix(f"{_BLOCK}/")
+        weight = wide[layer if block is None else layer.partition("/")[2]]
+        wanted = weight[:1] if name.endswith(".bias") else weight
+        if shape(name, len(wanted)) != wanted:
+            raise UserError(f'"{name}" has shape {shape(name, len(wanted))}, but the other weights ask for {wanted}.')
+    return {
+        "channels": features // PATCH_SIZE**2,
+        "patch_size": PATCH_SIZE,
+        "hidden_size": size,
+        "depth": depth,
+        "num_heads": size // head,
+        "text_size": text_size,
+    }
+
+
+def tensors_of(leaves: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+    """The shapes of the published tensors by name, in the published order, from those of the leaves by path.
+
+    Raises UserError if the leaves are not those of a residual `MMDiT`.
+    """
+    depth = leaves.get(f"{_BLOCK}/image/adaln/bias", (1,))[0]
+    shapes, unused = {}, set(leaves)
+    for name in names(depth):
+        path, block, transposed = place(name)
+        if path not in leaves:
+            raise UserError(f'the checkpoint lacks "{path}" of a residual MM-DiT, which alone can be exported.')
+        shape = leaves[path] if block is None else leaves[path][1:]
+        shapes[name] = shape[::-1] if transposed else shape
+        unused.discard(path)
+    if unused:
+        raise UserError(
+            f'the checkpoint has "{min(unused)}", which no residual MM-DiT has; that alone can be exported.'
+        )
+    return shapes
+
+
 def params_from_torch(state_dict: Mapping[str, Any]) -> dict:
     """The params tree of the residual `MMDiT`, float32 numpy arrays, from published weights of any size.
 
@@ -128,3 +197,8 @@ def params_to_torch(params: dict) -> dict[str, np.ndarray]:
         return np.ascontiguousarray(leaf.T if transposed else leaf)
 
     return {name: tensor(name) for name in names(depth)}
+
+
+def layers() -> tuple[dict[str, str], dict[str, str], str]:
+    """Published names of layers by ours: outside of the blocks, below a block, and of the list of blocks."""
+    return _LAYERS, _BLOCK_LAYERS, "transformer_blocks"

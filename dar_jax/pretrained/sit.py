@@ -185,3 +185,8 @@ def _structure(state_dict: Mapping[str, Any]) -> dict[str, Any]:
         "mlp_ratio": hidden / size,
         "learn_sigma": learn_sigma,
     }
+
+
+def layers() -> tuple[dict[str, str], dict[str, str], str]:
+    """Official names of linear layers by ours: outside of the blocks, below a block, and of the list of blocks."""
+    return _LAYERS, _BLOCK_LAYERS, "blocks"

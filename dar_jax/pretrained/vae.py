@@ -1,16 +1,18 @@
-"""The autoencoder of Stable Diffusion 1 (AutoencoderKL, f8, 4 channels; Rombach et al. 2022, arXiv:2112.10752).
+"""Autoencoders with their weights, and the one of Stable Diffusion 1.
 
-An image becomes a normal distribution over latents, its moments; a diffusion model learns draws from it times SCALE,
-which makes their variance about one. Layers carry the names of diffusers, `down_blocks.0` as `down_blocks_0`, so that
-the published weights (stabilityai/sd-vae-ft-ema and -mse) are renamed by one rule.
+AutoencoderKL (f8, 4 channels; Rombach et al. 2022, arXiv:2112.10752) is here, and AutoencoderKLQwenImage in `qwen_vae`.
+An image becomes a normal distribution over latents, its moments. A diffusion model learns draws z from it, normalised
+as (z - shift) * scale, which makes their variance about one. Layers carry the names of diffusers, `down_blocks.0` as
+`down_blocks_0`, so that the published weights (stabilityai/sd-vae-ft-ema and -mse) are renamed by one rule.
 
-A converted VAE is a directory: weights/ (orbax, float32) and vae.json with the widths, the scale and a fingerprint of
-the weights, by which latents remember who made them.
+A converted VAE is a directory: weights/ (orbax, float32) and vae.json with the kind (the name of the class), the
+widths, shift and scale, and a fingerprint of the weights, by which latents remember who made them. A vae.json without
+a kind is of an AutoencoderKL, and without a shift the shift is 0.
 """
 
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -24,11 +26,13 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from dar_jax import files, sharding
 from dar_jax.errors import UserError
+from dar_jax.pretrained import qwen_vae
+from dar_jax.pretrained.qwen_vae import AutoencoderKLQwenImage
 from dar_jax.pretrained.state_dict import fingerprint, to_numpy
 
 SCALE = 0.18215
 GROUPS = 32  # of every GroupNorm; leaves no trace in the weights
-CHUNK = 8  # images a device encodes or decodes at a time: 256x256 pixels need about 0.3 GB each
+CHUNK = 8  # images of 256x256 pixels that a device encodes or decodes at a time; each needs about 0.3 GB
 OLD_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}  # of diffusers before 0.15
 
 # Full precision: latents and FID must not depend on an accelerator's default for convolutions.
@@ -184,20 +188,48 @@ class AutoencoderKL(nn.Module):
         return self.decode(self.encode(x)[:, 0])
 
 
-class Vae(NamedTuple):
-    """A VAE with its weights: the params tree of `model`, the scale of its latents, the SHA-256 of the weights."""
+_KINDS = {model.__name__: model for model in (AutoencoderKL, AutoencoderKLQwenImage)}
 
-    model: AutoencoderKL
+
+class Vae(NamedTuple):
+    """A VAE with its weights.
+
+    Attributes:
+      model: the module.
+      params: its params tree, float32.
+      shift, scale: a diffusion model's latents are (z - shift) * scale; numbers, or one for each channel.
+      fingerprint: the SHA-256 of the weights.
+    """
+
+    model: AutoencoderKL | AutoencoderKLQwenImage
     params: dict
-    scale: float
+    shift: float | Sequence[float]
+    scale: float | Sequence[float]
     fingerprint: str
+
+    def normalise(self, z: Array) -> Array:
+        """Draws z `[..., C]` from the moments of `encode` -> what a diffusion model learns."""
+        return (z - jnp.asarray(self.shift, z.dtype)) * jnp.asarray(self.scale, z.dtype)
+
+    def denormalise(self, x: Array) -> Array:
+        """The inverse of `normalise`: what `decode` takes."""
+        return x / jnp.asarray(self.scale, x.dtype) + jnp.asarray(self.shift, x.dtype)
+
+    def describe(self) -> dict[str, Any]:
+        """fingerprint, scale and, unless it is 0, shift, as vae.json and the manifest of prepared data note them."""
+        notes = {"fingerprint": self.fingerprint, "scale": self.scale}
+        return notes | ({} if self.shift == 0 else {"shift": self.shift})
 
 
 def from_torch(state_dict: Mapping[str, Any]) -> Vae:
-    """The VAE of arrays or torch tensors under the names of diffusers, with old or new names of the attention layers.
+    """The VAE of arrays or torch tensors under the names of diffusers; the names tell which.
 
-    Raises UserError if a key is missing, unexpected or of a shape that does not fit the others.
+    The attention layers of AutoencoderKL may have their old or their new names. Raises UserError if a key is missing,
+    unexpected or of a shape that does not fit the others.
     """
+    if qwen_vae.is_qwen(state_dict):
+        model, params = qwen_vae.params_from_torch(state_dict)
+        return Vae(model, params, [*qwen_vae.MEAN], [1 / std for std in qwen_vae.STD], fingerprint(params))
     old = re.compile(rf"(\.attentions\.0)\.({'|'.join(OLD_NAMES)})\.")
     rest = {old.sub(lambda m: f"{m[1]}.{OLD_NAMES[m[2]]}.", key): array for key, array in state_dict.items()}
     model = _infer_model(rest)
@@ -220,7 +252,7 @@ def from_torch(state_dict: Mapping[str, Any]) -> Vae:
     if rest:
         raise UserError(f'the weights have the key "{min(rest)}", which AutoencoderKL has not.')
     params = traverse_util.unflatten_dict(params, sep="/")
-    return Vae(model, params, SCALE, fingerprint(params))
+    return Vae(model, params, 0.0, SCALE, fingerprint(params))
 
 
 def write(path: str, vae: Vae) -> None:
@@ -229,10 +261,10 @@ def write(path: str, vae: Vae) -> None:
     if (directory / "vae.json").exists():
         raise UserError(f'--output = "{path}" holds a VAE; take another.')
     content = {
+        "kind": type(vae.model).__name__,
         "channels": vae.model.channels,
         "latent_channels": vae.model.latent_channels,
-        "scale": vae.scale,
-        "fingerprint": vae.fingerprint,
+        **vae.describe(),
     }
     with files.writing(path, "--output"):
         directory.mkdir(parents=True, exist_ok=True)
@@ -241,13 +273,19 @@ def write(path: str, vae: Vae) -> None:
 
 
 def read_header(path: str, field: str) -> dict[str, Any]:
-    """channels, latent_channels, scale and fingerprint of the directory `path`, without its weights.
+    """kind, channels, latent_channels, shift, scale and fingerprint of the directory `path`, without its weights.
 
-    `field` is the flag or config field of the path, for the UserError if there is no VAE, or vae.json is damaged.
+    `field` is the flag or config field of the path, for the UserError if there is no VAE, or vae.json is damaged or of
+    a kind that this version does not know.
     """
-    form = {"channels": [int], "latent_channels": int, "scale": SCALE, "fingerprint": str}
+    form = {"channels": [int], "latent_channels": int, "fingerprint": str}
+    scaling = {"AutoencoderKL": {"scale": SCALE}, "AutoencoderKLQwenImage": {"shift": [float], "scale": [float]}}
     fix = f"{field} must be a directory that python -m dar_jax.convert --kind=vae has made"
-    return files.read_json(files.path(path) / "vae.json", form, fix)
+    file = files.path(path) / "vae.json"
+    header = {"kind": "AutoencoderKL", "shift": 0.0, **files.read_json(file, form, fix)}
+    if str(header["kind"]) not in scaling:
+        raise UserError(f'"{file}" is of the kind {header["kind"]!r}, which this version does not know; {fix}.')
+    return header | files.read_json(file, scaling[header["kind"]], fix)
 
 
 def read_factor(path: str, field: str) -> int:
@@ -255,8 +293,8 @@ def read_factor(path: str, field: str) -> int:
     return _model(read_header(path, field)).factor
 
 
-def _model(header: dict[str, Any]) -> AutoencoderKL:
-    return AutoencoderKL(tuple(header["channels"]), header["latent_channels"])
+def _model(header: dict[str, Any]) -> AutoencoderKL | AutoencoderKLQwenImage:
+    return _KINDS[header["kind"]](tuple(header["channels"]), header["latent_channels"])
 
 
 def load(path: str, field: str) -> Vae:
@@ -275,43 +313,47 @@ def load(path: str, field: str) -> Vae:
         raise UserError(f'{field} = "{path}": the weights cannot be read ({error}); convert them again.') from error
     if damaged:
         raise UserError(f'{field} = "{path}": the weights are not those of vae.json; convert them again.')
-    return Vae(model, params, header["scale"], header["fingerprint"])
+    return Vae(model, params, header["shift"], header["scale"], header["fingerprint"])
 
 
 def make_encoder(vae: Vae, mesh: Mesh) -> Callable[[Array], Array]:
-    """Returns images [B, H, W, 3] -> moments float32 [B, 2, h, w, C], not scaled, as `AutoencoderKL.encode`.
+    """Returns images [B, H, W, 3] -> moments float32 [B, 2, h, w, C], not normalised, as `AutoencoderKL.encode`.
 
     Images are uint8, or float32 in [-1, 1]. B must be divisible by `sharding.batch_shards`; a device takes CHUNK at a
-    time.
+    time, or fewer if they are larger than 256x256 pixels.
     """
 
-    def encode(model: AutoencoderKL, x: Array) -> Array:
+    def encode(model: nn.Module, x: Array) -> Array:
         return model.encode(x.astype(jnp.float32) / 127.5 - 1 if x.dtype == jnp.uint8 else x)
 
-    return _on_devices(vae, mesh, encode)
+    return _on_devices(vae, mesh, encode, pixels=1)
 
 
 def make_decoder(vae: Vae, mesh: Mesh) -> Callable[[Array], Array]:
-    """Returns scaled latents float32 [B, h, w, C] -> images float32 [B, H, W, 3], about in [-1, 1].
+    """Returns normalised latents float32 [B, h, w, C] -> images float32 [B, H, W, 3], about in [-1, 1].
 
-    B must be divisible by `sharding.batch_shards`; a device takes CHUNK at a time.
+    B must be divisible by `sharding.batch_shards`; a device takes as many at a time as `make_encoder`.
     """
-    return _on_devices(vae, mesh, lambda model, z: model.decode(z / vae.scale))
+    return _on_devices(vae, mesh, lambda model, x: model.decode(vae.denormalise(x)), pixels=vae.model.factor**2)
 
 
-def _on_devices(vae: Vae, mesh: Mesh, method: Callable[[AutoencoderKL, Array], Array]) -> Callable[[Array], Array]:
+def _on_devices(
+    vae: Vae, mesh: Mesh, method: Callable[[nn.Module, Array], Array], pixels: int
+) -> Callable[[Array], Array]:
+    """`pixels` of an image belong to one place of the input."""
     batch, everywhere = sharding.batch_sharding(mesh), NamedSharding(mesh, PartitionSpec())
     params = jax.device_put(vae.params, everywhere)
 
     def local(params, x):
         one = lambda x: vae.model.apply({"params": params}, x[None], method=method)[0]  # noqa: E731
-        return jax.lax.map(one, x, batch_size=min(CHUNK, len(x)))
+        share = 256**2 / (pixels * x.shape[1] * x.shape[2])
+        return jax.lax.map(one, x, batch_size=min(len(x), max(1, int(CHUNK * min(1, share)))))
 
     run = jax.jit(jax.shard_map(local, mesh=mesh, in_specs=(everywhere.spec, batch.spec), out_specs=batch.spec))
     return lambda x: run(params, x)
 
 
-def _abstract(model: AutoencoderKL) -> dict:
+def _abstract(model: nn.Module) -> dict:
     side = model.factor
     return jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, side, side, 3)))["params"]
 

@@ -12,7 +12,7 @@ from dar_jax.routing.aggregate import (
 from dar_jax.routing.kernels.xla import statistics_dtype
 from dar_jax.routing.queries import QUERIES, Query
 from dar_jax.routing.sources import FINALS, SUMMARIES, Layout
-from dar_jax.routing.warm_start import keeps_function, warm_start, warm_start_streams
+from dar_jax.routing.warm_start import keeps_function, uniform, warm_start, warm_start_streams
 
 __all__ = [
     "FINALS",
@@ -29,6 +29,7 @@ __all__ = [
     "state",
     "statistics_dtype",
     "sublayer_input",
+    "uniform",
     "warm_start",
     "warm_start_streams",
 ]

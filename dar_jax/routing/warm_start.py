@@ -71,7 +71,16 @@ def warm_start_streams(params: dict, layout: Layout, query: type[Query], streams
 def _uniform_aggregator(query: type[Query], size: int) -> dict:
     """Parameters of an aggregator whose folded query is zero, but not the gradient of it."""
     fresh = meta.unbox(query().init(jax.random.key(0), jnp.zeros((1, size)), jnp.zeros((1, 1, size))))["params"]
-    return {**fresh, "scale": jnp.zeros(size)} if query.adds_time else fresh
+    return uniform(fresh, query)
+
+
+def uniform(aggregators: dict, query: type[Query]) -> dict:
+    """Fresh parameters of aggregators, a tree of any depth, with g = 0 where q is not zero."""
+
+    def start(path: tuple, leaf):
+        return jnp.zeros_like(leaf) if query.adds_time and path[-1].key == "scale" else leaf
+
+    return jax.tree_util.tree_map_with_path(start, aggregators)
 
 
 def _stack(aggregator: dict, count: int) -> dict:

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 from jax import Array
 
-from dar_jax.objectives.objective import nothing
+from dar_jax.objectives.objective import all_trained, nothing
 
 
 class Algorithm(NamedTuple):
@@ -22,10 +22,12 @@ class Algorithm(NamedTuple):
     Attributes:
       init: key -> the state of step 0, with its logical axes (linen boxes).
       step: (state, frozen, batch) -> (state, metrics). The state is donated.
-      sample: (ema, x0, keys, condition) -> x1, as `objectives.Objective.sample`.
+      sample: (assembled ema, x0, keys, condition) -> x1, as `objectives.Objective.sample`.
       init_frozen: key -> networks that the step uses and does not change, such as a teacher, with their logical axes.
         They are neither donated, saved nor averaged.
       load_frozen: their abstract form, with shardings -> their weights; None if those of `init_frozen` are meant.
+      assemble: (`params` or `ema` of a state, frozen) -> what `sample` and the model take, as
+        `objectives.Objective.assemble`.
     """
 
     init: Callable[[Array], Any]
@@ -33,3 +35,4 @@ class Algorithm(NamedTuple):
     sample: Callable[[Any, Array, Array, dict], Array]
     init_frozen: Callable[[Array], Any] = nothing
     load_frozen: Callable[[Any], Any] | None = None
+    assemble: Callable[[dict, Any], dict] = all_trained

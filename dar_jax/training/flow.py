@@ -18,7 +18,7 @@ class TrainState(flax.struct.PyTreeNode):
 
     Attributes:
       step: optimizer steps taken, int32.
-      params: float32 master weights.
+      params: float32 master weights of what is trained.
       ema: their exponential moving average, the weights that samples come from.
       opt_state: of optax.
     """
@@ -48,7 +48,11 @@ def build(config: ConfigDict, objective: Objective) -> Algorithm:
 
     def step(state: TrainState, frozen: tuple, batch: dict) -> tuple[TrainState, dict]:
         drawn = objective.draw(jax.random.fold_in(jax.random.key(seed), state.step), state.step, frozen, batch)
-        metrics, grads = value_and_grad(objective.loss, state.params, drawn, num_micro)
+
+        def loss(trained: dict, drawn: dict) -> tuple[Array, dict]:
+            return objective.loss(objective.assemble(trained, frozen), drawn)
+
+        metrics, grads = value_and_grad(loss, state.params, drawn, num_micro)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         ema = averaged(state.ema, objective.sampled(params), decay)
@@ -56,4 +60,5 @@ def build(config: ConfigDict, objective: Objective) -> Algorithm:
         metrics |= {f"grad_norm_{name}": optax.global_norm(grads[name]) for name in objective.helpers if name in grads}
         return TrainState(state.step + 1, params, ema, opt_state), metrics
 
-    return Algorithm(init, step, objective.sample, objective.init_frozen, objective.load_frozen)
+    frozen = objective.init_frozen, objective.load_frozen
+    return Algorithm(init, step, objective.sample, *frozen, objective.assemble)

@@ -29,11 +29,11 @@ from dar_jax.data.sources import open_source
 from dar_jax.diagnosis.curves import InlineDiagnosis
 from dar_jax.errors import UserError, require
 from dar_jax.evaluation.in_training import InlineEvaluation, check_evaluation, is_due, is_evaluation, unfinished
+from dar_jax.init_from import check_init_from, pin_base, restore_initial
 from dar_jax.lock import Lock
 from dar_jax.logs import Logs, say
-from dar_jax.models.flops import forward_flops
+from dar_jax.models.flops import step_flops
 from dar_jax.objectives import repa
-from dar_jax.training.init_from import check_init_from, restore_initial
 from dar_jax.training.setup import Setup, build_algorithm, set_up
 
 PROFILE_AFTER = 10  # steps of this process before a profile, so that none of it is compilation
@@ -76,6 +76,7 @@ def train(config: ConfigDict, workdir: str, profile_steps: int = 0) -> None:
             if config.init_from and latest is None:
                 check_init_from(config)
             repa.check_files(config)
+            config = pin_base(config, workdir)
             claim_workdir(workdir, config)
             with closing(Checkpoints(workdir, config.checkpoint.keep)) as checkpoints:
                 run = set_up(config, build_algorithm(config), mesh)
@@ -87,11 +88,12 @@ def train(config: ConfigDict, workdir: str, profile_steps: int = 0) -> None:
                         "--config.train.num_steps to go on"
                     )
                     return
+                frozen = run.load_frozen()
                 hooks = _Hooks.start(config, workdir, mesh, run, first_step, profile_steps, checkpoints)
                 with closing(hooks.logs):
-                    _make_up(evaluations, run, state, hooks)
+                    _make_up(evaluations, run, state, frozen, hooks)
                     if first_step < config.train.num_steps:
-                        _loop(config, run, state, batches, hooks, stop, lock)
+                        _loop(config, run, state, frozen, batches, hooks, stop, lock)
 
 
 def _first_state(config: ConfigDict, workdir: str, mesh: Mesh, run: Setup, checkpoints: Checkpoints) -> Any:
@@ -101,7 +103,7 @@ def _first_state(config: ConfigDict, workdir: str, mesh: Mesh, run: Setup, check
         return state
     state = run.init()
     if config.init_from:
-        ema = restore_initial(config, run.state.ema, mesh)
+        ema = restore_initial(config, state.ema, mesh)
         # A copy, because the step donates the state and no buffer twice.
         state = state.replace(params={**state.params, **jax.tree.map(jnp.copy, ema)}, ema=ema)
     _describe(state.params)
@@ -126,7 +128,7 @@ class _Hooks(NamedTuple):
             evaluation = InlineEvaluation(config, run.algorithm.sample, mesh, workdir, say)
         if config.diagnosis.every_steps:
             diagnosis = InlineDiagnosis(config, model, mesh)
-        flops_per_step = 3 * config.train.batch_size * forward_flops(model)
+        flops_per_step = step_flops(model, config.train.batch_size, adapted=config.lora.rank > 0)
         logs = Logs(workdir, first_step, config.train.num_steps, config.train.batch_size, flops_per_step)
         logs.say_what_is_missing(first_step, config.train.log_every_steps)
         metrics = _Metrics(config, workdir, logs, checkpoints)
@@ -134,7 +136,7 @@ class _Hooks(NamedTuple):
         return cls(workdir, checkpoints, logs, metrics, profile, evaluation, diagnosis)
 
 
-def _make_up(steps: list[int], run: Setup, state: Any, hooks: _Hooks) -> None:
+def _make_up(steps: list[int], run: Setup, state: Any, frozen: Any, hooks: _Hooks) -> None:
     """Evaluates the checkpoints of `steps`, of which the newest may be that of `state`."""
     for step in steps:
         say(f"making up for the evaluation of step {step}, which did not finish")
@@ -146,12 +148,15 @@ def _make_up(steps: list[int], run: Setup, state: Any, hooks: _Hooks) -> None:
         except UserError as error:
             say(f"it cannot be made up for: {error}")
             continue
-        _evaluate(hooks, ema, step, params)
+        assembled = [weights and run.algorithm.assemble(weights, frozen) for weights in (ema, params)]
+        _evaluate(hooks, assembled[0], step, assembled[1])
 
 
-def _loop(config: ConfigDict, run: Setup, state: Any, batches, hooks: _Hooks, stop: "_StopSignal", lock: Lock) -> None:
+def _loop(
+    config: ConfigDict, run: Setup, state: Any, frozen: Any, batches, hooks: _Hooks, stop: "_StopSignal", lock: Lock
+) -> None:
     """Takes the steps that are left, and saves where the run ends or is stopped, as long as `lock` is held."""
-    step, num_steps, frozen = int(state.step), config.train.num_steps, run.load_frozen()
+    step, num_steps, assemble = int(state.step), config.train.num_steps, run.algorithm.assemble
     shapes, most = set(), max_shapes(config)
     while step < num_steps and not stop(step):
         batch = next(batches)
@@ -168,7 +173,7 @@ def _loop(config: ConfigDict, run: Setup, state: Any, batches, hooks: _Hooks, st
         hooks.profile.after(step, hooks.metrics)
         if hooks.diagnosis and step % config.diagnosis.every_steps == 0:
             hooks.metrics.settle()
-            hooks.logs.write(step, hooks.diagnosis.run(state.params))
+            hooks.logs.write(step, hooks.diagnosis.run(assemble(state.params, frozen)))
             hooks.logs.start_window(step)
         evaluate = is_due(config, step)
         if evaluate or step % config.checkpoint.every_steps == 0 or step == num_steps:
@@ -177,7 +182,7 @@ def _loop(config: ConfigDict, run: Setup, state: Any, batches, hooks: _Hooks, st
             hooks.logs.flush()  # first, so that no metrics are missing before a checkpoint
             hooks.checkpoints.save(state, step)
             if evaluate:
-                _evaluate(hooks, state.ema, step, state.params)
+                _evaluate(hooks, assemble(state.ema, frozen), step, assemble(state.params, frozen))
             hooks.logs.start_window(step)
     hooks.metrics.settle()
     hooks.profile.stop()

@@ -1,6 +1,7 @@
 """From a config to what runs: the algorithm, its state on the devices and its compiled step."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -8,6 +9,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from dar_jax import objectives, sharding
+from dar_jax.init_from import load_base
 from dar_jax.training import flow
 from dar_jax.training.algorithm import Algorithm
 from dar_jax.training.update import skipping_failures
@@ -15,7 +17,7 @@ from dar_jax.training.update import skipping_failures
 
 def build_algorithm(config: ConfigDict) -> Algorithm:
     """The algorithm that trains `config`."""
-    return flow.build(config, objectives.build(config))
+    return flow.build(config, objectives.build(config, load_base=partial(load_base, config)))
 
 
 class Setup(NamedTuple):

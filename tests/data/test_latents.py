@@ -84,12 +84,13 @@ def test_without_flip_there_are_no_mirrors(prepared):
     assert not any(mirrors)
 
 
-def test_draw_is_scale_times_mean_plus_std_noise():
+def test_draw_is_mean_plus_std_noise_shifted_and_scaled():
     moments = np.stack([np.full((2, 2, 4), 3.0), np.full((2, 2, 4), 0.5)]).astype(np.float16)
     noise = np.random.default_rng(5).standard_normal((2, 2, 4), np.float32)
-    drawn = draw_latent(moments, 2.0, np.random.default_rng(5))
+    shift, scale = np.float32([1, 0, 0, 0]), np.float32(2)
+    drawn = draw_latent(moments, shift, scale, np.random.default_rng(5))
     assert drawn.dtype == np.float32
-    np.testing.assert_allclose(drawn, 6 + noise, rtol=1e-6)
+    np.testing.assert_allclose(drawn, np.array([4, 6, 6, 6]) + noise, rtol=1e-6)
 
 
 def test_resume_continues_bit_for_bit(prepared):
@@ -188,6 +189,11 @@ def truncate(out):
         (truncate, "shard-00001-of-00004.array_record.* bytes, not the"),
         (lambda out: (out / "shard-00003-of-00004.array_record").unlink(), "shard-00003-of-00004.* is missing"),
         (lambda out: change_manifest(out, vae={"fingerprint": "f00" * 20, "scale": 1.0}), "are of f00f00f00"),
+        (lambda out: change_manifest(out, vae={"fingerprint": "f", "scale": [1.0] * 3}), "are not of 4 channels"),
+        (
+            lambda out: change_manifest(out, vae={"fingerprint": "f", "scale": 1, "shift": "a"}),
+            "manifest.json. cannot be",
+        ),
         (lambda out: change_manifest(out, schema=2), '"schema" is 2, not 1'),
         (lambda out: (out / "manifest.json").write_text("{"), "manifest.json.* cannot be read"),
         (lambda out: (out / "manifest.json").unlink(), "holds no manifest.json; make it with"),

@@ -59,6 +59,28 @@ def test_interval_acts_on_each_sample_by_its_own_time():
     np.testing.assert_allclose(output[::2], cond[::2], rtol=1e-5, atol=1e-5)
 
 
+def test_rescaled_tokens_have_the_norms_of_the_conditional_ones():
+    """Qwen-Image: norms over the last axis of packed tokens, as its pipeline computes them."""
+    rng = np.random.default_rng(1)
+    outputs = rng.normal(size=(2, 2, 6, 4, 3))  # sample; conditional and null; 3 x 2 tokens of 2 x 2 x 3
+    x, t, scale = jnp.zeros((2, 6, 4, 3)), jnp.array([0.2, 0.7]), 4.0
+
+    def network(x, t, condition):
+        return jnp.asarray(outputs.reshape(4, 6, 4, 3), jnp.float32)
+
+    def packed(x):
+        x = x.reshape(2, 3, 2, 2, 2, 3).transpose(0, 1, 3, 5, 2, 4)
+        return x.reshape(2, 6, 12)
+
+    v_pos, v_neg = packed(outputs[:, 0]), packed(outputs[:, 1])
+    combined = v_neg + scale * (v_pos - v_neg)
+    norms = [np.linalg.norm(v, axis=-1, keepdims=True) for v in (v_pos, combined)]
+    found = guide(np.zeros(2, np.int32), network, scale=scale, rescaled_patch=2)(x, t)
+    np.testing.assert_allclose(packed(np.asarray(found)), combined * norms[0] / norms[1], rtol=1e-5, atol=1e-6)
+    at_rest = guide(np.zeros(2, np.int32), lambda x, t, condition: jnp.zeros_like(x), scale=scale, rescaled_patch=2)
+    np.testing.assert_array_equal(at_rest(x, t), 0)
+
+
 def test_scale_may_be_traced_and_one_is_the_conditional_output():
     x, t, y = inputs()
     run = jax.jit(lambda scale: guide(y, scale=scale)(x, t))

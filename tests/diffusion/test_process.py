@@ -135,6 +135,19 @@ def test_logit_normal_time(interpolant, end):
     assert stats.kstest(logit, stats.norm(-0.8, 0.6).cdf).pvalue > 1e-3
 
 
+@pytest.mark.parametrize("shift", [3.0, 0.5])
+def test_shifted_time(shift):
+    """Its distribution: t <= x where the uniform u has shift u / (1 + (shift - 1) u) >= 1 - x."""
+    t, _ = build(time="shifted", time_shift=shift).draw(jax.random.key(2), jnp.zeros((20000, 1, 1, 1)))
+    assert t.min() >= 0 and t.max() <= 1
+
+    def distribution(x):
+        return 1 - (1 - x) / (shift - (shift - 1) * (1 - x))
+
+    assert stats.kstest(np.asarray(t, np.float64), distribution).pvalue > 1e-3
+    assert np.mean(t < 0.5) == pytest.approx(shift / (1 + shift), abs=0.015)
+
+
 @pytest.mark.parametrize(
     "fields, message",
     [

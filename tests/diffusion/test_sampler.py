@@ -14,6 +14,7 @@ from dar_jax.conditions import Labels
 from dar_jax.config import default
 from dar_jax.diffusion.guidance import guided
 from dar_jax.diffusion.sampler import METHODS, build, dopri5, num_evaluations
+from dar_jax.diffusion.schedule import shift_of
 from dar_jax.errors import UserError
 
 INTERPOLANTS, PREDICTIONS = ("linear", "gvp", "vp"), ("velocity", "score", "noise", "x")
@@ -29,7 +30,7 @@ def configs(**fields):
 
 def sample(predict, x0, keys, **fields):
     sampler, process = configs(**fields)
-    return build(sampler, diffusion.build(process))(predict, x0, keys)
+    return build(sampler, diffusion.build(process), patch_size=2)(predict, x0, keys)
 
 
 def coefficients(interpolant, t, xp=np):
@@ -188,6 +189,53 @@ def test_dopri5_failure_is_nan_for_that_sample_alone():
 def test_dopri5_of_a_network_that_is_still_zero():
     x0, keys = noise_and_keys(2)
     np.testing.assert_array_equal(sample(lambda x, t: jnp.zeros_like(x), x0, keys, method="dopri5"), x0)
+
+
+def qwen_grid(num_steps, mu, terminal):
+    """As diffusers' FlowMatchEulerDiscreteScheduler sets sigmas from those of its pipeline, in float64."""
+    sigmas = np.linspace(1.0, 1 / num_steps, num_steps)
+    sigmas = np.exp(mu) / (np.exp(mu) + (1 / sigmas - 1))
+    if terminal:
+        one_minus = 1 - sigmas
+        sigmas = 1 - one_minus / (one_minus[-1] / (1 - terminal))
+    return np.append(sigmas, 0.0)
+
+
+SHIFTED = [  # fields, and known values of s = 1 - t at the ends of steps for 4096 tokens, by their places
+    ({"num_steps": 4}, {0: 1, 1: 0.857192, 2: 0.666756, 3: 0.400096, 4: 0}),
+    ({"num_steps": 4, "terminal_s": 0.02}, {0: 1, 1: 0.766709, 2: 0.455614, 3: 0.02, 4: 0}),
+    ({"num_steps": 4, "shift": 3.0}, {0: 1, 1: 0.9, 2: 0.75, 3: 0.5, 4: 0}),
+    ({"num_steps": 50, "terminal_s": 0.02}, {0: 1, 1: 0.989701, 2: 0.979192, 48: 0.058476, 49: 0.02, 50: 0}),
+]
+
+
+@pytest.mark.parametrize("method", ["euler", "heun"])
+@pytest.mark.parametrize("fields, known", SHIFTED, ids=str)
+def test_shifted_steps_are_those_of_qwen_image(fields, known, method):
+    """Of 128 x 128 latents, 4096 tokens: the times of all network calls, and the lengths of all steps."""
+    calls = []
+
+    def clock(x, t):
+        jax.debug.callback(calls.append, t[0], ordered=True)
+        return jnp.broadcast_to(t.reshape(-1, 1, 1, 1), x.shape)
+
+    x0, keys = jnp.zeros((1, 128, 128, 1)), noise_and_keys(1)[1]
+    x = jax.jit(lambda x0: sample(clock, x0, keys, method=method, schedule="shifted", **fields))(x0)
+    jax.effects_barrier()
+    mu = np.log(fields["shift"]) if "shift" in fields else 0.693548
+    s = qwen_grid(fields["num_steps"], mu, fields.get("terminal_s"))
+    np.testing.assert_allclose([s[place] for place in known], list(known.values()), atol=1e-6)
+    starts, ends = s[:-1], s[1:]
+    np.testing.assert_allclose(calls if method == "euler" else calls[::2], 1 - starts, atol=1e-6)
+    if method == "heun":
+        np.testing.assert_allclose(calls[1::2], 1 - ends, atol=1e-6)
+    slopes = 1 - starts if method == "euler" else 1 - (starts + ends) / 2
+    np.testing.assert_allclose(x, np.sum((starts - ends) * slopes), atol=1e-6)
+
+
+def test_shift_by_the_number_of_tokens():
+    for num_tokens, mu in ((256, 0.5), (4096, 0.693548), (6889, 0.834325), (8192, 0.9)):
+        assert abs(np.log(shift_of(num_tokens)) - mu) < 1e-6
 
 
 # SDE
@@ -360,6 +408,10 @@ def test_bfloat16_network():
         ({"cfg_interval": (0.8, 0.2)}, r"cfg_interval = \(0.8, 0.2\)"),
         ({"cfg_interval": (0.2, float("nan"))}, "cfg_interval"),
         ({"cfg_interval": (0.5,)}, "cfg_interval"),
+        ({"schedule": "shiftd"}, 'config.sampler.schedule = "shiftd".*"shifted"'),
+        ({"schedule": "shifted", "method": "sde_euler"}, 'euler and heun, not "sde_euler"'),
+        ({"schedule": "shifted", "method": "dopri5"}, 'euler and heun, not "dopri5"'),
+        ({"schedule": "shifted", "num_steps": 1, "terminal_s": 0.02}, "num_steps = 1 must be at least 2"),
     ],
 )
 def test_what_cannot_work_is_a_user_error_of_one_line(fields, message):

@@ -8,6 +8,7 @@ from dar_jax import sharding
 from dar_jax.checkpoint import load_config, restore_ema, saved_steps
 from dar_jax.errors import UserError
 from dar_jax.evaluation.sampling import sample_to_file
+from dar_jax.init_from import check_init_from
 from dar_jax.logs import read_metrics
 from dar_jax.training.loop import train
 from dar_jax.training.setup import build_algorithm, set_up
@@ -90,6 +91,15 @@ def test_embeddings_from_a_folder_to_samples(tmp_path, capsys):
     assert (tmp_path / "run" / "samples" / "00000004.png").exists()
     stored = load_config(workdir)
     assert stored.model.text_encoder == "f" * 64
+
+    # Weights do not hang on the length of texts or the size of images, but on what encoded the texts.
+    following = load_config(workdir)
+    following.init_from = workdir
+    following.model.update(text_length=48, input_size=16)
+    check_init_from(following)
+    following.model.text_encoder = "0" * 64
+    with pytest.raises(UserError, match=r"is of config\.model\.text_encoder = \W?ffff"):
+        check_init_from(following)
 
     def draw(prompts, name):
         sample_to_file(stored, workdir, None, prompts, 1, str(tmp_path / name))

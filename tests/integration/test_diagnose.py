@@ -85,7 +85,7 @@ def assert_alike(a, b, path=""):
         for key in a:
             assert_alike(a[key], b[key], f"{path}/{key}")
     elif isinstance(a, list):
-        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5 * np.abs(b).max(), err_msg=path)
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5 * np.abs(b).max(initial=0), err_msg=path)
     elif isinstance(a, float):
         assert a == pytest.approx(b, rel=1e-5), path
     else:

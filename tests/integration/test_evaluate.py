@@ -13,10 +13,19 @@ from PIL import Image
 
 from dar_jax import sharding
 from dar_jax.checkpoint import write_weights
+from dar_jax.data.pipeline import load_images
 from dar_jax.errors import UserError
 from dar_jax.evaluation import scoring
 from dar_jax.evaluation.features import convnet_features
-from dar_jax.evaluation.scoring import evaluate_file, evaluate_run, table, write_reference
+from dar_jax.evaluation.scoring import (
+    detail_of_file,
+    detail_of_run,
+    evaluate_file,
+    evaluate_run,
+    table,
+    write_reference,
+)
+from dar_jax.evaluation.statistics import Statistics, frechet_distance
 from dar_jax.pretrained import inception
 from tests.evaluation.test_metrics import network
 from tests.parity.torch_inception import random_inception
@@ -238,6 +247,89 @@ def test_runs_that_cannot_be_scored(workdir, weights, tmp_path):
     assert not (tmp_path / "s.npz").exists()
 
 
+def test_detail_of_a_run_is_that_of_its_samples(workdir, drawn, tmp_path, monkeypatch):
+    """Also when it is stopped and goes on. Without a reference real images are the held-out ones of the run's data."""
+    config, samples, reference = make_config(), str(tmp_path / "samples.npz"), str(tmp_path / "ref.npz")
+    per_image, calls = scoring.detail.per_image, []
+
+    def stop_at_the_last(images):
+        calls.append(len(images))
+        if calls.count(8) == 3:
+            raise KeyboardInterrupt
+        return per_image(images)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(scoring.detail, "per_image", stop_at_the_last)
+        detail_of_run(config, workdir, None, {}, samples)
+    drawn.clear()
+    real, run = detail_of_run(config, workdir, None, {}, samples)
+    assert drawn == list(range(16, 24))
+    images, _ = load_images(config.data, config.data.eval_split, channels=1)
+    np.savez(reference, images)
+    real_of_file, teacher, file = detail_of_file(samples, reference, {"teacher": samples}, "", 50_000)
+    assert [x["name"] for x in (real, run, teacher)] == ["reference", "samples", "teacher"]
+    assert real["scores"] == pytest.approx(real_of_file["scores"], rel=1e-9)
+    assert run["scores"] == pytest.approx(teacher["scores"], rel=1e-9)
+    assert set(file["scores"]) - set(run["scores"]) == {"lsd_low_teacher", "lsd_mid_teacher", "lsd_high_teacher"}
+    assert file["scores"]["lsd_high"] > 0 == file["scores"]["lsd_high_teacher"]
+    assert set(run["not_available"]) == {"grid_8", "grid_16", "patch_fid"}
+    assert run["settings"]["weights_sha256"] and file["settings"]["num_samples"] == 24
+    json.dumps([real, run, file])
+
+
+def test_other_labels_are_told(workdir, tmp_path, capsys):
+    """Then image i of the two sets has nothing in common; without labels in a file nothing is said."""
+    images = np.random.default_rng(0).integers(0, 256, (24, 8, 8, 1)).astype(np.uint8)
+    labels = np.arange(24) % 10
+    np.savez(tmp_path / "same.npz", images, labels)
+    np.savez(tmp_path / "none.npz", images)
+    np.savez(tmp_path / "other.npz", images, labels[::-1])
+    same, none, other = (str(tmp_path / f"{name}.npz") for name in ("same", "none", "other"))
+    detail_of_run(make_config(), workdir, None, {"teacher": same, "none": none}, None)
+    detail_of_file(same, none, {"teacher": same, "none": none}, "", 24)
+    assert "warning" not in capsys.readouterr().out
+    detail_of_run(make_config(), workdir, None, {"teacher": other}, None)
+    assert f'warning: --teacher_samples = "{other}" has other labels' in capsys.readouterr().out
+    detail_of_file(same, none, {"student": other}, "", 24)
+    assert f'warning: --beside = "{other}" has other labels' in capsys.readouterr().out
+
+
+def test_patch_fid_is_of_the_centres(weights, tmp_path, monkeypatch):
+    """Of images above 299 px, grey here, with a network of 24 features; without weights it is not available."""
+    features = network("inception")
+    monkeypatch.setattr(scoring, "inception_features", lambda *_: features)
+    rng = np.random.default_rng(0)
+    a, b = (rng.integers(0, high, (30, 303, 308, 1)).astype(np.uint8) for high in (256, 200))
+    for name, images in (("a", a), ("b", b)):
+        np.savez(tmp_path / f"{name}.npz", images)
+    paths = str(tmp_path / "a.npz"), str(tmp_path / "b.npz")
+    real, samples = detail_of_file(*paths, {}, weights, 50_000)
+    pools = [np.asarray(features.extract(x[:, 2:301, 4:303])["pool"]) for x in (b, a)]
+    expected = frechet_distance(*(Statistics(30, x.mean(0), np.cov(x.T)) for x in np.float64(pools)))
+    assert samples["scores"]["patch_fid"] == pytest.approx(expected, rel=1e-4) and expected > 0
+    assert "patch_fid" not in samples["intervals"] and real["not_available"] == {}
+    assert len(samples["settings"]["inception_sha256"]) == 64
+    real, samples = detail_of_file(*paths, {}, "", 10)
+    assert samples["not_available"] == {"patch_fid": "it needs --inception"} and "patch_fid" not in samples["scores"]
+
+
+def test_detail_that_cannot_be_measured(workdir, tmp_path):
+    np.savez(tmp_path / "large.npz", np.zeros((24, 16, 16, 3), np.uint8))
+    np.savez(tmp_path / "few.npz", np.zeros((5, 8, 8, 1), np.uint8))
+    large, few = str(tmp_path / "large.npz"), str(tmp_path / "few.npz")
+    for others, message in (
+        ({"teacher": large}, r'--teacher_samples = ".*large.npz" has images of 16 x 16, but .* of 8 x 8'),
+        ({"routed": few}, r'--beside = ".*few.npz" has 5 images, but .* 24 samples; give --num_samples=5'),
+        ({"routed": "none.npz"}, '--beside = "none.npz" is no file'),
+    ):
+        with pytest.raises(UserError, match=message):
+            detail_of_run(make_config(), workdir, None, others, None)
+    config = make_config()
+    config.model.update(channels=4, space="latents")
+    with pytest.raises(UserError, match="give --vae and --reference"):
+        detail_of_run(config, workdir, None, {}, None)
+
+
 def test_nan_samples_are_told(workdir, convnet, monkeypatch):
     restore = scoring.restore
 
@@ -284,6 +376,11 @@ def test_the_door_scores_files(weights, tmp_path):
         (["--workdir=configs", "--json=/proc/nowhere/x.json"], "cannot be written"),
         (["--workdir=configs", "--json=configs"], "is no file"),
         (["--workdir=configs", "--num_samples=1"], "num_samples=1"),
+        (["--workdir=configs", "--figure=x.png"], "--figure needs --detail"),
+        (["--workdir=configs", "--detail", "--cfg_sweep=1,2"], "leave out --cfg_sweep"),
+        (["--workdir=configs", "--detail", "--figure=x.jpg"], '--figure = "x.jpg" must end in .png'),
+        (["--samples=a.npz", "--detail", "--beside=b.npz"], '"b.npz" must be NAME=PATH.npz'),
+        (["--samples=a.npz", "--detail", "--beside=x=b.npz,x=c.npz"], '"x=c.npz" must be NAME=PATH.npz'),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from dar_jax import planning, sharding
+from dar_jax.checkpoint import load_config
 from dar_jax.data.feed import open_batches
 from dar_jax.errors import UserError
 from dar_jax.evaluation.sampling import sample_to_file
@@ -81,6 +82,13 @@ def test_a_run_is_resumed_exactly_and_sampled(places, capsys):
         plain = make_config(places, init_from=str(places / "whole"), **{"repa.target": "none"})
         plain.train.num_steps = 1
         loop.train(plain, str(places / "plain"))
+        adapted = make_config(places, init_from=str(places / "whole"), **{"lora.rank": 2})
+        adapted.train.num_steps = 2
+        loop.train(adapted, str(places / "adapted"))  # the encoder and the base are frozen side by side
+        assert len(losses("adapted")) == 2 and losses("adapted")[0][2] > 0
+        sample_to_file(
+            load_config(str(places / "adapted")), str(places / "adapted"), None, ["0"], 1, str(places / "a.png")
+        )
         with pytest.raises(UserError, match=r"holds a run with config\.repa\.projector = conv, not mlp"):
             loop.train(make_config(places, **{"repa.projector": "mlp"}), str(places / "whole"))
 

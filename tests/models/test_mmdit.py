@@ -12,6 +12,7 @@ from diffusers import QwenImageTransformer2DModel
 
 from dar_jax import config as config_lib
 from dar_jax import sharding
+from dar_jax.diagnosis.forward import forward
 from dar_jax.errors import UserError
 from dar_jax.models import attention, layers
 from dar_jax.models.mmdit import SIZES, MMDiT, pack, unpack
@@ -390,3 +391,29 @@ def test_long_sequences_take_blocks(monkeypatch):
 def test_packing_has_an_inverse():
     x = np.arange(2 * 4 * 6 * 3).reshape(2, 4, 6, 3)
     np.testing.assert_array_equal(unpack(pack(x, 2), 2, (2, 3)), x)
+
+
+@pytest.mark.parametrize("layout", [None, Layout(2, 1, "sum", "shared"), Layout(2, 2, "last", "dedicated")], ids=str)
+def test_the_diagnosis_sees_the_image_stream(layout):
+    """What readers read is what sources and weights make; a tap moves the prediction as its reader would."""
+    model = model_of(2, layout, "static_t", "both")
+    x_t, t, condition = single(inputs_of((2, 3)))
+    params = nn.meta.unbox(jax.jit(model.init)(jax.random.key(0), x_t, t, condition)["params"])
+    rng = np.random.default_rng(0)
+    params = jax.tree.map(lambda p: p + jnp.asarray(0.1 * rng.normal(size=p.shape), p.dtype), params)
+    prediction, reads = forward(model, params, x_t, t, condition)
+    whole = model.apply({"params": params}, x_t, t, condition, hidden_at=(1,))
+    np.testing.assert_allclose(prediction, whole.prediction, atol=2e-5)
+    np.testing.assert_allclose(reads.states[2], whole.hidden[0], atol=2e-5)
+    if layout is None:
+        np.testing.assert_allclose(reads.states, np.cumsum(reads.outputs, axis=0), atol=1e-5)
+        assert reads.weights is None
+    else:
+        np.testing.assert_allclose(reads.weights.sum(axis=1), 1, atol=1e-5)
+        made = np.einsum("lkbt,kbtd->lbtd", reads.weights, reads.outputs)
+        is_made = [0, 1, 2, 3, 4] if layout.summary == "last" or layout.chunk_size == 1 else []
+        np.testing.assert_allclose(made[is_made], reads.states[jnp.array(is_made)], atol=2e-5)
+    taps = jnp.zeros_like(reads.states).at[-1].set(1.0)  # a constant, which the head's norm takes away
+    np.testing.assert_allclose(forward(model, params, x_t, t, condition, taps)[0], prediction, atol=2e-5)
+    moved = forward(model, params, x_t, t, condition, taps.at[1, ..., 0].set(1.0))[0]
+    assert np.abs(moved - prediction).max() > 1e-4

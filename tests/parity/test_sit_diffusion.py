@@ -139,7 +139,7 @@ def test_samplers_equal_the_formulae(interpolant, prediction, sde_choices, monke
         config.diffusion.update(interpolant=interpolant, prediction=prediction)
         config.sampler.update(method=method, num_steps=NUM_STEPS, diffusion_form=form, diffusion_norm=NORM)
         config.sampler.update(last_step=last, last_step_size=LAST_STEP_SIZE)
-        sample = build(config.sampler, diffusion.build(config.diffusion))
+        sample = build(config.sampler, diffusion.build(config.diffusion), patch_size=2)
         output = sample(lambda x, t: network(x, t.reshape(-1, 1, 1, 1), jnp), x0, keys)
         expected = reference_sample(x0.astype(np.float64), noise, interpolant, prediction, method, form, last)
         assert np.isfinite(expected).all()

@@ -15,9 +15,9 @@ from dar_jax.checkpoint import restore_ema
 from dar_jax.data.pipeline import train_iterator
 from dar_jax.errors import UserError
 from dar_jax.evaluation.sampling import make_sampler
+from dar_jax.init_from import check_init_from, restore_initial
 from dar_jax.routing import QUERIES, Layout
 from dar_jax.routing.warm_start import keeps_function, warm_start
-from dar_jax.training.init_from import check_init_from, restore_initial
 from dar_jax.training.loop import train
 from tests.training.tiny import abstract as tiny_abstract
 
