@@ -1,4 +1,4 @@
-"""Packaging of dar_jax: `pip install -e .`, with extras `test`, `tpu`, `gpu`, `gcs`, `emoji` and `plan`."""
+"""Packaging of dar_jax: `pip install -e .`, with extras `test`, `tpu`, `gpu`, `gcs`, `emoji`, `t2i` and `plan`."""
 
 from setuptools import find_packages, setup
 
@@ -52,6 +52,7 @@ setup(
         "tpu": ["jax[tpu]"],
         "gcs": ["etils[epath]", "gcsfs"],
         "emoji": ["emoji"],
+        "t2i": ["torch", "transformers"],
         "gpu": ["jax[cuda13]"],
         "plan": ["libtpu"],
     },

@@ -46,7 +46,7 @@ FOLDERS = ("checkpoints", "samples", "profile", "evaluation")
 
 # What a run keeps for life: its function, its randomness, and what makes a batch of a step.
 FIXED = (
-    *("model", "diffusion", "seed", "data.source", "data.name", "data.train_split", "train.batch_size"),
+    *("model", "diffusion", "seed", "data.source", "data.name", "data.train_split", "data.buckets", "train.batch_size"),
     *(
         f"repa.{name}"
         for name in ("target", "block", "later_block", "projector", "standardize", "mean_share", "encoder")

@@ -1,6 +1,7 @@
-"""What a model is conditioned on besides the time: a class label, or the words of a caption.
+"""What a model is conditioned on besides the time: a class label, the words of a caption, or its embeddings.
 
-A condition is a tree of arrays with the samples on their leading axis, {"label": int32 [B]} or {"words": int32 [B, L]}.
+A condition is a tree of arrays with the samples on their leading axis: {"label": int32 [B]}, {"words": int32 [B, L]},
+or {"text": float32 [B, L, E], "mask": bool [B, L], "empty": float32 [B, M, E]}.
 A kind of condition knows how to make one of an example of the data, its null value, which guidance compares with, its
 dropout in training, and what a command line means. Everything else passes a condition on unread, from the batch to the
 embedder of the model.
@@ -106,6 +107,12 @@ def split_words(caption: str) -> list[str]:
     return _WORD.findall(caption.lower())
 
 
+def require_prompts(prompts: Sequence[str] | None) -> None:
+    """Raises UserError if there are none on the command line."""
+    if not prompts:
+        raise UserError('--prompts is missing; give captions, as in --prompts="red heart;tiger face".')
+
+
 class Words(NamedTuple):
     """Captions as numbers of known words, {"words": int32 [B, length]}; zeros follow the last word.
 
@@ -143,9 +150,9 @@ class Words(NamedTuple):
         if captions is None:
             raise UserError(
                 "config.model.text = words, but the examples of config.data.source have labels and no captions; take "
-                "emoji or captions, or set config.model.family = sit."
+                "emoji, captions or captioned tfds, or set config.model.family = sit."
             )
-        longest = max(captions, key=lambda caption: len(split_words(caption)))
+        longest = max(dict.fromkeys(captions), key=lambda caption: len(split_words(caption)))
         if (count := len(split_words(longest))) > self.length:
             raise UserError(
                 f'config.model.text_length = {self.length}, but the caption "{longest}" has {count} words; set it to '
@@ -162,8 +169,7 @@ class Words(NamedTuple):
 
         Raises UserError if there is none, one is too long, or has an unknown word.
         """
-        if not names:
-            raise UserError('--prompts is missing; give captions, as in --prompts="red heart;tiger face".')
+        require_prompts(names)
         known, rows = _numbers(self.vocabulary), []
         for name in names:
             words = split_words(name)
@@ -188,13 +194,94 @@ def _numbers(vocabulary: tuple[str, ...]) -> dict[str, int]:
     return {word: number for number, word in enumerate(vocabulary, start=EMPTY + 1)}
 
 
-Kind = Labels | Words
+EMPTY_TOKENS = 6  # of the empty prompt " " in the template of Qwen-Image: itself, and the five that follow a prompt
+
+
+class Embeddings(NamedTuple):
+    """Captions as the hidden states that a frozen encoder made of them.
+
+    A condition is {"text": float32 [B, L, size], "mask": bool [B, L], "empty": float32 [B, M, size]}. The mask says
+    which tokens are no padding, which is zeros on the right. L is one of `lengths`. "empty" is the embedding of the
+    empty prompt, the null, all M tokens of it: it comes with the data, as the texts do, so that nothing else has to be
+    read.
+
+    Attributes:
+      size: of the hidden states of a token.
+      length: tokens of a text, at most.
+      dropout: probability of training on the empty prompt.
+    """
+
+    size: int
+    length: int
+    dropout: float = 0.0
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """The few numbers of tokens, ascending, to which the texts of a batch are padded: for each a step compiles."""
+        return tuple(sorted({self.length // part for part in (8, 4, 2, 1)} - {0}))
+
+    def padded_length(self, longest: int) -> int:
+        """The smallest of `lengths` that holds `longest` tokens; the largest if none does."""
+        return next((length for length in self.lengths if longest <= length), self.length)
+
+    def abstract(self, batch_size: int) -> Condition:
+        """Shapes and dtypes of the conditions of a batch with a text of `length` tokens."""
+        shapes = {"text": self.length, "empty": min(EMPTY_TOKENS, self.length)}
+        found = {name: jax.ShapeDtypeStruct((batch_size, n, self.size), jnp.float32) for name, n in shapes.items()}
+        return {**found, "mask": jax.ShapeDtypeStruct((batch_size, self.length), jnp.bool)}
+
+    def null(self, condition: Condition) -> Condition:
+        """The empty prompt for as many samples as `condition` has, padded as its texts are."""
+        empty, length = condition["empty"], condition["text"].shape[1]
+        text = jnp.pad(empty, ((0, 0), (0, length - empty.shape[1]), (0, 0)))
+        mask = jnp.broadcast_to(jnp.arange(length) < empty.shape[1], condition["mask"].shape)
+        return {"text": text, "mask": mask, "empty": empty}
+
+    def drop(self, key: Array, condition: Condition) -> Condition:
+        """Replaces each sample's text by the empty prompt with probability `dropout`."""
+        if not self.dropout:
+            return condition
+        is_dropped = jax.random.bernoulli(key, self.dropout, (len(condition["mask"]), 1))
+        null = self.null(condition)
+        text = jnp.where(is_dropped[..., None], null["text"], condition["text"])
+        return {**condition, "text": text, "mask": jnp.where(is_dropped, null["mask"], condition["mask"])}
+
+    def check_data(self, source: Any) -> None:
+        """Raises UserError if the data (`data.sources.Source`) have no embeddings, or others than the model reads."""
+        texts = getattr(source, "texts", None)
+        if texts is None:
+            raise UserError(
+                "config.model.text = embeddings, but the examples of config.data.source have none; prepare them with "
+                "python -m dar_jax.prepare --text_encoder=DIR and set config.data.source = latents."
+            )
+        if texts.size not in (None, self.size):
+            raise UserError(
+                f"config.model.text_size = {self.size}, but the embeddings of the data have {texts.size} features; set "
+                f"it to {texts.size}."
+            )
+        if (longest := texts.longest()) > self.length:
+            raise UserError(
+                f"config.model.text_length = {self.length}, but the longest text of the data has {longest} tokens; set "
+                f"it to {longest}."
+            )
+
+    def encode(self, example: dict[str, Any]) -> Condition:
+        """The condition of one example, {"text": [n, size], "empty": [M, size], "length": L >= n and M}, as above."""
+        text, empty, length = example["text"], example["empty"], example["length"]
+        padded = np.zeros((length, self.size), np.float32)
+        padded[: len(text)] = text
+        return {"text": padded, "mask": np.arange(length) < len(text), "empty": empty.astype(np.float32)}
+
+
+Kind = Labels | Words | Embeddings
 
 
 def build(model: ConfigDict) -> Kind:
     """The kind of condition that the model of `config.model` takes."""
     if model.family == "sit":
         return Labels(model.num_classes, model.label_dropout)
+    if model.text == "embeddings":
+        return Embeddings(model.text_size, model.text_length, model.label_dropout)
     return Words(tuple(model.words), model.text_length, model.label_dropout)
 
 

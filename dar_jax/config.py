@@ -55,14 +55,20 @@ def schema() -> ConfigDict:
     config.init_from = ""  # workdir whose EMA weights to start from: of the same model, or residual to any routing
 
     config.data = data = ConfigDict()
-    data.source = "digits"  # digits | idx | folder | tfds | emoji | latents (prepared) | synthetic (random latents)
-    data.path = ""  # idx, folder and latents: the directory; tfds: data_dir ("" = the tfds default)
+    # digits | idx | folder (a sub folder per class) | captions (metadata.jsonl and images) | tfds | emoji |
+    # latents (prepared) | synthetic (random latents)
+    data.source = "digits"
+    data.path = ""  # idx, folder, captions and latents: the directory; tfds: data_dir ("" = the tfds default)
     data.name = ""  # tfds: the data set, e.g. "imagenet2012"
     data.train_split = "train"
     data.eval_split = "test"  # held-out images, the reference of the metrics unless eval.reference is given
     data.image_size = Number(8, "[1, 65536]")  # height = width: pixels after crop, or latents
+    # Sizes of training images instead of image_size, ("512x512", "448x576"): height x width in pixels before a VAE. An
+    # image goes to the nearest ratio, a batch holds one size. Samples and held-out images are squares of image_size.
+    data.buckets = ()
     data.flip = False  # random horizontal flip in training
     data.vae = ""  # directory of a VAE: decodes latent samples, and encodes images for a model of latents; "" = none
+    data.text_encoder = ""  # directory of the text encoder, which encodes the prompts of dar_jax.sample; "" = none
     data.verify = True  # latents: compare the checksums of all shards before training
     data.num_workers = Number(0, "[0, 1024]")  # grain worker processes; 0 reads in the training process
 
@@ -79,10 +85,12 @@ def schema() -> ConfigDict:
     model.mlp_ratio = Number(4.0, "(0, 1000]")  # sit
     model.learn_sigma = False  # sit, official checkpoints: twice the output channels, the first half is used
     model.label_dropout = Number(0.1, "[0, 1)")  # probability of training on the null label, or the empty caption
-    model.words = ()  # mmdit: the vocabulary; a run takes that of its training captions
-    model.text_length = Number(16, "[1, 4096]")  # mmdit: words of a caption, at most
-    model.text_size = Number(128, "[4, 65536]")  # mmdit: features of a word
-    model.text_depth = Number(2, "[0, 100]")  # mmdit: blocks of the transformer that encodes the words
+    model.text = "words"  # mmdit: words (of the captions, learned along) | embeddings (of a frozen encoder, prepared)
+    model.words = ()  # words: the vocabulary; a run takes that of its training captions
+    model.text_encoder = ""  # embeddings: the fingerprint of their encoder; a run takes that of its training data
+    model.text_length = Number(16, "[1, 4096]")  # mmdit: words or tokens of a caption, at most
+    model.text_size = Number(128, "[4, 65536]")  # mmdit: features of a word, or of the embedding of a token
+    model.text_depth = Number(2, "[0, 100]")  # words: blocks of the transformer that encodes them
     model.dtype = "float32"  # computation: float32 | bfloat16; parameters are always float32
     model.remat = (
         "dense"  # kept for backward: dense (outputs of dense layers) | block (inputs of blocks, routed: chunks)

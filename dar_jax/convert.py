@@ -171,7 +171,8 @@ def _qwen_config(fields: dict[str, int]):
 
     config = config_lib.default()
     with config.unlocked():
-        config.model.update(fields, family="mmdit", space="latents", input_size=128)  # 1024x1024 pixels
+        config.model.update(fields, family="mmdit", text="embeddings", text_length=512)
+        config.model.update(space="latents", input_size=128)  # 1024x1024 pixels
     config.model.routing.kind = "residual"
     config.data.source = "synthetic"  # the weights do not tell their data
     return config

@@ -46,7 +46,10 @@ def check_init_from(config: ConfigDict) -> ConfigDict:
         f'config.init_from = "{path}" holds adapters of "{source.init_from}"; name that, or merge them first with '
         f"python -m dar_jax.convert --kind=merged --workdir={path} --output=DIR.",
     )
-    may_differ = ("label_dropout", "dtype", "remat", "routing")
+    may_differ = ["label_dropout", "dtype", "remat", "routing"]
+    if source.model.family == "mmdit" and source.model.text == "embeddings":  # no weight is of their length or number
+        may_differ += ["input_size", "text_length"]
+        may_differ += [] if source.model.text_encoder else ["text_encoder"]  # converted weights do not tell it
     fields = [f"model.{name}" for name in source.model if name not in may_differ]
     fields += ["diffusion.interpolant", "diffusion.prediction"]
     if source.model.routing.kind != "residual":

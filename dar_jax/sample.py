@@ -1,6 +1,8 @@
 """Draws samples: python -m dar_jax.sample --workdir=runs/digits --labels=0,1,2 --cfg_scale=2 --out=grid.png
 Of captions: python -m dar_jax.sample --workdir=runs/emoji --prompts="tiger face;woman firefighter: dark skin tone"
 
+A model of embeddings needs --text_encoder, unless the prompts are captions of the run's prepared eval_split.
+
 The weights are the EMA of the latest checkpoint. With --out=x.npz the images are written in the ADM layout: arr_0
 uint8 [N, H, W, C] and, as arr_1, the labels int64 [N] or the captions. Without --vae, a model of latents gives them as
 float32.
@@ -19,6 +21,7 @@ SAMPLER = flags.DEFINE_string("sampler", None, "euler | heun | dopri5 | sde_eule
 STEPS = flags.DEFINE_integer("steps", None, "Steps of the fixed-step samplers; default: the run's")
 CFG_SCALE = flags.DEFINE_float("cfg_scale", None, "Guidance scale, 1 = none; default: the run's")
 VAE = flags.DEFINE_string("vae", None, "A converted VAE, which decodes latents; default: the run's config.data.vae")
+TEXT_ENCODER = flags.DEFINE_string("text_encoder", None, "Directory of the text encoder of a model of embeddings")
 SEED = flags.DEFINE_integer("seed", None, "Seed of the noise; default: the run's")
 BATCH_SIZE = flags.DEFINE_integer("batch_size", None, "Samples per batch over all devices; default: eval.batch_size")
 OUT = flags.DEFINE_string("out", "samples.png", "A .png grid or an .npz of images and labels")
@@ -40,6 +43,7 @@ def main(_):
         (config.eval, "batch_size", BATCH_SIZE),
         (config, "seed", SEED),
         (config.data, "vae", VAE),
+        (config.data, "text_encoder", TEXT_ENCODER),
     ):
         if flag.value is not None:
             section[field] = flag.value

@@ -27,6 +27,7 @@ def validate(config: ConfigDict) -> None:
     in_training.check(config.eval)
     sharding.check(config.mesh)
     _check_space(config, feed.encodes_online(config))
+    _check_buckets(config)
     repa.check(config)
     adapted.check(config)
     require(
@@ -48,8 +49,8 @@ def _check_space(config: ConfigDict, is_online: bool) -> None:
     )
     require(
         is_latent or data.source != "synthetic",
-        'config.data.source = "synthetic" makes latents; set config.model.space = latents and config.model.channels = '
-        "4.",
+        'config.data.source = "synthetic" makes latents; set config.model.space = latents and config.model.channels to '
+        "theirs, as 4.",
     )
     require(
         is_latent or data.vae == "",
@@ -60,6 +61,39 @@ def _check_space(config: ConfigDict, is_online: bool) -> None:
         is_online or data.image_size == model.input_size,
         f"config.data.image_size = {data.image_size} must equal config.model.input_size = {model.input_size}.",
     )
+
+
+def _check_buckets(config: ConfigDict) -> None:
+    from dar_jax.data.buckets import parse_buckets
+
+    model, buckets = config.model, config.data.buckets
+    if not buckets:
+        return
+    require(
+        model.family == "mmdit",
+        f"config.data.buckets: config.model.family = {model.family} takes squares of one size; set family = mmdit, or "
+        "buckets to ().",
+    )
+    require(
+        config.data.source != "latents" or not config.diagnosis.every_steps,
+        f"config.data.buckets: config.diagnosis.every_steps = {config.diagnosis.every_steps} needs squares, which data "
+        "prepared in buckets do not have; set it to 0.",
+    )
+    require(
+        config.data.source != "synthetic",
+        "config.data.buckets: config.data.source = synthetic makes squares; set buckets to ().",
+    )
+    require(
+        config.repa.target == "none",
+        f"config.data.buckets: config.repa.target = {config.repa.target} compares squares of one size; set it to none, "
+        "or buckets to ().",
+    )
+    for name, sides in zip(buckets, parse_buckets(buckets, "config.data.buckets"), strict=True):
+        require(
+            model.space == "latents" or not any(side % model.patch_size for side in sides),
+            f'config.data.buckets: the sides of "{name}" must be divisible by config.model.patch_size = '
+            f"{model.patch_size}.",
+        )
 
 
 def _check_evaluation(config: ConfigDict) -> None:

@@ -72,6 +72,9 @@ class EmojiSource:
     def __getitem__(self, index: int) -> dict:
         return {"image": self.images[index], "label": int(self.labels[index]), "caption": self.captions[index]}
 
+    def image_size(self, index: int) -> tuple[int, int]:
+        return self.images.shape[1:3]
+
 
 def open_emoji(split: str, size: int) -> EmojiSource:
     """The split "train" or "test", rendered at `size` x `size` pixels.

@@ -2,7 +2,7 @@
 
 A batch is a dictionary with the samples on the leading axis of every array:
 
-    x1          float32 [B, H, W, C]: images in [-1, 1], or normalised latents
+    x1          float32 [B, H, W, C]: images in [-1, 1], or normalised latents; all of one bucket, if there are buckets
     condition   what the model is conditioned on (`dar_jax.conditions`)
     image       uint8 [B, S, S, 3]: the images of latents, only if the objective looks at them (`repa.needs_images`)
 
@@ -20,9 +20,10 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from dar_jax import conditions, files, sharding
+from dar_jax.data.buckets import parse_buckets
 from dar_jax.data.pipeline import train_iterator
 from dar_jax.data.sources import LATENT_SOURCES
-from dar_jax.errors import UserError
+from dar_jax.errors import UserError, require
 from dar_jax.objectives.repa import needs_images
 from dar_jax.pretrained.vae import load, make_encoder, read_factor
 
@@ -55,6 +56,19 @@ def abstract_batch(config: ConfigDict, mesh: Mesh) -> dict:
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharded), batch)
 
 
+def max_shapes(config: ConfigDict) -> int:
+    """How many shapes the batches of a run may have at most; for each the train step compiles once."""
+    kind = conditions.build(config.model)
+    lengths = kind.lengths if isinstance(kind, conditions.Embeddings) else (0,)
+    return len(lengths) * max(len(config.data.buckets), 1)
+
+
+def describe_shape(batch: dict) -> str:
+    """What tells the shapes of a run's batches apart, "64x48x3" or "64x48x16 and 128 tokens"."""
+    tokens = batch["condition"]["mask"].shape[1] if "mask" in batch["condition"] else None
+    return "x".join(map(str, batch["x1"].shape[1:])) + (f" and {tokens} tokens" if tokens else "")
+
+
 @contextlib.contextmanager
 def open_batches(
     config: ConfigDict,
@@ -80,7 +94,7 @@ def open_batches(
     rows = sharding.local_rows(mesh, batch_size)
     iterator = train_iterator(
         config.data,
-        encode=conditions.build(config.model).encode,
+        kind=conditions.build(config.model),
         space="pixels" if encode else config.model.space,
         channels=3 if encode else config.model.channels,
         image_size=image_size(config) if needs_images(config) else None,
@@ -123,5 +137,12 @@ def make_online_encoder(config: ConfigDict, mesh: Mesh) -> Callable[[Array, int]
         mean, std = moments[:, 0], moments[:, 1]
         return vae.normalise(mean + std * jax.random.normal(jax.random.fold_in(stream, step), mean.shape))
 
+    step = vae.model.factor * model.patch_size
+    for name, sides in zip(config.data.buckets, parse_buckets(config.data.buckets, "config.data.buckets"), strict=True):
+        require(
+            not any(side % step for side in sides),
+            f'config.data.buckets: the sides of "{name}" must be divisible by {step}, the factor of config.data.vae '
+            "times config.model.patch_size.",
+        )
     encode = make_encoder(vae, mesh)
     return lambda images, step: draw(encode(images), step)

@@ -7,6 +7,8 @@ from PIL import Image
 
 from dar_jax.errors import UserError
 
+EXTENSIONS = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
+
 
 def decode_image(file: str | BinaryIO, name: str) -> np.ndarray:
     """Decodes any 8-bit format PIL knows.
@@ -36,6 +38,15 @@ def decode_image(file: str | BinaryIO, name: str) -> np.ndarray:
     return pixels[..., None] if grey else pixels
 
 
+def image_size(file: str | BinaryIO, name: str) -> tuple[int, int]:
+    """Height and width of an image, which is not decoded. Raises UserError if its head is missing or damaged."""
+    try:
+        with Image.open(file) as image:
+            return image.height, image.width
+    except Exception as error:  # as in `decode_image`
+        raise UserError(f'image "{name}" cannot be read ({error}); repair or remove it.') from error
+
+
 def to_channels(image: np.ndarray, channels: int) -> np.ndarray:
     """Converts uint8 [h, w, 1 or 3] to [h, w, channels]: grey is repeated, RGB becomes luma (ITU-R 601)."""
     if image.shape[-1] == channels:
@@ -45,32 +56,33 @@ def to_channels(image: np.ndarray, channels: int) -> np.ndarray:
     return np.asarray(Image.fromarray(image).convert("L"))[..., None]
 
 
-def _resize_short_side(image: np.ndarray, size: int) -> np.ndarray:
+def _resize_to_cover(image: np.ndarray, height: int, width: int) -> np.ndarray:
     picture = Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)
-    while min(picture.size) >= 2 * size:
+    while picture.height >= 2 * height and picture.width >= 2 * width:
         picture = picture.resize((picture.width // 2, picture.height // 2), Image.Resampling.BOX)
-    scale = size / min(picture.size)
-    shape = (round(picture.width * scale), round(picture.height * scale))
+    scale = max(height / picture.height, width / picture.width)
+    shape = (max(round(picture.width * scale), width), max(round(picture.height * scale), height))
     return np.asarray(picture.resize(shape, Image.Resampling.BICUBIC)).reshape(shape[1], shape[0], -1)
 
 
-def center_crop(image: np.ndarray, size: int) -> np.ndarray:
-    """Scales the short side to `size` and cuts out the middle, as ADM and its successors prepare ImageNet.
+def center_crop(image: np.ndarray, size: int | tuple[int, int]) -> np.ndarray:
+    """Scales an image until it just covers `size` and cuts out the middle, as ADM and its successors prepare ImageNet.
 
-    A box filter halves the image while its short side is at least 2 * size, a bicubic filter does the rest
-    (Dhariwal and Nichol 2021, arXiv:2105.05233). An image of the right size comes back bit for bit.
+    A box filter halves the image while it is at least twice as large, a bicubic filter does the rest (Dhariwal and
+    Nichol 2021, arXiv:2105.05233, for squares). An image of the right size comes back bit for bit.
 
     Args:
       image: uint8 [h, w, c], c = 1 or 3.
-      size: pixels, height = width of the result.
+      size: pixels, height and width of the result; a number for a square.
 
     Returns:
-      uint8 [size, size, c].
+      uint8 [*size, c].
     """
-    if min(image.shape[:2]) != size:
-        image = _resize_short_side(image, size)
-    top, left = (image.shape[0] - size) // 2, (image.shape[1] - size) // 2
-    return image[top : top + size, left : left + size]
+    height, width = (size, size) if isinstance(size, int) else size
+    if max(height / image.shape[0], width / image.shape[1]) != 1:
+        image = _resize_to_cover(image, height, width)
+    top, left = (image.shape[0] - height) // 2, (image.shape[1] - width) // 2
+    return image[top : top + height, left : left + width]
 
 
 def to_float(image: np.ndarray) -> np.ndarray:

@@ -1,11 +1,10 @@
 """Batches: endless, shuffled and sharded for training, a function of the step; whole arrays for evaluation."""
 
-import functools
 import multiprocessing
 import os
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -14,22 +13,15 @@ import numpy as np
 from absl import flags
 from ml_collections import ConfigDict
 
+from dar_jax.conditions import Embeddings, Kind, Labels
+from dar_jax.data.buckets import assign, parse_buckets
 from dar_jax.data.images import center_crop, to_channels, to_float
 from dar_jax.data.latents import LatentSource, check_checksums, draw_latent
-from dar_jax.data.sources import open_source, read
+from dar_jax.data.order import Order
+from dar_jax.data.sources import open_source, read, suited
+from dar_jax.pretrained.vae import read_header
 
 _MAX_THREADS = 16
-
-
-def encode_label(example: dict[str, Any]) -> dict[str, np.ndarray]:
-    """The condition of a model of labels, {"label": int32 []}."""
-    return {"label": np.int32(example["label"])}
-
-
-@functools.lru_cache(maxsize=4)
-def _epoch_order(seed: int, epoch: int, size: int) -> np.ndarray:
-    # Grain's own shuffle searches a space of 2^16 for each index: 60 us on the digits, 7 ms on ten images.
-    return np.random.default_rng((seed, epoch)).permutation(size)
 
 
 def train_iterator(
@@ -39,18 +31,17 @@ def train_iterator(
     channels: int,
     batch_size: int,
     seed: int,
-    encode: Callable[[dict[str, Any]], dict[str, np.ndarray]] = encode_label,
+    kind: Kind | None = None,
     first_step: int = 0,
     rows: np.ndarray | None = None,
     image_size: int | None = None,
 ) -> grain.DatasetIterator:
     """Iterates over this process's rows of the training batches, without end.
 
-    The stream of examples is a new permutation of the training split for every epoch, and each example is
-    flipped, if the config says so, by a generator keyed with its place in the stream. Prepared latents are drawn
-    from their distribution by the same generator, anew in each epoch. Row j of step k is example
-    k * batch_size + j of the stream, whichever process reads it; a batch may reach over the end of an epoch, and a
-    split smaller than a batch recurs in it.
+    The order of the examples is `order.Order`; its groups are the buckets of `data.buckets`, if there are any. Each
+    example is flipped, if the config says so, by a generator keyed with its step and row. Prepared latents are drawn
+    from their distribution by the same generator, anew in each epoch. Embeddings of captions are padded for a batch as
+    a whole, to one of `conditions.Embeddings.lengths`.
 
     So a run resumes bit for bit, in any number of processes, by the number of steps it has taken: `first_step`.
 
@@ -60,40 +51,50 @@ def train_iterator(
       channels: 1 (grey) or 3 (RGB), to which images are converted; or those of latents.
       batch_size: examples per step over all processes.
       seed: of the order and the flips, 0 <= seed.
-      encode: what makes the condition of an example (`conditions.Kind.encode`).
+      kind: makes the condition of an example; None: its label.
       first_step: steps to leave out.
       rows: which rows of every batch to read, int [b] ascending (`sharding.local_rows`); None for all.
       image_size: side of the images that are read beside latents, or instead of them and before their encoding; None
         if they are not asked for.
 
     Returns:
-      A grain iterator of {"x1": float32 [b, S, S, channels], "condition": of b examples}, S = data.image_size: images
-      in [-1, 1], or scaled latents. With `image_size` also "image", uint8 [b, image_size, image_size, 3], which
-      is flipped where x1 is.
+      A grain iterator of {"x1": float32 [b, S, S, channels], "condition": of b examples}, S = data.image_size, or the
+      height and width of the bucket of the batch: images in [-1, 1], or scaled latents. With `image_size` also "image",
+      uint8 [b, image_size, image_size, 3], which is flipped where x1 is.
 
     Raises:
-      UserError: the split cannot be opened, prepared data do not fit `space`, channels or `data.vae`, or a shard is
-        damaged. `next` raises it for a damaged image, or a label that is no class.
+      UserError: the split cannot be opened, prepared data do not fit `space`, channels or `data.vae`, a shard is
+        damaged, or with buckets an image. `next` raises it for a damaged image, or a label that is no class.
     """
-    is_latent = space == "latents"
+    is_latent, kind = space == "latents", kind or Labels(0)
     rows = np.arange(batch_size) if rows is None else rows
-    source, size, flip = open_source(data, data.train_split), data.image_size, data.flip
+    source, flip = suited(open_source(data, data.train_split), channels, kind), data.flip
     if data.source == "latents":
         _check_latents(source, data, space, channels, image_size, batch_size, rows)
+    sizes = parse_buckets(data.buckets, "config.data.buckets") or ((data.image_size, data.image_size),)
+    if data.source == "latents":
+        groups = source.groups
+    else:
+        groups = assign(source, sizes) if data.buckets else np.zeros(len(source), np.int8)
+    order = Order(seed, batch_size, groups)
 
     def load(i: int) -> dict[str, Any]:
         step, row = divmod(i, len(rows))
-        place = step * batch_size + int(rows[row])
-        rng = np.random.default_rng((seed, place, 1))  # _epoch_order's have two numbers
-        epoch, i = divmod(place, len(source))
-        example = read(source, int(_epoch_order(seed, epoch, len(source))[i]))
+        row = int(rows[row])
+        bucket, indices = order.batch(step)
+        rng = np.random.default_rng((seed, step * batch_size + row, 1))  # Order's have two numbers
+        example = read(source, int(indices[row]))
         mirrored = flip and rng.random() < 0.5
         if is_latent and "moments" in example:
             x1 = draw_latent(example["moments"][int(mirrored)], source.shift, source.scale, rng)
         else:
-            image = example["image"] if is_latent else center_crop(to_channels(example["image"], channels), size)
+            image = (
+                example["image"] if is_latent else center_crop(to_channels(example["image"], channels), sizes[bucket])
+            )
             x1 = image[:, ::-1] if mirrored else image
-        loaded = {"x1": x1, "condition": encode(example)}
+        if isinstance(kind, Embeddings):
+            example |= {"empty": source.texts.empty, "length": kind.padded_length(source.texts.longest(indices))}
+        loaded = {"x1": x1, "condition": kind.encode(example)}
         if image_size is None:
             return loaded
         image = example["image"] if is_latent else image
@@ -138,10 +139,8 @@ def _check_latents(
 ) -> None:
     fingerprint = None
     if data.vae:
-        from dar_jax.pretrained.vae import read_header  # imports jax, which worker processes can do without
-
         fingerprint = read_header(data.vae, "config.data.vae")["fingerprint"]
-    source.check(space, data.image_size, channels, fingerprint)
+    source.check(space, data.image_size, channels, fingerprint, tuple(data.buckets))
     if image_size:
         source.check_images(image_size)
     if data.verify:

@@ -5,26 +5,30 @@ is written under a temporary name, renamed, and recorded in progress/; one that 
 Workers share the shards by their numbers and need not know of each other: who finds all recorded writes the manifest.
 """
 
+import base64
 import contextlib
 import errno
 import os
 import re
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from array_record.python.array_record_module import ArrayRecordWriter
 
 from dar_jax import files, lock
+from dar_jax.data.buckets import Size, nearest, parse_buckets
 from dar_jax.data.images import center_crop, to_channels
-from dar_jax.data.latents import SCHEMA, SHARD, LatentSource, check_checksums, read_manifest, record_dtype
+from dar_jax.data.latents import SCHEMA, SHARD, LatentSource, bucket_dtypes, check_checksums, read_manifest
 from dar_jax.data.sources import Source, read
-from dar_jax.errors import UserError
+from dar_jax.errors import UserError, require
+from dar_jax.pretrained.qwen_text import EMPTY_PROMPT
 
 if TYPE_CHECKING:
+    from dar_jax.pretrained.qwen_text import TextEncoder
     from dar_jax.pretrained.vae import Vae
 
 # One record a chunk, for random access; not compressed, because latents hardly can be and it takes time to undo.
@@ -35,7 +39,7 @@ _REPORT_SECONDS = 30
 
 def describe(
     source: Source, name: str, split: str, image_size: int, vae: "Vae | None", dtype: str, keep_image: bool,
-    shard_size: int,
+    shard_size: int, text_encoder: "TextEncoder | None" = None, buckets: Sequence[str] = (),
 ) -> dict[str, Any]:  # fmt: skip
     """The part of a manifest that is known before the first image: what two runs must share to continue each other.
 
@@ -45,22 +49,33 @@ def describe(
       split: of the source.
       image_size: S, height = width after the crop.
       vae: makes the moments, or None to keep pixels only.
-      dtype: of the moments, float16 or float32.
+      dtype: of the moments and of the embeddings, float16 or float32.
       keep_image: whether to keep the pixels beside the moments.
       shard_size: source images per shard.
+      text_encoder: makes the embeddings of the captions, or None to keep the captions alone, if there are any.
+      buckets: sizes of the crops in place of image_size, as "448x576".
 
     Raises:
-      UserError: image_size cannot be encoded, or there are no images.
+      UserError: image_size or a bucket cannot be encoded, there are no images, or no captions to encode.
     """
     if not len(source):
         raise UserError(f'"{name}" has no images in split "{split}".')
-    fields = [["label", "<i4", []]]
+    fields, numpy_dtype, text = [["label", "<i4", []]], {"float16": "<f2", "float32": "<f4"}[dtype], None
+    has_captions = getattr(source, "has_captions", False)
+    if text_encoder:
+        require(has_captions, f'--text_encoder: the images of "{name}" have no captions; leave it out.')
+        fields.append(["tokens", "<i4", []])
+        text = {"encoder": text_encoder.fingerprint, "size": text_encoder.size, "dtype": numpy_dtype}
+    sizes = {
+        f"--buckets: {name}": size for name, size in zip(buckets, parse_buckets(buckets, "--buckets"), strict=True)
+    }
     if vae:
-        side, rest = divmod(image_size, vae.model.factor)
-        if rest:
-            raise UserError(f"--image_size = {image_size} must be divisible by {vae.model.factor}, as the VAE asks.")
+        for place, size in {f"--image_size = {image_size}": (image_size,), **sizes}.items():
+            if any(side % vae.model.factor for side in size):
+                raise UserError(f"{place} must be divisible by {vae.model.factor}, as the VAE asks.")
+        side = image_size // vae.model.factor
         shape = [2, 2, side, side, vae.model.latent_channels]
-        fields.append(["moments", {"float16": "<f2", "float32": "<f4"}[dtype], shape])
+        fields.append(["moments", numpy_dtype, shape])
     if keep_image or not vae:
         fields.append(["image", "|u1", [image_size, image_size, 3]])
     return {
@@ -74,19 +89,22 @@ def describe(
         "vae": vae and vae.describe(),
         "fields": fields,
         "shard_size": shard_size,
+        **({"buckets": list(buckets)} if buckets else {}),
+        **({"captions": True} if has_captions else {}),
+        **({"text": text} if text else {}),
     }
 
 
 def prepare(
     source: Source, settings: dict[str, Any], vae: "Vae | None", out: str, *, max_skipped: int, worker: int,
-    workers: int, say: Callable[[str], None],
+    workers: int, say: Callable[[str], None], text_encoder: "TextEncoder | None" = None,
 ) -> None:  # fmt: skip
     """Writes the shards worker, worker + workers, ... that are not there yet; the last worker, the manifest.
 
     Args:
       source: the images.
       settings: of `describe`.
-      vae: as there.
+      vae, text_encoder: as there.
       out: the directory.
       max_skipped: how many images that cannot be read a worker reports and leaves out.
       worker: 0 <= worker < workers.
@@ -95,7 +113,7 @@ def prepare(
 
     Raises:
       UserError: `out` holds another set or cannot be written, more than max_skipped images cannot be read, or all, or
-        the VAE gives a number that the dtype cannot hold.
+        the VAE or the text encoder gives a number that the dtype cannot hold.
     """
     directory = files.path(out)
     with files.writing(out, "--out"):
@@ -113,7 +131,7 @@ def prepare(
     say(f"{len(mine)} shards to write, {len(done)} of them are finished")
     if todo:
         progress = _Progress(todo, settings, say, max_skipped, sum(len(entry["skipped"]) for entry in done.values()))
-        encode, batch_size = _make_encode(vae) if vae else (None, _BATCH)
+        encoders = _Encoders(*(_make_encode(vae) if vae else (None, _BATCH)), text_encoder)
         with files.writing(out, "--out"), _naming_full_disks(), ThreadPoolExecutor(os.cpu_count()) as pool:
             for i in todo:
                 with lock.holding(
@@ -121,7 +139,7 @@ def prepare(
                     f'shard {i} of --out = "{out}"',
                     "give each worker another number with --worker=i/n, or wait",
                 ):
-                    _write_shard(directory, names[i], i, source, settings, encode, batch_size, pool, progress)
+                    _write_shard(directory, names[i], i, source, settings, encoders, pool, progress)
     sizes = files.sizes(directory)
     entries = [_finished(directory, name, sizes) for name in names]
     if missing := entries.count(None):
@@ -133,6 +151,9 @@ def prepare(
         "skipped": [line for entry in entries for line in entry.pop("skipped")],
         "shards": entries,
     }
+    if text_encoder:
+        (empty,) = _in_dtype(text_encoder.encode([EMPTY_PROMPT]), settings["text"]["dtype"], "the empty prompt")
+        manifest["empty"] = base64.b64encode(empty.tobytes()).decode()
     if not manifest["num_examples"]:
         raise UserError(f"none of the {manifest['num_source']} images could be read: {manifest['skipped'][0]}")
     files.write_json(directory / "manifest.json", files.seal(manifest), indent=1)
@@ -232,72 +253,127 @@ def _make_encode(vae: "Vae") -> tuple[Callable[[np.ndarray], Any], int]:
     return lambda images: (encode(images), encode(images[:, :, ::-1])), CHUNK * sharding.batch_shards(mesh)
 
 
-def _write_shard(directory, name, number, source, settings, encode, batch_size, pool, progress) -> None:
+def _in_dtype(arrays: Sequence[np.ndarray], dtype: str, name: str) -> list[np.ndarray]:
+    """The arrays in `dtype`. Raises UserError, which says that they are of `name`, if it cannot hold them."""
+    with np.errstate(over="ignore"):
+        found = [np.asarray(array, dtype) for array in arrays]
+    if not all(np.isfinite(array).all() for array in found):
+        raise UserError(
+            f"an encoder gives values for {name} that are no numbers of {np.dtype(dtype)}; if that is float16, set "
+            "--dtype=float32."
+        )
+    return found
+
+
+class _Encoders(NamedTuple):
+    images: Callable[[np.ndarray], Any] | None
+    batch_size: int
+    texts: "TextEncoder | None"
+
+
+def _write_shard(directory, name, number, source, settings, encoders, pool, progress) -> None:
     size = settings["shard_size"]
     indices = range(number * size, min((number + 1) * size, settings["num_source"]))
-    dtype, skipped, records = record_dtype(settings["fields"]), [], 0
+    skipped, tokens, records = [], [], []
     with files.replacing(directory / name, only_writer=True) as temporary:
         writer = ArrayRecordWriter(str(temporary), _OPTIONS)
 
-        def write(labels: list[int], images: np.ndarray, moments: Any) -> None:
-            batch = np.zeros(len(labels), dtype)
-            batch["label"] = labels
+        def write(dtype: np.dtype, examples: list[dict], images: np.ndarray, moments: Any) -> None:
+            batch, rest = np.zeros(len(examples), dtype), [b""] * len(examples)
+            batch["label"] = [example["label"] for example in examples]
             if "image" in dtype.names:
-                batch["image"] = images[: len(labels)]
+                batch["image"] = images[: len(examples)]
             if moments is not None:
-                with np.errstate(over="ignore"):
-                    batch["moments"] = np.stack(moments, axis=1)[: len(labels)]
-                if not np.isfinite(batch["moments"]).all():
-                    raise UserError(f"the VAE gives moments that are no numbers of {dtype['moments'].base} in {name}.")
-            for record in batch:
-                writer.write(record.tobytes())
+                moments = np.stack(moments, axis=1)[: len(examples)]
+                (batch["moments"],) = _in_dtype([moments], dtype["moments"].base, name)
+            if settings.get("captions"):
+                captions = [example["caption"] for example in examples]
+                rest = [caption.encode() for caption in captions]
+            if encoders.texts:
+                texts = _in_dtype(encoders.texts.encode(captions), settings["text"]["dtype"], name)
+                batch["tokens"] = [len(text) for text in texts]
+                tokens.extend(map(len, texts))
+                rest = [text.tobytes() + caption for text, caption in zip(texts, rest, strict=True)]
+            for record, more in zip(batch, rest, strict=True):
+                writer.write(record.tobytes() + more)
 
         pending = None  # a batch on its way through the devices
         try:
-            for labels, images, errors in _batches(source, indices, settings["image_size"], batch_size, pool):
-                skipped += [progress.skip(error) for error in errors]
-                # Dispatched before the batch before is fetched, so that the devices need not wait for the disk.
-                following = labels, images, encode(images) if encode and labels else None
-                if pending:
-                    write(*pending)
-                pending, records = following, records + len(labels)
-                progress.add(len(labels) + len(errors))
+            for dtype, size, members in _in_buckets(source, indices, settings, pool):
+                records.append(0)
+                for examples, images, errors in _batches(source, members, size, encoders.batch_size, pool):
+                    skipped += [progress.skip(error) for error in errors]
+                    # Dispatched before the batch before is fetched, so that the devices need not wait for the disk.
+                    moments = encoders.images(images) if encoders.images and examples else None
+                    following = dtype, examples, images, moments
+                    if pending:
+                        write(*pending)
+                    pending, records[-1] = following, records[-1] + len(examples)
+                    progress.add(len(examples) + len(errors))
             write(*pending)
         finally:
             writer.close()
         entry = {
             "name": name,
-            "records": records,
+            "records": sum(records),
             "bytes": temporary.stat().st_size,
             "sha256": files.sha256(temporary),
             "skipped": skipped,
+            **({"tokens": tokens} if encoders.texts else {}),
+            **({"buckets": records} if "buckets" in settings else {}),
         }
     files.write_json(directory / "progress" / f"{name}.json", files.seal(entry), indent=1)
 
 
-def _batches(
-    source: Source, indices: range, image_size: int, batch_size: int, pool: ThreadPoolExecutor
-) -> Iterator[tuple[list[int], np.ndarray, list[UserError]]]:
-    """Yields labels, cropped images uint8 [batch_size, S, S, 3] (zeros follow the last) and what cannot be read."""
+def _in_buckets(
+    source: Source, indices: range, settings: dict[str, Any], pool: ThreadPoolExecutor
+) -> Iterator[tuple[np.dtype, Size, Sequence[int]]]:
+    """Yields for each bucket, or for the one square, its record, its size and those of `indices` that go there.
 
-    def load(index: int) -> tuple[int, np.ndarray] | UserError:
+    Images whose head is damaged go to the first; there they are found to be damaged.
+    """
+    buckets, dtypes = parse_buckets(settings.get("buckets", ()), "buckets"), bucket_dtypes(settings)
+    if not buckets:
+        yield dtypes[0], (settings["image_size"],) * 2, indices
+        return
+
+    def size_of(index: int) -> Size:
+        with contextlib.suppress(UserError):
+            return source.image_size(index)
+        return buckets[0]
+
+    numbers = nearest(np.array(list(pool.map(size_of, indices))), buckets)
+    for number, (dtype, size) in enumerate(zip(dtypes, buckets, strict=True)):
+        yield dtype, size, [index for index, found in zip(indices, numbers, strict=True) if found == number]
+
+
+def _batches(
+    source: Source, indices: Sequence[int], size: Size, batch_size: int, pool: ThreadPoolExecutor
+) -> Iterator[tuple[list[dict[str, Any]], np.ndarray, list[UserError]]]:
+    """Yields examples without images, crops of their images, and errors.
+
+    The crops are uint8 [batch_size, *size, 3], of which zeros follow the last.
+    """
+
+    def load(index: int) -> tuple[dict[str, Any], np.ndarray] | UserError:
         try:
             example = read(source, index)
         except UserError as error:
             return error
-        return example["label"], center_crop(to_channels(example["image"], 3), image_size)
+        image = center_crop(to_channels(example.pop("image"), 3), size)
+        return example, image
 
     ahead: deque[Future] = deque()
     for start in range(0, len(indices) + 2 * batch_size, batch_size):  # the pool works two batches ahead
         ahead.extend(pool.submit(load, index) for index in indices[start : start + batch_size])
         if start < 2 * batch_size:
             continue
-        labels, images, errors = [], np.zeros((batch_size, image_size, image_size, 3), np.uint8), []
+        examples, images, errors = [], np.zeros((batch_size, *size, 3), np.uint8), []
         for _ in range(min(batch_size, len(ahead))):
             loaded = ahead.popleft().result()
             if isinstance(loaded, UserError):
                 errors.append(loaded)
             else:
-                images[len(labels)] = loaded[1]
-                labels.append(loaded[0])
-        yield labels, images, errors
+                images[len(examples)] = loaded[1]
+                examples.append(loaded[0])
+        yield examples, images, errors

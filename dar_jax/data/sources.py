@@ -1,8 +1,9 @@
-"""Random access to labelled images: digits, idx files, image folders, tensorflow-datasets, emoji, prepared latents.
+"""Random access to labelled or captioned images: digits, idx, folders, tensorflow-datasets, emoji, prepared latents.
 
 `open_source` checks everything that can be wrong with a config before it reads an image.
 """
 
+import functools
 import gzip
 import io
 import math
@@ -14,16 +15,19 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from dar_jax import files
-from dar_jax.data.images import decode_image
+from dar_jax.conditions import EMPTY_TOKENS, Embeddings, Kind
+from dar_jax.data.caption_folder import open_caption_folder
+from dar_jax.data.images import EXTENSIONS, decode_image, image_size
+from dar_jax.data.texts import NO_TEXTS, Texts
 from dar_jax.errors import UserError, check_choice, near_miss
-
-_EXTENSIONS = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 
 
 class Source(Protocol):
     """Labelled images by index. Picklable, so that grain's worker processes can read it.
 
-    Captioned sources also have `captions`, a string for each image.
+    Captioned sources also have `captions`, a string for each image, and those with embeddings of them `texts`
+    (`texts.Texts`). Those of files or records say by `has_captions` whether there are any without reading them. Sources
+    of images, not of latents, tell an image's height and width before it is decoded: `image_size(index)`.
     """
 
     num_classes: int
@@ -33,8 +37,8 @@ class Source(Protocol):
     def __getitem__(self, index: int) -> dict[str, Any]:
         """Returns {"image": uint8 [h, w, c] of any size, c = 1 or 3, "label": int}.
 
-        With it comes "caption" of a captioned source. Synthetic latents are float32 images; `latents.LatentSource` has
-        "moments" instead, or too.
+        With it comes "caption" of a captioned source, and "text" [n, size] of one with embeddings. Synthetic latents
+        are float32 images; `latents.LatentSource` has "moments" instead, or too.
         """
         ...
 
@@ -51,6 +55,9 @@ class ArraySource:
     def __getitem__(self, index: int) -> dict[str, Any]:
         return {"image": self.images[index], "label": int(self.labels[index])}
 
+    def image_size(self, index: int) -> tuple[int, int]:
+        return self.images.shape[1:3]
+
 
 class FolderSource:
     """Image files in one sub folder per class, decoded when asked for."""
@@ -64,40 +71,99 @@ class FolderSource:
         return len(self.files)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        label = int(self.labels[index])
-        path = os.path.join(self.root, self.classes[label], os.fsdecode(self.files[index]))
-        return {"image": decode_image(path, path), "label": label}
+        path = self._path(index)
+        return {"image": decode_image(path, path), "label": int(self.labels[index])}
+
+    def image_size(self, index: int) -> tuple[int, int]:
+        path = self._path(index)
+        return image_size(path, path)
+
+    def _path(self, index: int) -> str:
+        return os.path.join(self.root, self.classes[self.labels[index]], os.fsdecode(self.files[index]))
 
 
 class TfdsSource:
-    """Records of a prepared tensorflow-datasets set; without a class label every label is 0."""
+    """Records of a prepared tensorflow-datasets set; without a class label every label is 0.
 
-    def __init__(self, records: Any, num_classes: int | None):
-        self.records, self.labelled, self.num_classes = records, num_classes is not None, num_classes or 1
+    Args:
+      builder: of the set.
+      split: of the set.
+
+    Raises:
+      NotImplementedError, ValueError: as `builder.as_data_source`.
+    """
+
+    def __init__(self, builder: Any, split: str):
+        import tensorflow_datasets as tfds
+
+        features = dict(builder.info.features.items())
+        label, kinds = features.get("label"), tfds.features
+        self.labelled = isinstance(label, kinds.ClassLabel)
+        self.num_classes = label.num_classes if self.labelled else 1
+        self.caption = next((key for key in ("caption", "text") if isinstance(features.get(key), kinds.Text)), None)
+        self.has_captions = self.caption is not None
+        # PIL decodes the bytes, as for folders: tfds's own decoder does not convert CMYK or palettes.
+        self.records = builder.as_data_source(split, decoders={"image": tfds.decode.SkipDecoding()})
 
     def __len__(self) -> int:
         return len(self.records)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         record = self.records[index]
-        image = decode_image(io.BytesIO(record["image"]), f"record {index} of {self.records.dataset_info.name}")
-        return {"image": image, "label": int(record["label"]) if self.labelled else 0}
+        image = decode_image(io.BytesIO(record["image"]), self._name(index))
+        example = {"image": image, "label": int(record["label"]) if self.labelled else 0}
+        return {**example, "caption": record[self.caption].decode()} if self.caption else example
+
+    def image_size(self, index: int) -> tuple[int, int]:
+        return image_size(io.BytesIO(self.records[index]["image"]), self._name(index))
+
+    def _name(self, index: int) -> str:
+        return f"record {index} of {self.records.dataset_info.name}"
+
+    @functools.cached_property
+    def captions(self) -> list[str] | None:
+        """The captions, or None. To gather them reads all records, but decodes no image."""
+        return self.caption and [record[self.caption].decode() for record in self.records]
+
+
+# Captions of one to eight words for synthetic examples.
+_CAPTIONS = [" ".join(f"word{i * k % 97}" for k in range(1, 2 + i % 8)) for i in range(1000)]
 
 
 class SyntheticSource:
-    """Standard-normal latents, float32 [size, size, 4], as many and of as many classes as ImageNet: to time a run."""
+    """Standard-normal latents, as many and of as many classes as ImageNet, with captions: to time a run without data.
+
+    `with_texts` adds random embeddings; `texts` then says so.
+    """
 
     num_classes = 1000
 
-    def __init__(self, size: int):
-        self.size = size
+    def __init__(self, size: int, channels: int = 4, texts: Texts = NO_TEXTS):
+        self.size, self.channels, self.texts = size, channels, texts
+
+    @property
+    def captions(self) -> list[str]:
+        """A thousand captions in turn."""
+        return (_CAPTIONS * (len(self) // len(_CAPTIONS) + 1))[: len(self)]
+
+    def with_texts(self, size: int, length: int) -> "SyntheticSource":
+        """The same with random embeddings of `size` features and up to `length` tokens."""
+        rng = np.random.default_rng(0)
+        empty = rng.standard_normal((min(EMPTY_TOKENS, length), size), np.float32)
+        lengths = rng.integers(len(empty), length + 1, len(self), np.int32)
+        return SyntheticSource(self.size, self.channels, Texts("", size, lengths, empty))
 
     def __len__(self) -> int:
         return 1_281_167
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         rng = np.random.default_rng(index)
-        return {"image": rng.standard_normal((self.size, self.size, 4), np.float32), "label": index % 1000}
+        example = {"image": rng.standard_normal((self.size, self.size, self.channels), np.float32)}
+        example |= {"label": index % 1000, "caption": _CAPTIONS[index % len(_CAPTIONS)]}
+        if self.texts.size is not None:
+            shape = self.texts.lengths[index], self.texts.size
+            example["text"] = rng.standard_normal(shape, np.float32)
+        return example
 
 
 def _open_digits(split: str) -> Source:
@@ -185,7 +251,7 @@ def _open_folder(path: str, split: str) -> Source:
     files, labels = [], []
     for label, name in enumerate(classes):
         with os.scandir(os.path.join(root, name)) as entries:
-            images = [entry for entry in entries if entry.name.lower().endswith(_EXTENSIONS) and entry.name[0] != "."]
+            images = [entry for entry in entries if entry.name.lower().endswith(EXTENSIONS) and entry.name[0] != "."]
         for entry in images:
             if not entry.is_file():  # a pipe would be waited for
                 raise UserError(f'image "{entry.path}" is no regular file; remove it.')
@@ -194,7 +260,7 @@ def _open_folder(path: str, split: str) -> Source:
         labels += [label] * len(names)
     if not files:
         raise UserError(
-            f'the {len(classes)} class folders of "{root}" have no images ({" ".join(_EXTENSIONS)}); '
+            f'the {len(classes)} class folders of "{root}" have no images ({" ".join(EXTENSIONS)}); '
             "they must be directly in them."
         )
     return FolderSource(root, classes, files, labels)
@@ -215,12 +281,11 @@ def _open_tfds(name: str, path: str, split: str) -> Source:
             f"'{name}'{where}, file_format='array_record').download_and_prepare()."
         )
     features = dict(builder.info.features.items())
-    image, label = features.get("image"), features.get("label")
+    image = features.get("image")
     if not (isinstance(image, tfds.features.Image) and image.np_dtype == np.uint8):
         raise UserError(f'config.data.name = "{name}" has no 8-bit "image" (features: {", ".join(features)}).')
     try:
-        # PIL decodes the bytes, as for folders: tfds's own decoder does not convert CMYK or palettes.
-        records = builder.as_data_source(split, decoders={"image": tfds.decode.SkipDecoding()})
+        return TfdsSource(builder, split)
     except NotImplementedError as error:
         raise UserError(
             f'config.data.name = "{name}" is stored in {builder.data_dir} as '
@@ -230,7 +295,6 @@ def _open_tfds(name: str, path: str, split: str) -> Source:
     except ValueError as error:  # unknown, malformed or empty split
         reason = str(error).splitlines()[0]
         raise UserError(f'split "{split}" of "{name}" cannot be used: {reason}') from error
-    return TfdsSource(records, label.num_classes if isinstance(label, tfds.features.ClassLabel) else None)
 
 
 def _open_emoji(split: str, size: int) -> Source:
@@ -255,9 +319,11 @@ def open_source(data: ConfigDict, split: str) -> Source:
     idx: "train" (train-*) and "test" (t10k-*) of the directory `data.path`, gzipped or not; grey.
     folder: the sub folder `split` of `data.path`, "." for `data.path` itself; a class is a sub folder, and
       its label the rank of its name.
+    captions: the sub folder `split` of `data.path`, "." for `data.path` itself, with metadata.jsonl and the images
+      beside it (data/caption_folder.py); without labels.
     tfds: any split expression of the set `data.name`, prepared as array_record in `data.path`; its features
-      are "image" and, if it has one, the class label "label". Nothing is downloaded, and tensorflow is not
-      imported.
+      are "image" and, if it has them, the class label "label" and the text "caption" or "text". Nothing is downloaded,
+      and tensorflow is not imported.
     emoji: "train" (3,394 images with captions) and "test" (377 of combinations that are not in "train"); RGB, rendered
       at `data.image_size` from an installed font (data/emoji.py).
     latents: what dar_jax.prepare wrote to the sub folder `split` of `data.path`, "." for `data.path` itself.
@@ -296,6 +362,14 @@ def read(source: Source, index: int) -> dict[str, Any]:
     return example
 
 
+def suited(source: Source, channels: int, kind: Kind) -> Source:
+    """Synthetic data with the channels and the kind of texts that a model takes; all others as they are."""
+    if not isinstance(source, SyntheticSource):
+        return source
+    source = SyntheticSource(source.size, channels)
+    return source.with_texts(kind.size, kind.length) if isinstance(kind, Embeddings) else source
+
+
 def check(data: ConfigDict) -> None:
     """Raises UserError for the first field of `config.data` that cannot work, without a look at any file."""
     check_choice("config.data.source", data.source, SOURCES)
@@ -305,6 +379,7 @@ SOURCES = {
     "digits": lambda data, split: _open_digits(split),
     "idx": lambda data, split: _open_idx(data.path, split),
     "folder": lambda data, split: _open_folder(data.path, split),
+    "captions": lambda data, split: open_caption_folder(_subfolder(data.path, split)),
     "tfds": lambda data, split: _open_tfds(data.name, data.path, split),
     "emoji": lambda data, split: _open_emoji(split, data.image_size),
     "latents": lambda data, split: _open_latents(data.path, split),

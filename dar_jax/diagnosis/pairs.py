@@ -46,7 +46,7 @@ def batches(config: ConfigDict, chosen: Pairs, mesh: Mesh) -> Iterator[dict[str,
       "target" [B, T, F]; a line says so if they cannot be had.
     """
     config = config.copy_and_resolve_references()
-    config.data.update(train_split=chosen.split, flip=False, verify=False)
+    config.data.update(train_split=chosen.split, buckets=(), flip=False, verify=False)
     features = _features(config, mesh)
 
     def extra(step: int, rows: np.ndarray) -> dict[str, np.ndarray]:

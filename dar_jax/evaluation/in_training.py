@@ -11,9 +11,9 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from dar_jax import conditions, files
-from dar_jax.data.captions import ToSample, to_sample
+from dar_jax.data.captions import ToSample, check_encoder, to_sample
 from dar_jax.data.pipeline import load_images
-from dar_jax.data.sources import open_source
+from dar_jax.data.sources import Source, open_source
 from dar_jax.errors import check_choice, require
 from dar_jax.evaluation.attributes import attribute_accuracy
 from dar_jax.evaluation.features import Features, convnet_features, extract_all, inception_features
@@ -34,19 +34,53 @@ def load_features(config: ConfigDict, mesh: Mesh, workdir: str, log: Callable[[s
     """The Inception network of `config.eval.inception`; without it, and with a line on how to get it, the convnet.
 
     Raises:
-      UserError: the weights cannot be read, or there are none and the images are too large for the convnet.
+      UserError: the weights cannot be read, or there are none and the images are too large for the convnet, or without
+        classes.
     """
     if config.eval.inception:
         return inception_features(config.eval.inception, mesh)
+    source = open_source(config.data, config.data.train_split)
+    check_classes(config, source)
     log(f"no FID without config.eval.inception, a convnet ranks the samples instead (fd_convnet). {how_to_get()}")
     images, labels = load_images(
         config.data, config.data.train_split, channels=config.model.channels, limit=MAX_TRAINING_IMAGES
     )
     num_classes = config.model.num_classes
     if config.model.family != "sit":  # whose labels are not the model's business
-        num_classes = open_source(config.data, config.data.train_split).num_classes
+        num_classes = source.num_classes
     cache = files.path(workdir) / "convnet.npz"
     return convnet_features(images, labels, num_classes, seed=0, cache=cache, log=log)
+
+
+def check_evaluation(config: ConfigDict, source: Source) -> None:
+    """Raises UserError for what an evaluation would find out too late.
+
+    Args:
+      config: of the run, in which config.eval.every_steps is set.
+      source: the training data.
+    """
+    if config.eval.num_samples:
+        check_classes(config, source)
+    kind = conditions.build(config.model)
+    if not isinstance(kind, conditions.Labels):
+        held_out = open_source(config.data, config.data.eval_split)
+        require(
+            not (config.eval.loss_images and getattr(held_out, "buckets", ())),
+            f"config.eval.loss_images = {config.eval.loss_images} needs squares, but config.data.eval_split is "
+            "prepared in buckets; prepare it without --buckets, or set loss_images = 0.",
+        )
+        kind.check_data(held_out)
+        if isinstance(kind, conditions.Embeddings):
+            check_encoder(config, held_out.texts, "config.data.eval_split")
+
+
+def check_classes(config: ConfigDict, source: Source) -> None:
+    """Raises UserError if the convnet, which learns to tell classes, is to score images without classes."""
+    require(
+        bool(config.eval.inception) or source.num_classes > 1,
+        f"config.eval.num_samples = {config.eval.num_samples}: the images of config.data.source = {config.data.source} "
+        "have no classes, which fd_convnet needs; set config.eval.inception, or num_samples = 0 to draw grids only.",
+    )
 
 
 def check(settings: ConfigDict) -> None:

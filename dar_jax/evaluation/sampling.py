@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 
 from dar_jax import conditions, files, hosts, objectives, sharding
 from dar_jax.checkpoint import restore_ema, saved_steps
+from dar_jax.data.captions import of_prompts
 from dar_jax.errors import UserError
 from dar_jax.evaluation.grid import save_grid
 from dar_jax.init_from import load_base
@@ -142,7 +143,7 @@ def sample_to_file(
       config: of the run, with the sampler and seed of these samples.
       workdir: the run.
       step: its checkpoint, None for the latest.
-      names: conditions as `conditions.Labels.parse` or `Words.parse` reads them.
+      names: conditions as `conditions.Labels.parse` or `captions.of_prompts` reads them.
       num_per_name: samples of each.
       out: the file.
 
@@ -158,7 +159,7 @@ def sample_to_file(
             "with --vae, or write an .npz."
         )
     kind = conditions.build(config.model)
-    columns = kind.parse(names)
+    columns = kind.parse(names) if isinstance(kind, conditions.Labels) else of_prompts(config, names)
     captions = None if isinstance(kind, conditions.Labels) else list(names) * num_per_name
     sharding.fit(config.mesh)
     mesh = sharding.make_mesh(config.mesh)

@@ -27,7 +27,7 @@ class ValidationLoss:
 
     def __init__(self, config: ConfigDict, mesh: Mesh):
         held_out, shards = config.copy_and_resolve_references(), sharding.batch_shards(mesh)
-        held_out.data.update(train_split=config.data.eval_split, flip=False, num_workers=0)
+        held_out.data.update(train_split=config.data.eval_split, buckets=(), flip=False, num_workers=0)
         held_out.repa.target = "none"
         count = config.eval.loss_images
         batch_size = shards * -(-min(count, config.eval.batch_size) // shards)

@@ -8,6 +8,7 @@ from dar_jax.models.two_streams import STREAMS
 from dar_jax.routing import FINALS, IMPLEMENTATIONS, QUERIES, SUMMARIES
 
 SPACES = ("pixels", "latents")
+TEXTS = ("words", "embeddings")  # of a caption
 IMAGE_CHANNELS = (1, 3)  # grey and RGB
 
 
@@ -45,8 +46,9 @@ def _check_mmdit(model: ConfigDict) -> None:
         f"config.model.hidden_size = {model.hidden_size} and num_heads = {model.num_heads} make heads of an odd number "
         "of features, which cannot turn in pairs; change one.",
     )
+    check_choice("config.model.text", model.text, TEXTS)
     require(
-        model.text_depth == 0 or model.text_size % model.num_heads == 0,
+        model.text == "embeddings" or model.text_depth == 0 or model.text_size % model.num_heads == 0,
         f"config.model.text_size = {model.text_size} must be divisible by num_heads = {model.num_heads}.",
     )
     require(model.mlp_ratio == 4, f"config.model.mlp_ratio = {model.mlp_ratio} must be 4 in an mmdit.")

@@ -180,7 +180,7 @@ class MMDiT(nn.Module):
       num_heads: attention heads.
       text_length: L of most samples. The model takes any, but of words no more.
       text_size: E.
-      num_words, text_depth: of the encoder of words.
+      num_words, text_depth: of the encoder of words; unused if embeddings come in.
       rope_axes: features of a head that turn with frame, row and column; None: as `rope_axes` says.
       dtype: of activations.
       remat: what the backward pass recomputes of a block: "block", all, or "dense", all but outputs of dense layers.

@@ -23,12 +23,12 @@ from dar_jax.checkpoint import (
     writing_to,
 )
 from dar_jax.config import micro_batch
-from dar_jax.data.captions import with_words
-from dar_jax.data.feed import open_batches
+from dar_jax.data.captions import with_captions_of
+from dar_jax.data.feed import describe_shape, max_shapes, open_batches
 from dar_jax.data.sources import open_source
 from dar_jax.diagnosis.curves import InlineDiagnosis
 from dar_jax.errors import UserError, require
-from dar_jax.evaluation.in_training import InlineEvaluation, is_due, is_evaluation, unfinished
+from dar_jax.evaluation.in_training import InlineEvaluation, check_evaluation, is_due, is_evaluation, unfinished
 from dar_jax.init_from import check_init_from, pin_base, restore_initial
 from dar_jax.lock import Lock
 from dar_jax.logs import Logs, say
@@ -62,8 +62,12 @@ def train(config: ConfigDict, workdir: str, profile_steps: int = 0) -> None:
     if config.diagnosis.every_steps:
         sharding.check_batch(mesh, "config.diagnosis.num_images", config.diagnosis.num_images)
     source = open_source(config.data, config.data.train_split)
-    config = with_words(config, source)
+    config = with_captions_of(source, config)
     conditions.build(config.model).check_data(source)
+    if config.data.source == "latents":
+        source.check_patches(config.model.patch_size)
+    if config.eval.every_steps:
+        check_evaluation(config, source)
     with sharding.use(mesh), holding_workdir(workdir) as lock, writing_to(workdir), _StopSignal() as stop:
         latest = set_damaged_aside(workdir)
         hosts.agree({"the latest checkpoint": latest, "the number of examples": len(source)}, "the first step")
@@ -127,7 +131,7 @@ class _Hooks(NamedTuple):
         flops_per_step = step_flops(model, config.train.batch_size, adapted=config.lora.rank > 0)
         logs = Logs(workdir, first_step, config.train.num_steps, config.train.batch_size, flops_per_step)
         logs.say_what_is_missing(first_step, config.train.log_every_steps)
-        metrics = _Metrics(config, workdir, logs, checkpoints, first_step)
+        metrics = _Metrics(config, workdir, logs, checkpoints)
         profile = _Profile(workdir, first_step + PROFILE_AFTER, profile_steps)
         return cls(workdir, checkpoints, logs, metrics, profile, evaluation, diagnosis)
 
@@ -153,11 +157,19 @@ def _loop(
 ) -> None:
     """Takes the steps that are left, and saves where the run ends or is stopped, as long as `lock` is held."""
     step, num_steps, assemble = int(state.step), config.train.num_steps, run.algorithm.assemble
-    say("compiling the train step")
+    shapes, most = set(), max_shapes(config)
     while step < num_steps and not stop(step):
-        state, metrics = run.step(state, frozen, next(batches))
+        batch = next(batches)
+        is_new = (shape := describe_shape(batch)) not in shapes
+        if is_new:
+            shapes.add(shape)
+            say(f"compiling the train step{f' for {shape}, shape {len(shapes)} of at most {most}' if most > 1 else ''}")
+        state, metrics = run.step(state, frozen, batch)
         step += 1
         hooks.metrics.add(step, metrics)
+        if is_new:
+            hooks.metrics.settle()
+            hooks.logs.start_window(step)  # speed without the time of compiling
         hooks.profile.after(step, hooks.metrics)
         if hooks.diagnosis and step % config.diagnosis.every_steps == 0:
             hooks.metrics.settle()
@@ -199,9 +211,9 @@ class _Metrics:
     Those of the newest step are fetched only when the next one is on its way, so that the devices do not wait.
     """
 
-    def __init__(self, config: ConfigDict, workdir: str, logs: Logs, checkpoints: Checkpoints, first_step: int):
+    def __init__(self, config: ConfigDict, workdir: str, logs: Logs, checkpoints: Checkpoints):
         self.settings, self.workdir, self.logs, self.checkpoints = config.train, workdir, logs, checkpoints
-        self.first_step, self.pending, self.skipped, self.skipped_in_a_row = first_step, None, 0, 0
+        self.pending, self.skipped, self.skipped_in_a_row = None, 0, 0
 
     def add(self, step: int, metrics: dict[str, Any]) -> None:
         """Notes the metrics of a step that was started, and settles those of the step before."""
@@ -224,8 +236,6 @@ class _Metrics:
             say(f"step {step} is not finite and skipped: {_format(values)}  ({self.skipped} skipped so far)")
         elif step % self.settings.log_every_steps == 0 or step == self.settings.num_steps:
             self.logs.progress(step, {**values, "skipped": self.skipped} if max_skipped else values)
-        if step == self.first_step + 1:
-            self.logs.start_window(step)  # speed without the time of compiling
 
 
 def diverged(step: int, values: dict[str, float], steps: list[int], workdir: str, max_skipped: int) -> str:

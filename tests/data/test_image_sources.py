@@ -15,6 +15,7 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from dar_jax.config import default
+from dar_jax.data import sources
 from dar_jax.data.sources import open_source
 from dar_jax.errors import UserError
 
@@ -221,11 +222,23 @@ class TinyPlain(TinyShapes):
             yield key, {"image": example["image"]}
 
 
+class TinyCaptions(TinyShapes):
+    """The same with captions, "number 0" to "number 5"."""
+
+    def _info(self):
+        features = {"image": tfds.features.Image(), "caption": tfds.features.Text()}
+        return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features))
+
+    def _generate_examples(self):
+        for key, example in super()._generate_examples():
+            yield key, {"image": example["image"], "caption": f"number {key}"}
+
+
 @pytest.fixture(scope="module")
 def tiny_shapes(tmp_path_factory):
-    """A tensorflow-datasets data_dir with the two sets as array_record."""
+    """A tensorflow-datasets data_dir with the three sets as array_record."""
     data_dir = tmp_path_factory.mktemp("tfds")
-    for builder in (TinyShapes, TinyPlain):
+    for builder in (TinyShapes, TinyPlain, TinyCaptions):
         builder(data_dir=data_dir, file_format="array_record").download_and_prepare()
     return data_dir
 
@@ -246,6 +259,18 @@ def test_tfds_records(tiny_shapes):
 def test_tfds_without_labels(tiny_shapes):
     source = open_source(data_config("tfds", tiny_shapes, "tiny_plain"), "train")
     assert (source.num_classes, source[3]["label"]) == (1, 0)
+
+
+def test_tfds_captions_are_gathered_without_decoding_an_image(tiny_shapes, monkeypatch):
+    source = open_source(data_config("tfds", tiny_shapes, "tiny_captions"), "train")
+    examples = [source[i] for i in range(6)]
+    assert all(e["caption"] == f"number {e['image'].shape[0] - 4}" and e["label"] == 0 for e in examples)
+    with monkeypatch.context() as patch:
+        patch.setattr(sources, "decode_image", None)
+        assert pickle.loads(pickle.dumps(source)).captions == [e["caption"] for e in examples]
+    # A text of another name is no caption.
+    source = open_source(data_config("tfds", tiny_shapes, "tiny_shapes"), "train")
+    assert source.captions is None and "caption" not in source[0]
 
 
 def test_tfds_errors(tiny_shapes):

@@ -308,7 +308,7 @@ def test_door_reads_tensorflow_datasets(tmp_path):
     ("words", "message"),
     [
         (["--vae=none", "--source=folder:/nowhere"], "--source = folder:/nowhere: .*no directory"),
-        (["--vae=none", "--source=digits"], '--source = "digits" must be tfds:NAME, folder:PATH or idx:PATH'),
+        (["--vae=none", "--source=digits"], '--source = "digits" must be tfds:NAME, folder:PATH, captions:PATH or idx'),
         (["--vae=none", "--source=folder:/", "--worker=4/4"], '--worker = "4/4" must be i/n'),
         (["--source=folder:/nowhere"], "--vae is required"),
     ],

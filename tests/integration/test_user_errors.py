@@ -114,6 +114,8 @@ def test_help_does_not_import_jax(name):
         ({"sampler.cfg_channels": 2}, "cfg_channels = 2 .* config.model.channels = 1"),
         ({"eval.num_samples": 1}, "num_samples = 1 must be 0"),
         ({"eval.labels": "random_"}, 'Did you mean "random"'),
+        ({"model.family": "mmdit", "model.text": "embedding"}, 'Did you mean "embeddings"'),
+        ({"data.buckets": ("8x8",)}, "family = sit takes squares of one size"),
         ({"data.image_size": 4, "model.input_size": 4, "eval.every_steps": 5}, "image_size = 4 is not in 8..64"),
         ({"train.accumulate_steps": 3}, "batch_size = 16 must be divisible by accumulate_steps = 3"),
         ({"mesh.fsdp": 0}, "data = -1, fsdp = 0, tensor = 1: each must be at least 1"),
