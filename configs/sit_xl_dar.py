@@ -5,7 +5,8 @@
 The recipe has batch 1024. The variants are residual, static, static_t (the default) and dynamic, all with chunks of 4
 sublayers ("c4"). After an @ comes the hardware, which sets config.mesh: v4, v5e, v5p or v6e (TPU slices), or gpu8
 (hosts of 8 GPUs). A +repa, as in static_t+repa@v5e, adds REPA's alignment with DINOv2-B: the latents must have been
-prepared with --keep_images, and dinov2_b must hold the weights (docs/repa.md).
+prepared with --keep_images, and dinov2_b must hold the weights (docs/repa.md). A +dmd distils the run that
+--config.teacher names to four steps, with the rates of DMDR (docs/distil.md).
 
 The paper reports FID 7.56 for static_t (ODE, 600K steps, no guidance), at 0.59 s a step on its H20 GPUs. It reports
 9.67 for the residual SiT at 1.75M steps. Nothing is measured here: no TPU and no GPU has run this config.
@@ -31,4 +32,7 @@ def get_config(variant=None):
     config.checkpoint.update(every_steps=10_000, keep=3)
     repa = {"repa.target": "encoder", "repa.encoder": "dinov2_b", "repa.weights": "dinov2_b", "repa.block": 8}
     repa |= {"optimizer.clip_norm": 1.0, "model.routing.final": "shared"}
-    return config_lib.route(config, variant, repa=repa)
+    dmd = {**config_lib.DMD, "train.num_steps": 20_000, "train.batch_size": 512, "optimizer.clip_norm": 1.0}
+    dmd |= {"optimizer.learning_rate": 2e-5, "optimizer.weight_decay": 0.01, "dmd.fake_learning_rate": 2e-5}
+    dmd |= {"dmd.renoise": "beta", "eval.every_steps": 1000}
+    return config_lib.route(config, variant, repa=repa, dmd=dmd)

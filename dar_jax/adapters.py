@@ -12,7 +12,7 @@ from dar_jax.checkpoint import load_config, restore_ema, write_weights
 from dar_jax.config import default
 from dar_jax.errors import UserError, require
 from dar_jax.evaluation.sampling import restore
-from dar_jax.init_from import pin_base
+from dar_jax.init_from import pin_weights
 from dar_jax.models import lora
 from dar_jax.pretrained import lora_file
 
@@ -81,7 +81,7 @@ def load(source: str, base: str, output: str) -> ConfigDict:
     config.init_from = base
     targets = tuple(re.escape(f"{layer}/kernel") for layer in sorted(ranks))
     config.lora.update(rank=rank, alpha=scale * rank, dtype=config.model.dtype, targets=targets)
-    config = pin_base(config, output)
+    config = pin_weights(config, output)
     write_weights(output, config, lora.union(adapters, routing))
     return config
 

@@ -52,6 +52,7 @@ FIXED = (
         for name in ("target", "block", "later_block", "projector", "standardize", "mean_share", "encoder")
     ),
     "lora",
+    *("algorithm", "dmd.num_steps", "dmd.shift", "dmd.simulation", "dmd.fake_rank"),
 )
 
 

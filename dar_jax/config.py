@@ -24,6 +24,9 @@ VARIANTS = ("residual", "static", "static_t", "dynamic")
 # weights, EMA and optimizer of XL/2 take. All other devices are along the data axis.
 MESHES = {"v4": {"fsdp": 8}, "v5e": {"fsdp": 16}, "v5p": {"fsdp": 4}, "v6e": {"fsdp": 16}, "gpu8": {"fsdp": 8}}
 
+# What every addition "dmd" to a variant sets: a student takes no null condition and is no velocity.
+DMD = {"algorithm": "dmd", "model.label_dropout": 0.0, "eval.loss_images": 0, "optimizer.warmup_steps": 0}
+
 
 class Number(NamedTuple):
     """A number of the schema: its default, and the interval that `errors.check_number` holds it to."""
@@ -52,6 +55,8 @@ def schema() -> ConfigDict:
     """Returns all fields with their defaults; those of numbers are a `Number`."""
     config = ConfigDict()
     config.seed = Number(0, f"[0, {2**32})")  # parameters, data order, noise: everything random follows from it
+    config.algorithm = "flow"  # flow (config.diffusion, with config.repa) | dmd (distils config.teacher)
+    config.teacher = ""  # dmd: workdir of the teacher, whose EMA weights the student starts from
     config.init_from = ""  # workdir whose EMA weights to start from: of the same model, or residual to any routing
 
     config.data = data = ConfigDict()
@@ -134,6 +139,23 @@ def schema() -> ConfigDict:
     lora.targets = ()  # regular expressions of whole paths of kernels; () = attention and MLP (models/lora.py)
     lora.dtype = "bfloat16"  # of the frozen weights in memory: float32 | bfloat16
     lora.base = ""  # written by the run: step and SHA-256 of the checkpoint of init_from that is the base
+
+    config.dmd = dmd = ConfigDict()  # a student of a few steps, by distribution matching (docs/distil.md)
+    dmd.num_steps = Number(4, "[1, 128]")  # of the student, in training and sampling alike
+    dmd.shift = Number(1.0, "(0, 1000]")  # of the student's times, as diffusion.time_shift; 1 = evenly spaced
+    dmd.simulation = "stochastic"  # between two steps: stochastic (fresh noise) | ode (the noise that is left)
+    dmd.guidance = Number(1.0, "(-inf, inf)")  # uncond + guidance * (cond - uncond) of the teacher; 1 = none
+    dmd.guidance_rescale = False  # as sampler.cfg_rescale
+    dmd.decoupled = False  # guidance is measured at noises of its own, above the level that the step goes to
+    dmd.renoise = "uniform"  # noise levels of the comparison: uniform | beta (noisier at first: Beta(4, 1.5))
+    dmd.renoise_shift = Number(1.0, "(0, 1000]")  # of these levels
+    dmd.renoise_range = (0.02, 0.98)  # of these levels: 0 data, 1 noise
+    dmd.anneal_steps = Number(10_000, "[1, inf)")  # until beta is uniform, and real_scale is 0
+    dmd.fake_updates = Number(5, "[1, 1000]")  # of the fake score for each of the student
+    dmd.fake_learning_rate = Number(1e-4, "[0, inf)")
+    dmd.fake_rank = Number(0, "[0, 65536]")  # the fake score: adapters of this rank on the teacher; 0 = a full copy
+    dmd.real_scale = Number(0.0, "[0, 1]")  # fake_rank: share of the fake's adapters in the real score at the start
+    dmd.weights = ""  # written by the run: step and SHA-256 of the checkpoint of teacher
 
     config.sampler = sampler = ConfigDict()
     sampler.method = "heun"  # ODE: euler | heun | dopri5; SDE: sde_euler | sde_heun

@@ -28,35 +28,73 @@ from dar_jax.models.mmdit import MMDiT
 from dar_jax.routing import keeps_function, uniform, warm_start, warm_start_streams
 
 
-def check_init_from(config: ConfigDict) -> ConfigDict:
-    """The config of the run that `config.init_from` names.
+def with_teacher(config: ConfigDict) -> ConfigDict:
+    """The config of a distillation whose student starts from its teacher, unless `config.init_from` says otherwise.
+
+    Changes nothing of other configs. Raises UserError if `config.teacher` is no run.
+    """
+    if config.algorithm != "dmd":
+        return config
+    require(config.teacher != "", "config.algorithm = dmd distils a run; name its workdir with --config.teacher.")
+    check_init_from(config, config.teacher, "config.teacher")
+    config = config.copy_and_resolve_references()
+    config.init_from = config.init_from or config.teacher
+    return config
+
+
+def teacher_of(config: ConfigDict) -> ConfigDict:
+    """The config of the teacher, which computes in the types of the student's.
+
+    Without `config.teacher`, as in planning, it is a residual model of the same size.
+    """
+    teacher = load_config(config.teacher) if config.teacher else config.copy_and_resolve_references()
+    if not config.teacher:
+        teacher.algorithm, teacher.lora.rank, teacher.model.routing.kind = "flow", 0, "residual"
+    teacher.model.dtype, teacher.model.routing.implementation = config.model.dtype, config.model.routing.implementation
+    teacher.repa.target = "none"
+    return teacher
+
+
+def load_teacher(config: ConfigDict, abstract: dict) -> dict:
+    """The EMA weights of the teacher, in the types and on the shardings of `abstract`.
+
+    Raises UserError unless `config.teacher` holds the checkpoint that `config.dmd.weights` names.
+    """
+    step = _check_weights("teacher", config.teacher, "dmd.weights", config.dmd.weights)
+    weights, _ = restore_ema(config.teacher, abstract, step)
+    say(f"the teacher is the EMA of step {step} of {config.teacher}")
+    return weights
+
+
+def check_init_from(config: ConfigDict, path: str | None = None, name: str = "config.init_from") -> ConfigDict:
+    """The config of the run that `config.init_from` names, or of the one in `path`, which the field `name` has named.
 
     Raises UserError unless its weights suit the model of `config`: they must be of the same shapes and objective, and
     of the same routing or of none.
     """
-    path = config.init_from
+    path = path or config.init_from
     if not (files.path(path) / "config.json").exists() or latest_step(path) is None:
         raise UserError(
-            f'config.init_from = "{path}" has no config.json and checkpoint; name a workdir that dar_jax.main or '
+            f'{name} = "{path}" has no config.json and checkpoint; name a workdir that dar_jax.main or '
             "dar_jax.convert wrote."
         )
-    source = load_config(config.init_from)
+    source = load_config(path)
     require(
         source.lora.rank == 0,
-        f'config.init_from = "{path}" holds adapters of "{source.init_from}"; name that, or merge them first with '
+        f'{name} = "{path}" holds adapters of "{source.init_from}"; name that, or merge them first with '
         f"python -m dar_jax.convert --kind=merged --workdir={path} --output=DIR.",
     )
     may_differ = ["label_dropout", "dtype", "remat", "routing"]
     if source.model.family == "mmdit" and source.model.text == "embeddings":  # no weight is of their length or number
         may_differ += ["input_size", "text_length"]
         may_differ += [] if source.model.text_encoder else ["text_encoder"]  # converted weights do not tell it
-    fields = [f"model.{name}" for name in source.model if name not in may_differ]
+    fields = [f"model.{field}" for field in source.model if field not in may_differ]
     fields += ["diffusion.interpolant", "diffusion.prediction"]
     if source.model.routing.kind != "residual":
         fields += ["model.routing"]
     if difference := first_difference(source, config, fields):
         raise UserError(
-            f'config.init_from = "{path}" is of {difference}; make them equal, or start without it. (A residual '
+            f'{name} = "{path}" is of {difference}; make them equal, or start without it. (A residual '
             "run may start any routing.)"
         )
     return source
@@ -87,7 +125,8 @@ def restore_initial(config: ConfigDict, trained: dict, mesh: Mesh) -> dict:
     routing, _ = lora.split(_abstract(source, mesh))
     if not routing:
         return trained
-    found, _ = restore_ema(config.init_from, routing, _base_of(config)[0], partial=True)
+    step = int(config.lora.base.partition(":")[0])
+    found, _ = restore_ema(config.init_from, routing, step, partial=True)
     return lora.union(trained, found)
 
 
@@ -114,51 +153,54 @@ def _routed(params: dict, config: ConfigDict, wanted: dict) -> dict:
     return jax.jit(place, out_shardings=shardings, donate_argnums=0)(params)
 
 
-def pin_base(config: ConfigDict, workdir: str) -> ConfigDict:
-    """A config whose `lora.base` says which checkpoint of `init_from` is the base: that of the run in `workdir`.
+def pin_weights(config: ConfigDict, workdir: str) -> ConfigDict:
+    """A config that says which checkpoints are frozen: `lora.base` of `init_from`, and `dmd.weights` of `teacher`.
 
-    A new run takes the latest one, unless `config.lora.base` names another. Changes nothing without `config.lora`.
-    Raises UserError if `init_from` does not hold the base of the run any more.
+    They are those of the run in `workdir`. A new run takes the latest ones, unless its config names others. Changes
+    nothing without adapters and teacher. Raises UserError if a directory does not hold them any more.
     """
-    if config.lora.rank == 0:
-        return config
     config = config.copy_and_resolve_references()
-    if latest_step(workdir) is not None:
-        config.lora.base = load_config(workdir).lora.base
-    if config.lora.base:
-        _check_base(config)
-    else:
+    stored = load_config(workdir) if latest_step(workdir) is not None else config
+    if config.lora.rank:
         check_init_from(config)
-        step = latest_step(config.init_from)
-        config.lora.base = f"{step}:{weights_fingerprint(config.init_from, step)}"
+        config.lora.base = _pinned("init_from", config.init_from, "lora.base", stored.lora.base)
+    if config.algorithm == "dmd":
+        config.dmd.weights = _pinned("teacher", config.teacher, "dmd.weights", stored.dmd.weights)
     return config
 
 
-def _base_of(config: ConfigDict) -> tuple[int, str]:
-    """Step and SHA-256 of the base."""
-    step, _, fingerprint = config.lora.base.partition(":")
+def _pinned(source: str, path: str, field: str, value: str) -> str:
+    """`value` if its checkpoint is there; without a value, that of the latest checkpoint."""
+    if value:
+        _check_weights(source, path, field, value)
+        return value
+    step = latest_step(path)
+    return f"{step}:{weights_fingerprint(path, step)}"
+
+
+def _check_weights(source: str, path: str, field: str, value: str) -> int:
+    """The step of the checkpoint in config.<source> = `path` that config.<field> = `value` names.
+
+    Raises UserError unless it is there with the same weights.
+    """
+    step, _, wanted = value.partition(":")
     require(
-        step.isdecimal() and re.fullmatch("[0-9a-f]{64}", fingerprint) is not None,
-        f'config.lora.base = "{config.lora.base}" must be a step and a SHA-256, as a run writes it; leave it empty.',
+        step.isdecimal() and re.fullmatch("[0-9a-f]{64}", wanted) is not None,
+        f'config.{field} = "{value}" must be a step and a SHA-256, as a run writes it; leave it empty.',
     )
-    return int(step), fingerprint
-
-
-def _check_base(config: ConfigDict) -> None:
-    path, (step, wanted) = config.init_from, _base_of(config)
-    check_init_from(config)
-    steps = saved_steps(path)
+    step, steps = int(step), saved_steps(path)
     require(
         step in steps,
-        f'config.init_from = "{path}" has no checkpoint of step {step} any more, on which these adapters were trained; '
-        f"it has {steps}. Put a copy of it there, or name a directory that has it.",
+        f'config.{source} = "{path}" has no checkpoint of step {step} any more, which this run trains on; it has '
+        f"{steps}. Put a copy of it there, or name a directory that has it.",
     )
     found = weights_fingerprint(path, step)
     require(
         found == wanted,
-        f'config.init_from = "{path}" is not the base of these adapters: the weights of step {step} have the SHA-256 '
-        f"{found[:12]}..., not {wanted[:12]}...; name the directory of those weights.",
+        f'config.{source} = "{path}" does not hold what this run trains on: the weights of step {step} have the '
+        f"SHA-256 {found[:12]}..., not {wanted[:12]}...; name the directory of those weights.",
     )
+    return step
 
 
 def load_base(config: ConfigDict, abstract: dict) -> dict:
@@ -166,8 +208,7 @@ def load_base(config: ConfigDict, abstract: dict) -> dict:
 
     Raises UserError unless `config.init_from` holds the checkpoint that `config.lora.base` names.
     """
-    _check_base(config)
-    step, _ = _base_of(config)
+    step = _check_weights("init_from", config.init_from, "lora.base", config.lora.base)
     source, (mesh, *_) = check_init_from(config), [leaf.sharding.mesh for leaf in jax.tree.leaves(abstract)]
     dtype = jnp.dtype(config.lora.dtype)
     _, weights = lora.split(_abstract(source, mesh))

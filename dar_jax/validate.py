@@ -14,7 +14,7 @@ def validate(config: ConfigDict) -> None:
     from dar_jax.diffusion import sampler
     from dar_jax.evaluation import in_training
     from dar_jax.models import check as models
-    from dar_jax.objectives import adapted, repa
+    from dar_jax.objectives import adapted, dmd, repa
     from dar_jax.training import loop, optimizer
 
     check_fields(config)
@@ -30,6 +30,7 @@ def validate(config: ConfigDict) -> None:
     _check_buckets(config)
     repa.check(config)
     adapted.check(config)
+    dmd.check(config)
     require(
         config.sampler.cfg_channels <= config.model.channels,
         f"config.sampler.cfg_channels = {config.sampler.cfg_channels} must be in 0 (all) to "

@@ -44,10 +44,11 @@ def guided(
 
     def predict_guided(x_t: Array, t: Array) -> Array:
         output = predict(jnp.repeat(x_t, 2, axis=0), jnp.repeat(t, 2), interleave(condition, null))  # [2B, H, W, C]
-        output = output.reshape(x_t.shape[0], 2, *output.shape[1:]).astype(jnp.float32)
+        dtype = jnp.promote_types(output.dtype, jnp.float32)
+        output = output.reshape(x_t.shape[0], 2, *output.shape[1:]).astype(dtype)
         cond, uncond = output[:, 0], output[:, 1]
 
-        extra = jnp.where((low <= t) & (t <= high), scale - 1.0, 0.0).astype(jnp.float32)  # [B]
+        extra = jnp.where((low <= t) & (t <= high), scale - 1.0, 0.0).astype(dtype)  # [B]
         update = expand(extra, x_t) * (cond - uncond)
         if channels:
             update = update.at[..., channels:].set(0)

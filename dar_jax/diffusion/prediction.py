@@ -50,6 +50,12 @@ class Prediction:
         """The score, the gradient of log p_t(x_t), that an output stands for: -x0 / sigma. It needs sigma_t > 0."""
         return -self.noise(output, x_t, t) / self.path.sigma(expand(t, x_t))
 
+    def data(self, output: Array, x_t: Array, t: Array) -> Array:
+        """The data x1 that an output stands for, (sigma v - sigma' x_t) / W."""
+        velocity = self.velocity(output, x_t, t)
+        t = expand(t, x_t)
+        return (self.path.sigma(t) * velocity - self.path.d_sigma(t) * x_t) / self.path.determinant(t)
+
     def target(self, x1: Array, x0: Array, x_t: Array, t: Array) -> Array:
         """The velocity that `velocity` of the network's output is compared with, for data x1 and noise x0."""
         return self.path.velocity(x1, x0, t)
@@ -114,6 +120,9 @@ class Data(Prediction):
         t = expand(t, x_t)
         sigma = jnp.maximum(self.path.sigma(t), SIGMA_MIN)
         return (self.path.determinant(t) * output + self.path.d_sigma(t) * x_t) / sigma
+
+    def data(self, output, x_t, t):
+        return output
 
     def target(self, x1, x0, x_t, t):
         return self.velocity(x1, x_t, t)

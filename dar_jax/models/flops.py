@@ -35,15 +35,6 @@ def forward_flops(model: SiT | MMDiT) -> float:
     return _mmdit_flops(model) if isinstance(model, MMDiT) else _sit_flops(model)
 
 
-def step_flops(model: SiT | MMDiT, batch_size: int, *, adapted: bool) -> float:
-    """FLOPs of a train step: those of three forward passes, whatever it recomputes.
-
-    An `adapted` model (lora.py) counts two, because the gradients of frozen weights are the third. That is a little too
-    few: attention has no weights, and the adapters are left out.
-    """
-    return (2 if adapted else 3) * batch_size * forward_flops(model)
-
-
 def _mmdit_flops(model: MMDiT) -> float:
     d, image = model.hidden_size, (model.input_size // model.patch_size) ** 2
     streams = (model.text_length, image)

@@ -72,3 +72,8 @@ def check(config: ConfigDict) -> None:
         f"config.lora.rank = {settings.rank} needs the weights that are adapted; name their workdir in "
         "config.init_from, or set rank = 0.",
     )
+
+
+def is_rearranged(model: ConfigDict) -> bool:
+    """Whether the base of a routed model stands in other places than in a residual one, as that of a SiT does."""
+    return model.family == "sit" and model.routing.kind != "residual"

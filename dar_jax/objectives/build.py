@@ -7,7 +7,7 @@ import flax.linen as nn
 from ml_collections import ConfigDict
 
 from dar_jax import models
-from dar_jax.objectives import adapted, flow, repa
+from dar_jax.objectives import adapted, dmd, flow, repa
 from dar_jax.objectives.objective import Objective
 
 
@@ -21,4 +21,6 @@ def build(
     """
     model = model or models.build(config.model)
     objective = flow.build(config, model, repa.build(config, model) if config.repa.target != "none" else None)
+    if config.algorithm == "dmd":
+        objective = objective._replace(sample=dmd.build_sample(config, model))
     return adapted.build(config, objective, load_base) if config.lora.rank else objective

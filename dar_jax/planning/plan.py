@@ -15,7 +15,7 @@ from dar_jax import models, sharding
 from dar_jax.config import micro_batch
 from dar_jax.data.feed import abstract_batch
 from dar_jax.errors import UserError
-from dar_jax.models.flops import step_flops
+from dar_jax.models.flops import forward_flops
 from dar_jax.planning.schedule import CHIPS, RESERVED_HBM, count_flops, read_schedule
 from dar_jax.training.setup import build_algorithm, set_up
 
@@ -41,7 +41,7 @@ class Plan:
         cotangents) and "activations", which is all else: also gradients and the program.
       fits: whether the compiler accepts it; on host devices, whether total is at most capacity.
       flops_per_step: matmul FLOPs that are executed, over all devices, recomputation included.
-      model_flops_per_step: what MFU counts (`models.flops.step_flops`).
+      model_flops_per_step: what MFU counts: those of the forward pass, times three or what the algorithm takes.
       estimated_step_ms: the compiler's estimate, kernels included, time between chips not.
       estimated_kernel_ms: the part of Pallas kernels, by declared cost.
       traffic_ms: what the bytes of the collectives take at the full bandwidth of a chip's links to its neighbours, a
@@ -164,8 +164,8 @@ def make_plan(config: ConfigDict, topology: str) -> Plan:
     seconds = schedule.cycles / chip.clock + kernel_seconds if chip and compiled else None
     fields = {field.name: _bytes_per_device(getattr(run.state, field.name)) for field in dataclasses.fields(run.state)}
     params, ema = fields.pop("params"), fields.pop("ema")
-    model = models.build(config.model)
-    model_flops = step_flops(model, config.train.batch_size, adapted=config.lora.rank > 0)
+    passes = run.algorithm.forward_passes
+    model_flops = passes * config.train.batch_size * forward_flops(models.build(config.model))
     collectives = schedule.collectives if schedule else {}
     traffic = sum((2 if kind == "all-reduce" else 1) * entry["bytes"] for kind, entry in collectives.items())
     memory_bytes = {

@@ -61,4 +61,5 @@ def build(config: ConfigDict, objective: Objective) -> Algorithm:
         return TrainState(state.step + 1, params, ema, opt_state), metrics
 
     frozen = objective.init_frozen, objective.load_frozen
-    return Algorithm(init, step, objective.sample, *frozen, objective.assemble)
+    passes = 2.0 if config.lora.rank else 3.0
+    return Algorithm(init, step, objective.sample, *frozen, objective.assemble, forward_passes=passes)

@@ -29,10 +29,10 @@ from dar_jax.data.sources import open_source
 from dar_jax.diagnosis.curves import InlineDiagnosis
 from dar_jax.errors import UserError, require
 from dar_jax.evaluation.in_training import InlineEvaluation, check_evaluation, is_due, is_evaluation, unfinished
-from dar_jax.init_from import check_init_from, pin_base, restore_initial
+from dar_jax.init_from import check_init_from, pin_weights, restore_initial, with_teacher
 from dar_jax.lock import Lock
 from dar_jax.logs import Logs, say
-from dar_jax.models.flops import step_flops
+from dar_jax.models.flops import forward_flops
 from dar_jax.objectives import repa
 from dar_jax.training.setup import Setup, build_algorithm, set_up
 
@@ -62,7 +62,7 @@ def train(config: ConfigDict, workdir: str, profile_steps: int = 0) -> None:
     if config.diagnosis.every_steps:
         sharding.check_batch(mesh, "config.diagnosis.num_images", config.diagnosis.num_images)
     source = open_source(config.data, config.data.train_split)
-    config = with_captions_of(source, config)
+    config = with_teacher(with_captions_of(source, config))
     conditions.build(config.model).check_data(source)
     if config.data.source == "latents":
         source.check_patches(config.model.patch_size)
@@ -76,7 +76,7 @@ def train(config: ConfigDict, workdir: str, profile_steps: int = 0) -> None:
             if config.init_from and latest is None:
                 check_init_from(config)
             repa.check_files(config)
-            config = pin_base(config, workdir)
+            config = pin_weights(config, workdir)
             claim_workdir(workdir, config)
             with closing(Checkpoints(workdir, config.checkpoint.keep)) as checkpoints:
                 run = set_up(config, build_algorithm(config), mesh)
@@ -89,6 +89,8 @@ def train(config: ConfigDict, workdir: str, profile_steps: int = 0) -> None:
                     )
                     return
                 frozen = run.load_frozen()
+                if run.begin and checkpoints.latest_step is None:
+                    state = run.begin(state, frozen)
                 hooks = _Hooks.start(config, workdir, mesh, run, first_step, profile_steps, checkpoints)
                 with closing(hooks.logs):
                     _make_up(evaluations, run, state, frozen, hooks)
@@ -128,7 +130,7 @@ class _Hooks(NamedTuple):
             evaluation = InlineEvaluation(config, run.algorithm.sample, mesh, workdir, say)
         if config.diagnosis.every_steps:
             diagnosis = InlineDiagnosis(config, model, mesh)
-        flops_per_step = step_flops(model, config.train.batch_size, adapted=config.lora.rank > 0)
+        flops_per_step = run.algorithm.forward_passes * config.train.batch_size * forward_flops(model)
         logs = Logs(workdir, first_step, config.train.num_steps, config.train.batch_size, flops_per_step)
         logs.say_what_is_missing(first_step, config.train.log_every_steps)
         metrics = _Metrics(config, workdir, logs, checkpoints)

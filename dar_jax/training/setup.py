@@ -9,15 +9,18 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from dar_jax import objectives, sharding
-from dar_jax.init_from import load_base
-from dar_jax.training import flow
+from dar_jax.init_from import load_base, load_teacher, teacher_of
+from dar_jax.training import dmd, flow
 from dar_jax.training.algorithm import Algorithm
 from dar_jax.training.update import skipping_failures
 
 
 def build_algorithm(config: ConfigDict) -> Algorithm:
     """The algorithm that trains `config`."""
-    return flow.build(config, objectives.build(config, load_base=partial(load_base, config)))
+    objective = objectives.build(config, load_base=partial(load_base, config))
+    if config.algorithm == "dmd":
+        return dmd.build(config, objective, teacher_of(config), partial(load_teacher, config))
+    return flow.build(config, objective)
 
 
 class Setup(NamedTuple):
@@ -28,6 +31,7 @@ class Setup(NamedTuple):
       state, frozen: shapes, dtypes and shardings of its state and of its frozen networks.
       step: its jitted step, which skips failures if `config.train.max_skipped` says so.
       init: makes the state of step 0.
+      begin: None, or what the algorithm has of that name, jitted; it donates the state.
       load_frozen: makes or reads the frozen networks.
     """
 
@@ -36,6 +40,7 @@ class Setup(NamedTuple):
     frozen: Any
     step: Callable
     init: Callable[[], Any]
+    begin: Callable[[Any, Any], Any] | None
     load_frozen: Callable[[], Any]
 
 
@@ -49,12 +54,14 @@ def set_up(config: ConfigDict, algorithm: Algorithm, mesh: Mesh) -> Setup:
         return algorithm.init_frozen(jax.random.key(config.seed))
 
     state, frozen = sharding.abstract(mesh, init), sharding.abstract(mesh, init_frozen)
-    load = algorithm.load_frozen
+    load, shardings = algorithm.load_frozen, jax.tree.map(lambda leaf: leaf.sharding, state)
+    begin = algorithm.begin and jax.jit(algorithm.begin, donate_argnums=0, out_shardings=shardings)
     return Setup(
         algorithm,
         state,
         frozen,
         jax.jit(skipping_failures(algorithm.step) if config.train.max_skipped else algorithm.step, donate_argnums=0),
         lambda: sharding.make(state, init),
+        begin,
         lambda: load(frozen) if load else sharding.make(frozen, init_frozen),
     )

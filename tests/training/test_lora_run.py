@@ -13,7 +13,7 @@ from dar_jax import adapters, models, objectives, planning, sharding
 from dar_jax.checkpoint import load_config, restore_ema
 from dar_jax.errors import UserError
 from dar_jax.evaluation.sampling import restore, sample_to_file
-from dar_jax.init_from import pin_base, restore_initial
+from dar_jax.init_from import pin_weights, restore_initial
 from dar_jax.training import loop
 from dar_jax.training.setup import build_algorithm, set_up
 from dar_jax.validate import validate
@@ -67,7 +67,7 @@ def places(tmp_path_factory):
 
 
 def first_state(config, mesh):
-    config = pin_base(config, "nowhere")
+    config = pin_weights(config, "nowhere")
     run = set_up(config, build_algorithm(config), mesh)
     state, frozen = run.init(), run.load_frozen()
     ema = restore_initial(config, state.ema, mesh)
@@ -175,7 +175,7 @@ def test_another_base_is_told(places):
     other.seed = 1
     loop.train(other, str(places / "other"))
     config = lora_config(places, **{"init_from": str(places / "other"), "train.num_steps": 5})
-    refused("is not the base of these adapters: the weights of step 3 have the SHA-256", config=config)
+    refused("does not hold what this run trains on: the weights of step 3 have the SHA-256", config=config)
     refused("config.lora.alpha = 8.0, not 4.0", config=lora_config(places, **{"lora.alpha": 4.0}))
     refused("holds adapters of .*--kind=merged", config=lora_config(places, init_from=str(places / "run")), workdir="x")
     shutil.copytree(places / "base", places / "moved")
