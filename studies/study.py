@@ -33,7 +33,8 @@ class Study(NamedTuple):
     Attributes:
       name: of the study and its files.
       config: of all runs, as `configs/fashion_mnist.py`.
-      cells: the variants to compare by name: that of the config, then flags.
+      cells: the variants to compare by name: that of the config, then flags. In flags {root} is the directory of the
+        runs and {seed} the seed, so that a run may start from one of an earlier cell, {root}/teacher_{seed}.
       shared: flags of all runs.
       seeds: one run of every cell each.
       differences: pairs of cells (a, b), whose metrics are subtracted, a - b, seed by seed.
@@ -75,6 +76,7 @@ def train(study: Study, root: pathlib.Path) -> None:
             if network.exists() and not (workdir / network.name).exists():
                 shutil.copy(network, workdir)
             command = [sys.executable, "-m", "dar_jax.main", f"--config={study.config}:{variant}"]
+            own = [flag.format(root=root, seed=seed) for flag in own]
             command += [f"--workdir={workdir}", f"--config.seed={seed}", *study.shared, *own]
             print(f"{cell}, seed {seed}", flush=True)
             with open(workdir / "log.txt", "a") as log:
@@ -108,8 +110,8 @@ def interval(values: Sequence[float]) -> tuple[float, float]:
 
 
 def finals(curves: dict, cell: str, metric: str) -> dict[str, float]:
-    """The metric at the last step of each seed of a cell."""
-    last = str(max((max(map(int, steps)) for seeds in curves.values() for steps in seeds.values()), default=0))
+    """The metric at the last step of each seed of a cell, of those seeds that have reached it."""
+    last = str(max((max(map(int, steps)) for steps in curves.get(cell, {}).values()), default=0))
     at_last = {seed: steps.get(last, {}) for seed, steps in curves.get(cell, {}).items()}
     return {seed: values[metric] for seed, values in at_last.items() if metric in values}
 
