@@ -7,7 +7,7 @@
 The variants are residual, static, static_t (the default) and dynamic; --config.model.routing.streams=both routes the
 text stream too. The words of a caption are embedded and encoded by a transformer that is trained along. Of every
 subject with a skin tone one tone is held out: val_loss, fd_convnet and accuracy/* are of these captions, and
-accuracy_seen/* of captions in the training split.
+accuracy_seen/* of captions in the training split that ask for the same.
 """
 
 from dar_jax import config as config_lib

@@ -1,5 +1,6 @@
 """What captions need beside the images: a vocabulary or an encoder, and those of which an evaluation draws samples."""
 
+import itertools
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -66,11 +67,12 @@ class ToSample(NamedTuple):
     attributes: dict[str, np.ndarray]
 
 
-def to_sample(config: ConfigDict, count: int, split: str | None = None) -> ToSample:
+def to_sample(config: ConfigDict, count: int, split: str | None = None, labels: np.ndarray | None = None) -> ToSample:
     """What samples 0, 1, ..., count - 1 are drawn of, in the order of `config.eval.labels`.
 
     Of a model of labels they are its classes; of captions, the examples of `split`, by default of
-    `config.data.eval_split`. A longer list begins with the shorter one.
+    `config.data.eval_split`. A longer list begins with the shorter one. With `labels`, int [count], sample i is an
+    example of label i, those of a label in their order, again and again; labels without an example are left out.
     """
     kind, settings = conditions.build(config.model), config.eval
     if isinstance(kind, Labels):
@@ -78,7 +80,12 @@ def to_sample(config: ConfigDict, count: int, split: str | None = None) -> ToSam
         return ToSample(condition, None, condition["label"], {})
     split = split or config.data.eval_split
     source = suited(open_source(config.data, split), config.model.channels, kind)
-    rows = conditions.ORDERS[settings.labels](count, len(source), config.seed).astype(int)
+    if labels is None:
+        rows = conditions.ORDERS[settings.labels](count, len(source), config.seed).astype(int)
+    else:
+        labels = labels[np.isin(labels, source.labels)]
+        of_label = {label: itertools.cycle(np.flatnonzero(source.labels == label)) for label in np.unique(labels)}
+        rows = np.array([next(of_label[label]) for label in labels], int)
     if isinstance(kind, Words):
         captions = [source.captions[row] for row in rows]
         condition = _stack([kind.encode({"caption": caption}) for caption in captions])
@@ -88,7 +95,7 @@ def to_sample(config: ConfigDict, count: int, split: str | None = None) -> ToSam
         captions = [example["caption"] for example in examples]
         condition = _embeddings(kind, [example["text"] for example in examples], source.texts.empty)
     attributes = getattr(source, "attributes", {})
-    return ToSample(condition, captions, source.labels[rows] if attributes else np.zeros(count, int), attributes)
+    return ToSample(condition, captions, source.labels[rows] if attributes else np.zeros(len(rows), int), attributes)
 
 
 def of_prompts(config: ConfigDict, prompts: Sequence[str]) -> Condition:

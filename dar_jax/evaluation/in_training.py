@@ -163,7 +163,7 @@ class InlineEvaluation:
         row by row.
 
         Where the data have attributes, their accuracy follows, of the captions of `config.data.eval_split` as
-        "accuracy/tone", and of as many of `config.data.train_split` as "accuracy_seen/tone".
+        "accuracy/tone", and of as many of `config.data.train_split` with the same labels as "accuracy_seen/tone".
         """
         settings, sizes = self.config.eval, _sizes(self.config, step)
         grid_images = settings.grid_size**2
@@ -196,7 +196,7 @@ class InlineEvaluation:
     def _accuracies(self, ema: dict, logits: np.ndarray, wanted: ToSample) -> dict[str, float]:
         count = len(logits)
         found = attribute_accuracy(logits, wanted.labels[:count], wanted.attributes)
-        seen = to_sample(self.config, count, self.config.data.train_split)
+        seen = to_sample(self.config, count, self.config.data.train_split, wanted.labels[:count])
         batches = sample_images(self.draw, ema, seen.condition, self.config.eval.batch_size, self.mesh)
         parts = [extract_all(self.features, images, self.mesh)["logits"] for images in batches]
         found_seen = attribute_accuracy(np.concatenate(parts), seen.labels, seen.attributes)

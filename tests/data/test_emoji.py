@@ -8,6 +8,7 @@ import pytest
 
 from dar_jax.config import default
 from dar_jax.data import emoji
+from dar_jax.data.captions import to_sample
 from dar_jax.data.sources import open_source
 from dar_jax.errors import UserError
 
@@ -72,3 +73,15 @@ def test_a_missing_font_is_named_with_its_package(monkeypatch):
         split_of("train")
     with pytest.raises(UserError, match="split of emoji"):
         split_of("valid")
+
+
+@has_font
+def test_captions_to_sample_are_matched_by_their_labels():
+    config = default()
+    config.data.update(source="emoji", image_size=32)
+    config.model.update(family="mmdit", words=("skin", "tone"))
+    held_out = to_sample(config, 400)
+    seen = to_sample(config, 400, "train", held_out.labels)
+    np.testing.assert_array_equal(seen.labels, held_out.labels)
+    assert not set(seen.captions) & set(held_out.captions) and len(set(seen.captions)) > 300
+    assert seen.condition["words"].shape == (400, 16)
