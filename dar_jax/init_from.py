@@ -208,8 +208,8 @@ def load_base(config: ConfigDict, abstract: dict) -> dict:
 
     Raises UserError unless `config.init_from` holds the checkpoint that `config.lora.base` names.
     """
-    step = _check_weights("init_from", config.init_from, "lora.base", config.lora.base)
     source, (mesh, *_) = check_init_from(config), [leaf.sharding.mesh for leaf in jax.tree.leaves(abstract)]
+    step = _check_weights("init_from", config.init_from, "lora.base", config.lora.base)
     dtype = jnp.dtype(config.lora.dtype)
     _, weights = lora.split(_abstract(source, mesh))
     weights = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype, sharding=x.sharding), weights)
