@@ -8,6 +8,7 @@ import pytest
 
 from dar_jax import config as config_lib
 from dar_jax import models
+from dar_jax.checkpoint import load_config
 from dar_jax.diffusion.path import PATHS
 from dar_jax.errors import UserError
 from dar_jax.evaluation.sampling import sample_to_file
@@ -16,7 +17,7 @@ from dar_jax.training import dmd, loop, setup
 from tests.integration.test_captions_run import lines_of
 from tests.training import tiny
 
-B = 8
+B, SLOW = 8, pytest.mark.slow
 
 
 def make_config(**fields):
@@ -66,7 +67,7 @@ def written_out(config, student, fake, real, drawn):
     return back(direction / x1.size)[0]
 
 
-@pytest.mark.parametrize("decoupled", [False, True])
+@pytest.mark.parametrize("decoupled", [False, pytest.param(True, marks=SLOW)])
 def test_gradients_of_student_and_fake_are_those_written_out(decoupled, monkeypatch):
     """With plain gradient descent the change of the weights is the gradient times the rate, 0.001."""
     monkeypatch.setattr(dmd, "make_optimizer", lambda settings, _: optax.sgd(settings.learning_rate))
@@ -190,7 +191,7 @@ def test_noise_levels_are_annealed():
     assert abs(float(last.mean()) - 0.5) < 0.01 and abs(float(last.var()) - 1 / 12) < 0.01
 
 
-@pytest.mark.parametrize("kind", ["full", "fake of adapters", "one base, two adapters"])
+@pytest.mark.parametrize("kind", ["full", pytest.param("fake of adapters", marks=SLOW), "one base, two adapters"])
 def test_a_distillation_is_resumed_exactly_and_sampled(kind, tmp_path, capsys):
     config = tiny.make_config()
     config.model.routing.kind = "residual"
@@ -216,7 +217,9 @@ def test_a_distillation_is_resumed_exactly_and_sampled(kind, tmp_path, capsys):
         whole, parts = lines_of(tmp_path / "whole"), lines_of(tmp_path / "parts")
         names = ("loss", "loss_fake", "grad_norm", "grad_norm_fake", "cosine_fake_real", "gap_fake_real")
         assert [[line[name] for name in names] for line in whole] == [[line[name] for name in names] for line in parts]
-        sample_to_file(config, str(tmp_path / "whole"), None, ["1"], 2, str(tmp_path / "a.npz"))
+        sample_to_file(
+            load_config(str(tmp_path / "whole")), str(tmp_path / "whole"), None, ["1"], 2, str(tmp_path / "a.npz")
+        )
         damaged = make_config(**fields)
         damaged.dmd.weights = f"2:{'0' * 64}"
         with pytest.raises(UserError, match=r"config\.teacher = .* does not hold what this run trains on"):

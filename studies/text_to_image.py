@@ -4,13 +4,13 @@ Targets fixed beforehand, after 1,500 steps on captions that were held out: vali
 of samples with the skin tone and the person that the caption asks for (higher is better); the same shares on captions
 of the training split.
 
-    python studies/emoji.py --root=runs/emoji_study
+    python studies/text_to_image.py --root=runs/text_to_image
 """
 
 from study import Study, main
 
 STUDY = Study(
-    name="emoji",
+    name="text_to_image",
     config="configs/emoji.py",
     cells={"residual": ("residual",), "static_t": ("static_t",)},
     shared=(
