@@ -150,7 +150,8 @@ def _routed(params: dict, config: ConfigDict, wanted: dict) -> dict:
         return traverse_util.unflatten_dict({path: leaves[path] for path in paths})
 
     shardings = jax.tree.map(lambda leaf: leaf.sharding, wanted)
-    return jax.jit(place, out_shardings=shardings, donate_argnums=0)(params)
+    donated = (0,) if isinstance(model, MMDiT) else ()  # the arrays of a SiT change their shapes
+    return jax.jit(place, out_shardings=shardings, donate_argnums=donated)(params)
 
 
 def pin_weights(config: ConfigDict, workdir: str) -> ConfigDict:

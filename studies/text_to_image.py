@@ -1,8 +1,7 @@
 """Does routing help text to image? Emoji at 32x32 from their captions, MM-DiT of 6 blocks, three paired seeds.
 
 Targets fixed beforehand, after 1,500 steps on captions that were held out: validation loss, fd_convnet, and the share
-of samples with the skin tone and the person that the caption asks for (higher is better); the same shares on captions
-of the training split.
+of samples with the skin tone and the person that the caption asks for (higher is better).
 
     python studies/text_to_image.py --root=runs/text_to_image
 """
@@ -25,8 +24,6 @@ STUDY = Study(
         "fd_convnet",
         "accuracy/tone",
         "accuracy/person",
-        "accuracy_seen/tone",
-        "accuracy_seen/person",
     ),
 )
 

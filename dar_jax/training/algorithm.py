@@ -28,7 +28,7 @@ class Algorithm(NamedTuple):
       load_frozen: their abstract form, with shardings -> their weights; None if those of `init_frozen` are meant.
       assemble: (`params` or `ema` of a state, frozen) -> what `sample` and the model take, as
         `objectives.Objective.assemble`.
-      begin: None, or (state, frozen) -> the state of step 0 where it also depends on what is frozen.
+      begin: None, or frozen -> those fields of the state of step 0, by name, that depend on what is frozen.
       forward_passes: of a step for each image, for the count of FLOPs, whatever it recomputes. One with gradients
         counts as three, and as two where the weights are frozen, whose gradients are the third.
     """
@@ -39,5 +39,5 @@ class Algorithm(NamedTuple):
     init_frozen: Callable[[Array], Any] = nothing
     load_frozen: Callable[[Any], Any] | None = None
     assemble: Callable[[dict, Any], dict] = all_trained
-    begin: Callable[[Any, Any], Any] | None = None
+    begin: Callable[[Any], dict[str, Any]] | None = None
     forward_passes: float = 3.0

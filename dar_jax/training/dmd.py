@@ -93,12 +93,9 @@ def build(
         student = objective.load_frozen(abstract["student"]) if objective.load_frozen else ()
         return {"student": student, "teacher": () if is_shared else load_teacher(abstract["teacher"])}
 
-    def begin(state: DmdState, frozen: dict) -> DmdState:
-        """The fake score becomes the teacher."""
-        if settings.fake_rank:
-            return state
-        weights = teacher_of(frozen)
-        return state.replace(fake=jax.tree.map(lambda x, old: x.astype(old.dtype), weights, state.fake))
+    def begin(frozen: dict) -> dict:
+        """The fake score begins as the teacher."""
+        return {"fake": jax.tree.map(lambda x: x.astype(jnp.float32), teacher_of(frozen))}
 
     def teacher_of(frozen: dict) -> dict:
         return frozen["student"]["base"] if is_shared else frozen["teacher"]
@@ -211,7 +208,8 @@ def build(
         metrics |= {"grad_norm": optax.global_norm(grads), "param_norm": optax.global_norm(trained)}
         return DmdState(state.step + 1, trained, ema, opt_state, fake, fake_opt_state), metrics
 
-    return Algorithm(init, step, objective.sample, init_frozen, load_frozen, assemble, begin, forward_passes(config))
+    begins = None if settings.fake_rank else begin
+    return Algorithm(init, step, objective.sample, init_frozen, load_frozen, assemble, begins, forward_passes(config))
 
 
 def forward_passes(config: ConfigDict) -> float:

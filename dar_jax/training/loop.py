@@ -90,7 +90,7 @@ def train(config: ConfigDict, workdir: str, profile_steps: int = 0) -> None:
                     return
                 frozen = run.load_frozen()
                 if run.begin and checkpoints.latest_step is None:
-                    state = run.begin(state, frozen)
+                    state = state.replace(**run.begin(frozen))
                 hooks = _Hooks.start(config, workdir, mesh, run, first_step, profile_steps, checkpoints)
                 with closing(hooks.logs):
                     _make_up(evaluations, run, state, frozen, hooks)

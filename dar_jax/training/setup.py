@@ -31,7 +31,7 @@ class Setup(NamedTuple):
       state, frozen: shapes, dtypes and shardings of its state and of its frozen networks.
       step: its jitted step, which skips failures if `config.train.max_skipped` says so.
       init: makes the state of step 0.
-      begin: None, or what the algorithm has of that name, jitted; it donates the state.
+      begin: None, or what the algorithm has of that name, jitted.
       load_frozen: makes or reads the frozen networks.
     """
 
@@ -40,7 +40,7 @@ class Setup(NamedTuple):
     frozen: Any
     step: Callable
     init: Callable[[], Any]
-    begin: Callable[[Any, Any], Any] | None
+    begin: Callable[[Any], dict[str, Any]] | None
     load_frozen: Callable[[], Any]
 
 
@@ -54,8 +54,10 @@ def set_up(config: ConfigDict, algorithm: Algorithm, mesh: Mesh) -> Setup:
         return algorithm.init_frozen(jax.random.key(config.seed))
 
     state, frozen = sharding.abstract(mesh, init), sharding.abstract(mesh, init_frozen)
-    load, shardings = algorithm.load_frozen, jax.tree.map(lambda leaf: leaf.sharding, state)
-    begin = algorithm.begin and jax.jit(algorithm.begin, donate_argnums=0, out_shardings=shardings)
+    load, begin = algorithm.load_frozen, algorithm.begin
+    if begin:
+        fields = {name: getattr(state, name) for name in jax.eval_shape(begin, frozen)}
+        begin = jax.jit(begin, out_shardings=jax.tree.map(lambda leaf: leaf.sharding, fields))
     return Setup(
         algorithm,
         state,

@@ -13,6 +13,7 @@ sys.path.insert(0, str(ROOT / "studies"))
 
 import repa  # noqa: E402
 import study  # noqa: E402
+import text_to_image  # noqa: E402
 
 
 def test_interval_is_that_of_student():
@@ -34,7 +35,7 @@ def test_differences_are_paired_by_seed_at_the_last_step():
     assert found.splitlines()[-1].startswith("| `a` - `b` | 2 | +1.25 ")
 
 
-@pytest.mark.parametrize("declared", [repa.STUDY], ids=lambda declared: declared.name)
+@pytest.mark.parametrize("declared", [repa.STUDY, text_to_image.STUDY], ids=lambda declared: declared.name)
 def test_the_page_shows_the_table(declared):
     curves = json.loads((ROOT / "studies" / f"{declared.name}.json").read_text())["curves"]
     assert study.table(declared, curves) in (ROOT / "docs" / f"{declared.name}.md").read_text()
