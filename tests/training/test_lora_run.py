@@ -58,11 +58,12 @@ def test_the_planner_counts_the_base_once():
 
 @pytest.fixture(scope="module")
 def places(tmp_path_factory):
-    """A residual base of three steps, and a routed run with adapters on it of four."""
+    """A residual base of three steps, a routed run with adapters on it of four, and both merged."""
     folder = tmp_path_factory.mktemp("lora")
     with tiny.all_runs_on((2, 2), folder / "cache"):
         loop.train(base_config(), str(folder / "base"))
         loop.train(lora_config(folder), str(folder / "run"))
+        adapters.merge(str(folder / "run"), str(folder / "merged"))
         yield folder
 
 
@@ -121,7 +122,6 @@ def test_a_run_is_resumed_exactly(places):
 
 def test_samples_equal_those_of_merged_weights(places):
     config = load_config(str(places / "run"))
-    adapters.merge(str(places / "run"), str(places / "merged"))
     merged = load_config(str(places / "merged"))
     assert merged.lora.rank == 0 and merged.init_from == ""
     for name, of in (("run", config), ("merged", merged), ("base", base_config())):
