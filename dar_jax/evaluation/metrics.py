@@ -1,6 +1,6 @@
 """Two sets of images to a table of numbers: FID, sFID, KID, Inception score, precision and recall."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import jax
@@ -101,17 +101,16 @@ def read_reference(path: str, features: Features, mesh: Mesh, size: tuple[int, i
     return made._replace(moments=moments) if "pool" in moments else made
 
 
+def split_images(config: ConfigDict, split: str, limit: int | None = MAX_REFERENCE_IMAGES) -> Iterator[np.ndarray]:
+    """Yields the images of a split in batches, uint8 [b, S, S, C]: at most `limit` of them, evenly spaced."""
+    batches = image_batches(config.data, split, channels=config.model.channels, batch_size=READ_BATCH, limit=limit)
+    return (images for images, _ in batches)
+
+
 def split_reference(config: ConfigDict, features: Features, mesh: Mesh) -> FeatureSet:
     """The reference that is made of at most 10,000 images of `config.data.eval_split`, evenly spaced."""
     collector = Collector()
-    batches = image_batches(
-        config.data,
-        config.data.eval_split,
-        channels=config.model.channels,
-        batch_size=READ_BATCH,
-        limit=MAX_REFERENCE_IMAGES,
-    )
-    for batch, _ in batches:
+    for batch in split_images(config, config.data.eval_split):
         collector.add(extract_all(features, batch, mesh))
     return collector.result()
 

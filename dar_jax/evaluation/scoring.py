@@ -18,7 +18,6 @@ from dar_jax import conditions, files, lock, objectives, sharding
 from dar_jax.checkpoint import weights_fingerprint
 from dar_jax.config import default
 from dar_jax.data.captions import ToSample, to_sample
-from dar_jax.data.pipeline import image_batches
 from dar_jax.data.sources import open_source
 from dar_jax.errors import UserError
 from dar_jax.evaluation import detail
@@ -33,6 +32,7 @@ from dar_jax.evaluation.metrics import (
     load_reference,
     read_reference,
     score,
+    split_images,
     warn_if_few,
 )
 from dar_jax.evaluation.sampling import image_shape, make_sampler, restore, sample_images
@@ -159,15 +159,8 @@ def detail_of_run(
         if config.eval.reference:
             measured.add_file(detail.REFERENCE, config.eval.reference, "--reference")
         else:
-            real = image_batches(
-                config.data,
-                config.data.eval_split,
-                channels=config.model.channels,
-                batch_size=READ_BATCH,
-                limit=MAX_REFERENCE_IMAGES,
-            )
-            settings = {"data": config.data.to_dict()}
-            measured.add(detail.REFERENCE, map(measured.measure, (images for images, _ in real)), settings)
+            real = split_images(config, config.data.eval_split)
+            measured.add(detail.REFERENCE, map(measured.measure, real), {"data": config.data.to_dict()})
         measured.add_others(others, count, _names(wanted))
         settings = {**_settings(config, measured.features, workdir=workdir, step=step), "detail": True}
         with _samples(config, ema, wanted, measured.measure, settings, samples_out, mesh) as parts:
@@ -290,15 +283,11 @@ def write_reference(config: ConfigDict, split: str, path: str) -> int:
     mesh = sharding.make_mesh(default().mesh)
     count = len(open_source(config.data, split))
 
-    def batches(limit: int | None = None) -> Iterator[np.ndarray]:
-        found = image_batches(config.data, split, channels=config.model.channels, batch_size=READ_BATCH, limit=limit)
-        return (images for images, _ in found)
-
-    first = next(batches(2))  # fails before the network is compiled, if it must
+    first = next(split_images(config, split, 2))  # fails before the network is compiled, if it must
     if count < 2:
         raise UserError(f'split "{split}" has {count} images, but a covariance needs at least 2.')
     features, collector = inception_features(config.eval.inception, mesh), Collector(keep_rows=False)
-    for images in batches():
+    for images in split_images(config, split, None):
         collector.add(extract_all(features, images, mesh))
     arrays = {}
     for name, keys in MOMENT_KEYS.items():
@@ -306,7 +295,7 @@ def write_reference(config: ConfigDict, split: str, path: str) -> int:
         arrays.update(zip(keys, (moments.mean, moments.covariance), strict=True))
     if jax.process_index() == 0:
         shape = (min(count, MAX_REFERENCE_IMAGES), *first.shape[1:])
-        write_set(path, shape, batches(MAX_REFERENCE_IMAGES), arrays, "--write_reference")
+        write_set(path, shape, split_images(config, split, MAX_REFERENCE_IMAGES), arrays, "--write_reference")
     return count
 
 

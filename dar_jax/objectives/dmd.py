@@ -110,8 +110,7 @@ def gradient(x1: Array, fake: Array, real: Array) -> Array:
       x1: samples of the student `[B, ...]`, clean.
       fake, real: the data that both networks see behind the noised samples.
     """
-    distance = jnp.mean(jnp.abs(x1 - real), axis=tuple(range(1, x1.ndim)), keepdims=True)
-    return (fake - real) / jnp.maximum(distance, FLOOR)
+    return (fake - real) / _distance(x1, real)
 
 
 def guidance_gradient(x1: Array, real: Array, unconditional: Array, scale: float, normaliser: Array) -> Array:
@@ -120,8 +119,12 @@ def guidance_gradient(x1: Array, real: Array, unconditional: Array, scale: float
     Decoupled DMD (arXiv 2511.22677) measures it at noise levels of its own. `real` and `unconditional` are the data
     that the teacher sees with the condition and without, and `normaliser` what it sees at the levels of `gradient`.
     """
-    distance = jnp.mean(jnp.abs(x1 - normaliser), axis=tuple(range(1, x1.ndim)), keepdims=True)
-    return -(scale - 1) * (real - unconditional) / jnp.maximum(distance, FLOOR)
+    return -(scale - 1) * (real - unconditional) / _distance(x1, normaliser)
+
+
+def _distance(x1: Array, seen: Array) -> Array:
+    """mean |x1 - seen| of each sample `[B, 1, ...]`, at least `FLOOR`."""
+    return jnp.maximum(jnp.mean(jnp.abs(x1 - seen), axis=tuple(range(1, x1.ndim)), keepdims=True), FLOOR)
 
 
 def matching_loss(x1: Array, direction: Array) -> Array:

@@ -20,6 +20,7 @@ from flax import traverse_util
 from jax import Array
 
 from dar_jax.errors import UserError
+from dar_jax.pretrained.autoencoder import PRECISION, Autoencoder, conv
 from dar_jax.pretrained.state_dict import to_numpy
 
 # Mean and standard deviation of the latents of images, by channel; they stand in diffusers' config, not in the weights.
@@ -33,13 +34,7 @@ STD = (
 )
 QUERIES = 1024  # of the attention, that a device computes at a time: 1024x1024 pixels are 16,384 tokens
 
-# Full precision: latents and FID must not depend on an accelerator's default for convolutions.
-_PRECISION = jax.lax.Precision.HIGHEST
 _TIME_CONV = r"(encoder\.down_blocks|decoder\.up_blocks)\.\d+(\.upsamplers\.0)?\.time_conv\.(weight|bias)"
-
-
-def _conv(features: int, kernel: int, name: str, **options) -> nn.Conv:
-    return nn.Conv(features, (kernel, kernel), precision=_PRECISION, name=name, **options)
 
 
 class _Norm(nn.Module):
@@ -60,10 +55,10 @@ class _Resnet(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        h = _conv(self.features, 3, "conv1")(nn.silu(_Norm(name="norm1")(x)))
-        h = _conv(self.features, 3, "conv2")(nn.silu(_Norm(name="norm2")(h)))
+        h = conv(self.features, 3, "conv1")(nn.silu(_Norm(name="norm1")(x)))
+        h = conv(self.features, 3, "conv2")(nn.silu(_Norm(name="norm2")(h)))
         if x.shape[-1] != self.features:
-            x = _conv(self.features, 1, "conv_shortcut")(x)
+            x = conv(self.features, 1, "conv_shortcut")(x)
         return x + h
 
 
@@ -73,16 +68,16 @@ class _Attention(nn.Module):
     @nn.compact
     def __call__(self, x: Array) -> Array:
         b, size = x.shape[0], x.shape[-1]
-        qkv = _conv(3 * size, 1, "to_qkv")(_Norm(name="norm")(x)).reshape(b, -1, 3 * size)
+        qkv = conv(3 * size, 1, "to_qkv")(_Norm(name="norm")(x)).reshape(b, -1, 3 * size)
         q, k, v = jnp.split(qkv, 3, axis=-1)  # [B, T, C]
 
         def attend(query: Array) -> Array:
             """[B, C] of one pixel -> [B, C]."""
-            scores = jnp.einsum("bc,bkc->bk", query, k, precision=_PRECISION) / math.sqrt(size)
-            return jnp.einsum("bk,bkc->bc", nn.softmax(scores), v, precision=_PRECISION)
+            scores = jnp.einsum("bc,bkc->bk", query, k, precision=PRECISION) / math.sqrt(size)
+            return jnp.einsum("bk,bkc->bc", nn.softmax(scores), v, precision=PRECISION)
 
         h = jax.lax.map(attend, q.swapaxes(0, 1), batch_size=min(QUERIES, q.shape[1])).swapaxes(0, 1)
-        return x + _conv(size, 1, "proj")(h.reshape(x.shape))
+        return x + conv(size, 1, "proj")(h.reshape(x.shape))
 
 
 class _MidBlock(nn.Module):
@@ -98,7 +93,7 @@ class _Downsample(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        return _conv(x.shape[-1], 3, "resample_1", strides=2, padding=((0, 1), (0, 1)))(x)
+        return conv(x.shape[-1], 3, "resample_1", strides=2, padding=((0, 1), (0, 1)))(x)
 
 
 class _Upsample(nn.Module):
@@ -106,7 +101,7 @@ class _Upsample(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        return _conv(x.shape[-1] // 2, 3, "resample_1")(x.repeat(2, axis=1).repeat(2, axis=2))
+        return conv(x.shape[-1] // 2, 3, "resample_1")(x.repeat(2, axis=1).repeat(2, axis=2))
 
 
 class _UpBlock(nn.Module):
@@ -126,14 +121,14 @@ class _Encoder(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        x = _conv(self.channels[0], 3, "conv_in")(x)
+        x = conv(self.channels[0], 3, "conv_in")(x)
         for i, features in enumerate(self.channels):  # of each level two resnets and a downsampling, in one list
             x = _Resnet(features, name=f"down_blocks_{3 * i}")(x)
             x = _Resnet(features, name=f"down_blocks_{3 * i + 1}")(x)
             if i < len(self.channels) - 1:
                 x = _Downsample(name=f"down_blocks_{3 * i + 2}")(x)
         x = _MidBlock(name="mid_block")(x)
-        return _conv(2 * self.latent_channels, 3, "conv_out")(nn.silu(_Norm(name="norm_out")(x)))
+        return conv(2 * self.latent_channels, 3, "conv_out")(nn.silu(_Norm(name="norm_out")(x)))
 
 
 class _Decoder(nn.Module):
@@ -141,57 +136,25 @@ class _Decoder(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        x = _conv(self.channels[-1], 3, "conv_in")(x)
+        x = conv(self.channels[-1], 3, "conv_in")(x)
         x = _MidBlock(name="mid_block")(x)
         for i, features in enumerate(reversed(self.channels)):
             x = _UpBlock(features, i == len(self.channels) - 1, name=f"up_blocks_{i}")(x)
-        return _conv(3, 3, "conv_out")(nn.silu(_Norm(name="norm_out")(x)))
+        return conv(3, 3, "conv_out")(nn.silu(_Norm(name="norm_out")(x)))
 
 
-class AutoencoderKLQwenImage(nn.Module):
-    """Encoder and decoder of single images, float32.
-
-    Attributes:
-      channels: width of each level, from the pixels inward; every level but the last halves the sides.
-      latent_channels: C of the latents.
-    """
+class AutoencoderKLQwenImage(Autoencoder):
+    """That of Qwen-Image."""
 
     channels: tuple[int, ...] = (96, 192, 384, 384)
     latent_channels: int = 16
 
-    def setup(self):
-        self.encoder = _Encoder(self.channels, self.latent_channels)
-        self.quant_conv = nn.Conv(2 * self.latent_channels, (1, 1), precision=_PRECISION)
-        self.post_quant_conv = nn.Conv(self.latent_channels, (1, 1), precision=_PRECISION)
-        self.decoder = _Decoder(self.channels)
-
-    @property
-    def factor(self) -> int:
-        """Pixels per latent, along each side."""
-        return 2 ** (len(self.channels) - 1)
-
-    def encode(self, x: Array) -> Array:
-        """Moments of the latents' distribution, not normalised.
-
-        Args:
-          x: images float32 [B, H, W, 3] in [-1, 1].
-
-        Returns:
-          float32 [B, 2, H / factor, W / factor, latent_channels], rounded down: mean, standard deviation.
-        """
-        mean, log_variance = jnp.split(self.quant_conv(self.encoder(x)), 2, axis=-1)
-        return jnp.stack([mean, jnp.exp(0.5 * jnp.clip(log_variance, -30, 20))], axis=1)
+    def networks(self) -> tuple[nn.Module, nn.Module]:
+        return _Encoder(self.channels, self.latent_channels), _Decoder(self.channels)
 
     def decode(self, z: Array) -> Array:
-        """Latents, not normalised, float32 [B, h, w, latent_channels] -> images [B, factor * h, factor * w, 3].
-
-        As published, images are cut to [-1, 1].
-        """
-        return jnp.clip(self.decoder(self.post_quant_conv(z)), -1, 1)
-
-    def __call__(self, x: Array) -> Array:
-        """Images to the images of their mean latents."""
-        return self.decode(self.encode(x)[:, 0])
+        """As that of `Autoencoder`; images are cut to [-1, 1], as published."""
+        return jnp.clip(super().decode(z), -1, 1)
 
 
 def is_qwen(state_dict: Mapping[str, Any]) -> bool:

@@ -27,6 +27,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from dar_jax import files, sharding
 from dar_jax.errors import UserError
 from dar_jax.pretrained import qwen_vae
+from dar_jax.pretrained.autoencoder import PRECISION, Autoencoder, conv
 from dar_jax.pretrained.qwen_vae import AutoencoderKLQwenImage
 from dar_jax.pretrained.state_dict import fingerprint, to_numpy
 
@@ -34,13 +35,6 @@ SCALE = 0.18215
 GROUPS = 32  # of every GroupNorm; leaves no trace in the weights
 CHUNK = 8  # images of 256x256 pixels that a device encodes or decodes at a time; each needs about 0.3 GB
 OLD_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}  # of diffusers before 0.15
-
-# Full precision: latents and FID must not depend on an accelerator's default for convolutions.
-_PRECISION = jax.lax.Precision.HIGHEST
-
-
-def _conv(features: int, kernel: int, name: str, **options) -> nn.Conv:
-    return nn.Conv(features, (kernel, kernel), precision=_PRECISION, name=name, **options)
 
 
 def _norm(name: str) -> nn.GroupNorm:
@@ -54,10 +48,10 @@ class _Resnet(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        h = _conv(self.features, 3, "conv1")(nn.silu(_norm("norm1")(x)))
-        h = _conv(self.features, 3, "conv2")(nn.silu(_norm("norm2")(h)))
+        h = conv(self.features, 3, "conv1")(nn.silu(_norm("norm1")(x)))
+        h = conv(self.features, 3, "conv2")(nn.silu(_norm("norm2")(h)))
         if x.shape[-1] != self.features:
-            x = _conv(self.features, 1, "conv_shortcut")(x)
+            x = conv(self.features, 1, "conv_shortcut")(x)
         return x + h
 
 
@@ -68,10 +62,10 @@ class _Attention(nn.Module):
     def __call__(self, x: Array) -> Array:
         size = x.shape[-1]
         h = _norm("group_norm")(x).reshape(x.shape[0], -1, size)  # [B, T, C]
-        q, k, v = (nn.Dense(size, precision=_PRECISION, name=name)(h) for name in ("to_q", "to_k", "to_v"))
-        scores = jnp.einsum("bqc,bkc->bqk", q, k, precision=_PRECISION) / math.sqrt(size)
-        h = jnp.einsum("bqk,bkc->bqc", nn.softmax(scores), v, precision=_PRECISION)
-        return x + nn.Dense(size, precision=_PRECISION, name="to_out_0")(h).reshape(x.shape)
+        q, k, v = (nn.Dense(size, precision=PRECISION, name=name)(h) for name in ("to_q", "to_k", "to_v"))
+        scores = jnp.einsum("bqc,bkc->bqk", q, k, precision=PRECISION) / math.sqrt(size)
+        h = jnp.einsum("bqk,bkc->bqc", nn.softmax(scores), v, precision=PRECISION)
+        return x + nn.Dense(size, precision=PRECISION, name="to_out_0")(h).reshape(x.shape)
 
 
 class _MidBlock(nn.Module):
@@ -87,7 +81,7 @@ class _Downsample(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        return _conv(x.shape[-1], 3, "conv", strides=2, padding=((0, 1), (0, 1)))(x)
+        return conv(x.shape[-1], 3, "conv", strides=2, padding=((0, 1), (0, 1)))(x)
 
 
 class _Upsample(nn.Module):
@@ -95,7 +89,7 @@ class _Upsample(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        return _conv(x.shape[-1], 3, "conv")(x.repeat(2, axis=1).repeat(2, axis=2))
+        return conv(x.shape[-1], 3, "conv")(x.repeat(2, axis=1).repeat(2, axis=2))
 
 
 class _DownBlock(nn.Module):
@@ -126,11 +120,11 @@ class _Encoder(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        x = _conv(self.channels[0], 3, "conv_in")(x)
+        x = conv(self.channels[0], 3, "conv_in")(x)
         for i, features in enumerate(self.channels):
             x = _DownBlock(features, i == len(self.channels) - 1, name=f"down_blocks_{i}")(x)
         x = _MidBlock(name="mid_block")(x)
-        return _conv(2 * self.latent_channels, 3, "conv_out")(nn.silu(_norm("conv_norm_out")(x)))
+        return conv(2 * self.latent_channels, 3, "conv_out")(nn.silu(_norm("conv_norm_out")(x)))
 
 
 class _Decoder(nn.Module):
@@ -138,54 +132,21 @@ class _Decoder(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        x = _conv(self.channels[-1], 3, "conv_in")(x)
+        x = conv(self.channels[-1], 3, "conv_in")(x)
         x = _MidBlock(name="mid_block")(x)
         for i, features in enumerate(reversed(self.channels)):
             x = _UpBlock(features, i == len(self.channels) - 1, name=f"up_blocks_{i}")(x)
-        return _conv(3, 3, "conv_out")(nn.silu(_norm("conv_norm_out")(x)))
+        return conv(3, 3, "conv_out")(nn.silu(_norm("conv_norm_out")(x)))
 
 
-class AutoencoderKL(nn.Module):
-    """Encoder and decoder, float32.
-
-    Attributes:
-      channels: width of each level, from the pixels inward; every level but the last halves the sides.
-      latent_channels: C of the latents.
-    """
+class AutoencoderKL(Autoencoder):
+    """That of Stable Diffusion 1."""
 
     channels: tuple[int, ...] = (128, 256, 512, 512)
     latent_channels: int = 4
 
-    def setup(self):
-        self.encoder = _Encoder(self.channels, self.latent_channels)
-        self.quant_conv = nn.Conv(2 * self.latent_channels, (1, 1), precision=_PRECISION)
-        self.post_quant_conv = nn.Conv(self.latent_channels, (1, 1), precision=_PRECISION)
-        self.decoder = _Decoder(self.channels)
-
-    @property
-    def factor(self) -> int:
-        """Pixels per latent, along each side."""
-        return 2 ** (len(self.channels) - 1)
-
-    def encode(self, x: Array) -> Array:
-        """Moments of the latents' distribution, not scaled.
-
-        Args:
-          x: images float32 [B, H, W, 3] in [-1, 1].
-
-        Returns:
-          float32 [B, 2, H / factor, W / factor, latent_channels], rounded down: mean, standard deviation.
-        """
-        mean, log_variance = jnp.split(self.quant_conv(self.encoder(x)), 2, axis=-1)
-        return jnp.stack([mean, jnp.exp(0.5 * jnp.clip(log_variance, -30, 20))], axis=1)
-
-    def decode(self, z: Array) -> Array:
-        """Latents, not scaled, float32 [B, h, w, latent_channels] -> images [B, factor * h, factor * w, 3]."""
-        return self.decoder(self.post_quant_conv(z))
-
-    def __call__(self, x: Array) -> Array:
-        """Images to the images of their mean latents."""
-        return self.decode(self.encode(x)[:, 0])
+    def networks(self) -> tuple[nn.Module, nn.Module]:
+        return _Encoder(self.channels, self.latent_channels), _Decoder(self.channels)
 
 
 _KINDS = {model.__name__: model for model in (AutoencoderKL, AutoencoderKLQwenImage)}

@@ -1,7 +1,6 @@
 """The planner: its reading of a scheduled module, its count of FLOPs, and plans end to end."""
 
 import dataclasses
-import importlib.util
 import json
 import math
 import os
@@ -16,6 +15,7 @@ import pytest
 from dar_jax import config as config_lib
 from dar_jax import planning
 from dar_jax.errors import UserError
+from tests.libtpu import needs_libtpu
 
 ROOT = pathlib.Path(__file__).parents[2]
 KEYS = {
@@ -381,7 +381,7 @@ def test_missing_libtpu_names_the_extra(monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason='needs libtpu: pip install -e ".[plan]"')
+@needs_libtpu
 def test_plan_of_a_tpu(tmp_path):
     out = tmp_path / "plan.json"
     fields = {"model.depth": 2, "model.hidden_size": 128, "model.num_heads": 2, "model.dtype": "bfloat16"}

@@ -1,6 +1,5 @@
 """The flags in dar_jax/planning/*_xla_flags.txt exist in the installed compilers, which end at an unknown flag."""
 
-import importlib.util
 import os
 import pathlib
 import subprocess
@@ -8,6 +7,8 @@ import sys
 import textwrap
 
 import pytest
+
+from tests.libtpu import needs_libtpu
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -64,9 +65,6 @@ OVERLAP = textwrap.dedent("""
     gradient = jax.jit(jax.grad(loss), out_shardings=weights.sharding)
     print(gradient.lower(weights, array(("fsdp",), 4096, 2048)).compile().as_text().count("async_collective_fusion"))
 """)
-needs_libtpu = pytest.mark.skipif(
-    importlib.util.find_spec("libtpu") is None, reason='needs libtpu: pip install -e ".[plan]"'
-)
 
 
 OTHERS = [pytest.param(name, marks=pytest.mark.slow) for name in ("v4:2x2x1", "v6e:2x2")]

@@ -1,11 +1,6 @@
 """Attention by kernels, interpreted on the CPU, against the plain form; that the real compilers take them."""
 
 import functools
-import importlib.util
-import os
-import pathlib
-import subprocess
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -17,8 +12,8 @@ from dar_jax import config as config_lib
 from dar_jax import sharding
 from dar_jax.models import attention, attention_gpu, attention_tpu, layers, numerics
 from dar_jax.planning.schedule import CHIPS, count_flops, read_schedule
+from tests.libtpu import needs_libtpu, printed_with_libtpu
 
-ROOT = pathlib.Path(__file__).parents[2]
 KERNELS = {"tpu": attention_tpu, "gpu": attention_gpu}
 
 
@@ -192,15 +187,10 @@ def test_blocks_waste_little(monkeypatch):
         assert -tokens % size < 0.06 * tokens
 
 
-@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason='needs libtpu: pip install -e ".[plan]"')
+@needs_libtpu
 def test_kernels_compile_for_a_tpu_and_declare_their_cost():
-    """In a process of its own: what libtpu reads from the environment must be there before jax starts."""
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost"}
-    environment |= {"TPU_WORKER_ID": "0", "TPU_ACCELERATOR_TYPE": "v5litepod-16", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
-    command = [sys.executable, "-m", "tests.models.test_attention"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, env=environment)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.split() == ["6", "0"]  # three steps of a loop, forward and backward
+    printed = printed_with_libtpu("tests.models.test_attention", timeout=300)
+    assert printed == ["6", "0"]  # three steps of a loop, forward and backward
 
 
 def compile_for_v5e():

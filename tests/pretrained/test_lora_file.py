@@ -100,17 +100,23 @@ def test_diffusers_reads_what_is_written(torch_model, tmp_path):
     assert scale == 0.5
 
 
-def test_adapters_of_peft_are_read(torch_model, tmp_path):
-    """Saved by diffusers with ranks and alphas that differ by layer; output and gradients of A and B are equal."""
-    base = base_of(torch_model)
-    settings = {"rank_pattern": {"to_q": 5}, "alpha_pattern": {"to_q": 2.0, "img_mlp.net.2": 6.0}}
-    torch_model.add_adapter(LoraConfig(r=3, lora_alpha=6, target_modules=TARGETS, **settings))
+def saved_and_read(torch_model, base, tmp_path):
+    """Fills the adapters of peft in `torch_model` with noise, and reads what diffusers saves of them."""
     generator = torch.Generator().manual_seed(1)
     for name, p in torch_model.named_parameters():
         if "lora_" in name:
             p.data = 0.3 * torch.randn(p.shape, generator=generator)
     torch_model.save_lora_adapter(str(tmp_path), weight_name=lora_file.ADAPTERS)
     trained, scale = lora_file.read(str(tmp_path / lora_file.ADAPTERS), PLACES, shapes(base))
+    return trained, scale
+
+
+def test_adapters_of_peft_are_read(torch_model, tmp_path):
+    """Saved by diffusers with ranks and alphas that differ by layer; output and gradients of A and B are equal."""
+    base = base_of(torch_model)
+    settings = {"rank_pattern": {"to_q": 5}, "alpha_pattern": {"to_q": 2.0, "img_mlp.net.2": 6.0}}
+    torch_model.add_adapter(LoraConfig(r=3, lora_alpha=6, target_modules=TARGETS, **settings))
+    trained, scale = saved_and_read(torch_model, base, tmp_path)
     expected = published(torch_model)
     assert relative(ours(base, trained, scale), expected.detach().numpy()) < 1e-5
 
@@ -119,12 +125,7 @@ def test_gradients_equal_those_of_peft(torch_model, tmp_path):
     """Of A and B, with alpha = 2 r, so that training by ours is training by peft."""
     base = base_of(torch_model)
     torch_model.add_adapter(LoraConfig(r=3, lora_alpha=6, target_modules=TARGETS))
-    generator = torch.Generator().manual_seed(1)
-    for name, p in torch_model.named_parameters():
-        if "lora_" in name:
-            p.data = 0.3 * torch.randn(p.shape, generator=generator)
-    torch_model.save_lora_adapter(str(tmp_path), weight_name=lora_file.ADAPTERS)
-    trained, scale = lora_file.read(str(tmp_path / lora_file.ADAPTERS), PLACES, shapes(base))
+    trained, scale = saved_and_read(torch_model, base, tmp_path)
     assert scale == 2.0
     torch.sum(torch.sin(published(torch_model))).backward()
     state = {name: p.grad for name, p in torch_model.named_parameters() if "lora_" in name}

@@ -5,12 +5,7 @@ On the CPU kernels are interpreted. That the real compilers take them is tested 
 """
 
 import functools
-import importlib.util
 import math
-import os
-import pathlib
-import subprocess
-import sys
 
 import flax.linen as nn
 import hypothesis
@@ -28,8 +23,8 @@ from dar_jax.models.stack import RoutedStack
 from dar_jax.routing import QUERIES, Execution, Layout, inverse_rms, read, sublayer_input
 from dar_jax.routing.kernels import gpu, tpu, xla
 from dar_jax.sharding import AXES, RULES, make_mesh
+from tests.libtpu import needs_libtpu, printed_with_libtpu
 
-ROOT = pathlib.Path(__file__).parents[2]
 MODULES = {"xla": xla, "tpu": tpu, "gpu": gpu}
 
 
@@ -271,15 +266,9 @@ def test_kernels_lower_to_triton_for_cuda(shape):
     assert text.count("__gpu$xla.gpu.triton") == 5
 
 
-@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason='needs libtpu: pip install -e ".[plan]"')
+@needs_libtpu
 def test_kernels_compile_for_a_tpu():
-    """In a process of its own: what libtpu reads from the environment must be there before jax starts."""
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost"}
-    environment |= {"TPU_WORKER_ID": "0", "TPU_ACCELERATOR_TYPE": "v5litepod-16", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
-    command = [sys.executable, "-m", "tests.routing.test_kernels"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600, env=environment)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.split() == len(SHAPES) * ["5"]
+    assert printed_with_libtpu("tests.routing.test_kernels", timeout=600) == len(SHAPES) * ["5"]
 
 
 def compile_for_v5e():
