@@ -21,7 +21,7 @@ from dar_jax.training import loop
 from tests.integration.doors import Doors, kill
 from tests.training import tiny
 
-EVERY = 3
+EVERY, SLOW = 3, pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
@@ -29,15 +29,23 @@ def cache(tmp_path_factory):
     return tmp_path_factory.mktemp("cache")
 
 
-@pytest.mark.parametrize("times", [3, pytest.param(20, marks=pytest.mark.slow)])
-def test_killed_at_any_time_it_goes_on(times, cache, tmp_path, tmp_path_factory):
+@pytest.mark.parametrize(
+    ("times", "algorithm"), [(3, "flow"), pytest.param(20, "flow", marks=SLOW), pytest.param(3, "dmd", marks=SLOW)]
+)
+def test_killed_at_any_time_it_goes_on(times, algorithm, cache, tmp_path, tmp_path_factory):
     """kill -9 at random, also while a checkpoint is written: every checkpoint that was there stays and is taken up.
 
     A save runs beside the next steps, so what may be lost is the steps since the one before. In the end the losses are
     those of a run that was never killed.
     """
+    own = []
+    if algorithm == "dmd":
+        teacher = Doors(tmp_path_factory.mktemp("teacher"), cache)
+        teacher.run("--config.model.routing.kind=residual", devices=1)
+        own = [f"--config.teacher={teacher.workdir}", "--config.algorithm=dmd", "--config.model.label_dropout=0.0"]
+        own += ["--config.model.routing.summary=sum"]
     rng, doors, last = random.Random(0), Doors(tmp_path, cache), 0
-    flags = [f"--config.checkpoint.every_steps={EVERY}", "--config.train.num_steps=100000"]
+    flags = [*own, f"--config.checkpoint.every_steps={EVERY}", "--config.train.num_steps=100000"]
     kept = []
     for _ in range(times):
         (process,) = doors.start(*flags, devices=1)
@@ -51,11 +59,11 @@ def test_killed_at_any_time_it_goes_on(times, cache, tmp_path, tmp_path_factory)
         assert last <= logged <= last + 2 * EVERY + 1
         kept.append(last)
     assert kept == sorted(set(kept))
-    assert f"resumed at step {last} " in doors.run(*flags[:1], f"--config.train.num_steps={last + 2}", devices=1)
+    assert f"resumed at step {last} " in doors.run(*flags[:-1], f"--config.train.num_steps={last + 2}", devices=1)
     assert list(doors.metrics()) == list(range(1, last + 3))
 
     whole = Doors(tmp_path_factory.mktemp("whole"), cache)
-    whole.run(f"--config.train.num_steps={last + 2}", "--config.checkpoint.every_steps=100000", devices=1)
+    whole.run(*own, f"--config.train.num_steps={last + 2}", "--config.checkpoint.every_steps=100000", devices=1)
     np.testing.assert_array_equal(list(doors.metrics().values()), list(whole.metrics().values()))
 
 

@@ -33,7 +33,8 @@ def assert_same(doors: Doors, reference: Doors):
     np.testing.assert_allclose(*grids, atol=1)
 
 
-@pytest.mark.parametrize(("processes", "devices"), [(2, 2), pytest.param(4, 1, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize(("processes", "devices"), [(2, 2), (4, 1)])
 def test_two_processes_killed_and_started_again_equal_one(processes, devices, alone, cache, tmp_path):
     """The second dies at step 7; they go on from step 4 with mesh.tensor: of four, two by two on the same samples."""
     doors = Doors(tmp_path, cache)

@@ -81,7 +81,7 @@ CASES = [
     if not (chunk_size == 1 and summary == "sum")  # with S = 1 a sum is the output itself
 ]
 # Each compiles for seconds (twelve sublayers in one step: for many): CI takes a cover, `-m slow` runs the rest.
-QUICK = {case for case in CASES[::6] if case[1] != 12} | {(6, 12, "dynamic", "sum", "shared")}
+QUICK = {case for case in CASES[::6] if case[1] != 12} | {(4, 8, "dynamic", "sum", "shared")}
 
 
 @pytest.mark.parametrize(
