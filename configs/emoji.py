@@ -26,7 +26,7 @@ def get_config(variant=None):
     config.eval.update(every_steps=2000, num_samples=377, final_samples=377, batch_size=128, loss_images=377)
     config.checkpoint.every_steps = 500
     repa = {"repa.target": "hog", "repa.block": 2, "repa.later_block": 4}
-    dmd = {**config_lib.DMD, "train.num_steps": 800, "train.log_every_steps": 20, "eval.every_steps": 200}
+    dmd = {**config_lib.DMD, "train.num_steps": 200, "train.log_every_steps": 20, "eval.every_steps": 50}
     dmd |= {"optimizer.learning_rate": 2e-4, "optimizer.ema_decay": 0.98, "dmd.fake_learning_rate": 4e-4}
-    dmd |= {"dmd.guidance": 2.5}
+    dmd |= {"dmd.fake_updates": 3, "dmd.guidance": 2.5, "checkpoint.every_steps": 50}
     return config_lib.route(config, variant, repa=repa, dmd=dmd)

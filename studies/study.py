@@ -24,6 +24,7 @@ from absl import app, flags
 ROOT = flags.DEFINE_string("root", None, "Where the runs are; without it the curves of studies/<name>.json are used")
 TRAIN = flags.DEFINE_bool("train", True, "Train what is missing")
 STUDIES = pathlib.Path(__file__).parent
+DETAIL_SAMPLES = 1024
 T_95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}  # by runs
 
 
@@ -38,7 +39,10 @@ class Study(NamedTuple):
       shared: flags of all runs.
       seeds: one run of every cell each.
       differences: pairs of cells (a, b), whose metrics are subtracted, a - b, seed by seed.
-      metrics: what is compared, of metrics.jsonl; lower is better but for accuracies.
+      metrics: what is compared, of metrics.jsonl and of `detail`; lower is better but for accuracies.
+      baselines: cells that are no training to look at; the figure has a line at their last value.
+      detail: cell whose samples the fine detail of all others is compared with, image by image (docs/detail.md). Its
+        measures are metrics of the last step: "hf_half", "lsd_high", "lsd_high_teacher" and so on.
     """
 
     name: str
@@ -48,6 +52,8 @@ class Study(NamedTuple):
     seeds: Sequence[int]
     differences: Sequence[tuple[str, str]]
     metrics: Sequence[str] = ("val_loss", "fd_convnet")
+    baselines: Sequence[str] = ()
+    detail: str = ""
 
 
 def main(study: Study) -> None:
@@ -81,10 +87,26 @@ def train(study: Study, root: pathlib.Path) -> None:
             print(f"{cell}, seed {seed}", flush=True)
             with open(workdir / "log.txt", "a") as log:
                 code = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT).returncode
+            if not code and study.detail:
+                code = measure_detail(workdir, root / f"{study.detail}_{seed}")
             if code:
                 sys.exit(f"error: the run ended with exit code {code}; see {workdir}/log.txt.")
             if not network.exists() and (workdir / network.name).exists():
                 shutil.copy(workdir / network.name, network)
+
+
+def measure_detail(workdir: pathlib.Path, teacher: pathlib.Path) -> int:
+    """Measures the detail of a finished run beside samples of the teacher, once. Returns an exit code."""
+    if (workdir / "detail.json").exists():
+        return 0
+    command = [sys.executable, "-m", "dar_jax.evaluate", f"--workdir={workdir}", "--detail"]
+    command += [f"--num_samples={DETAIL_SAMPLES}", f"--json={workdir}/detail.json"]
+    if workdir == teacher:
+        command += [f"--samples_out={teacher}/samples.npz"]
+    else:
+        command += [f"--teacher_samples={teacher}/samples.npz"]
+    with open(workdir / "log.txt", "a") as log:
+        return subprocess.run(command, stdout=log, stderr=subprocess.STDOUT).returncode
 
 
 def collect(study: Study, root: pathlib.Path) -> dict:
@@ -98,6 +120,11 @@ def collect(study: Study, root: pathlib.Path) -> dict:
                 if found := {name: round(line[name], 5) for name in study.metrics if name in line}:
                     steps = curves.setdefault(cell, {}).setdefault(str(seed), {})
                     steps.setdefault(str(line["step"]), {}).update(found)
+            if (detail := root / f"{cell}_{seed}" / "detail.json").exists():
+                scores = {one["name"]: one["scores"] for one in json.loads(detail.read_text())}["samples"]
+                found = {name: round(scores[name], 5) for name in study.metrics if name in scores}
+                steps = curves[cell][str(seed)]
+                steps[max(steps, key=int)].update(found)
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
     return {"commit": commit, "shared": list(study.shared), "curves": curves}
 
@@ -139,7 +166,7 @@ def table(study: Study, curves: dict) -> str:
 
 
 def draw(study: Study, curves: dict, path: pathlib.Path) -> None:
-    """A panel for each metric: means of the cells over the steps, with their 95 % intervals."""
+    """A panel for each metric: means of the cells over the steps, or a line of baselines, with 95 % intervals."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -152,6 +179,10 @@ def draw(study: Study, curves: dict, path: pathlib.Path) -> None:
             steps = sorted(int(s) for s in seeds[0] if all(metric in one.get(s, {}) for one in seeds))
             points = [interval([one[str(step)][metric] for one in seeds]) for step in steps]
             mean, half = np.array(points).reshape(-1, 2).T
+            if cell in study.baselines:
+                if len(mean):
+                    axis.axhline(mean[-1], color=f"C{i}", label=cell, linestyle="--")
+                continue
             axis.plot(steps, mean, color=f"C{i}", label=cell, marker="o", markersize=3)
             axis.fill_between(steps, mean - half, mean + half, color=f"C{i}", alpha=0.12, linewidth=0)
         axis.set(xlabel="step", ylabel=metric)
