@@ -201,3 +201,35 @@ def test_another_base_is_told(places):
         lora_config(places, **{"lora.targets": ("(",)})
     refused("no kernel is called", config=lora_config(places, **{"lora.targets": ("nowhere",)}), workdir="y")
     assert not (places / "y" / "checkpoints").exists() or not any((places / "y" / "checkpoints").iterdir())
+
+
+@pytest.mark.slow
+def test_a_text_to_image_model_on_embeddings_is_adapted_and_distilled(tmp_path):
+    """As Qwen-Image is, in bfloat16 and on frozen weights of latents: adapters, their files, a student of two adapters."""
+    with tiny.all_runs_on((2, 2), tmp_path / "cache"):
+        base = text_config()
+        base.model.routing.kind = "residual"
+        loop.train(base, str(tmp_path / "base"))
+        config = text_config()
+        config.init_from = str(tmp_path / "base")
+        config.lora.update(rank=4, alpha=4.0)
+        loop.train(config, str(tmp_path / "adapted"))
+        adapters.export(str(tmp_path / "adapted"), str(tmp_path / "files"))
+        assert {path.name for path in (tmp_path / "files").iterdir()} >= {
+            "pytorch_lora_weights.safetensors", "routing.safetensors"
+        }  # fmt: skip
+        config.algorithm, config.teacher, config.model.label_dropout = "dmd", config.init_from, 0.0
+        config.dmd.update(fake_rank=4, guidance=4.0, guidance_rescale=True, shift=3.0, fake_updates=1)
+        loop.train(config, str(tmp_path / "student"))
+    assert all(np.isfinite(losses(tmp_path / "adapted"))) and len(losses(tmp_path / "student")) == 2
+
+
+def text_config():
+    config = tiny.make_config()
+    config.data.update(source="synthetic", image_size=8)
+    config.model.update(family="mmdit", space="latents", channels=16, patch_size=2, dtype="bfloat16", remat="block")
+    config.model.update(text="embeddings", text_size=5, text_length=24)
+    config.model.routing.update(chunk_size=2, summary="sum", streams="image")
+    config.train.update(num_steps=2, batch_size=8)
+    config.eval.update(every_steps=0, num_samples=0)
+    return config
