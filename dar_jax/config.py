@@ -18,7 +18,8 @@ SIZES = {
     "XL": {"depth": 28, "hidden_size": 1152, "num_heads": 16},
 }
 
-VARIANTS = ("residual", "static", "static_t", "dynamic")
+RIVALS = ("long_skip", "hyper", "identity_hyper", "mhc")  # variants that are no DAR, to compare it with
+VARIANTS = ("residual", "uniform", "static", "static_t", "dynamic", *RIVALS)
 
 # config.mesh by hardware (TPU slices, hosts of 8 GPUs), in any number: the fsdp that leaves room beside the 11 GB which
 # weights, EMA and optimizer of XL/2 take. All other devices are along the data axis.
@@ -102,12 +103,13 @@ def schema() -> ConfigDict:
     )
 
     model.routing = routing = ConfigDict()
-    routing.kind = "dar"  # residual | dar
-    routing.query = "static_t"  # static | static_t | dynamic
+    routing.kind = "dar"  # residual | dar | long_skip | hyper | identity_hyper | mhc (docs/rivals.md)
+    routing.query = "static_t"  # uniform (nothing is learned) | static | static_t | dynamic
     routing.chunk_size = Number(4, "[1, 2000]")  # sublayers per chunk, S: 1 (dense) or an even divisor of 2 * depth
     routing.summary = "last"  # a chunk's summary: last (the paper) | sum (Attention Residuals)
     routing.streams = "image"  # mmdit, which streams are routed: image | both; the other one stays residual
     routing.final = "dedicated"  # the head's aggregator: dedicated | shared (with the last MLP) | summaries
+    routing.lanes = Number(4, "[2, 16]")  # hyper, identity_hyper and mhc: residual streams side by side
     routing.implementation = "auto"  # auto (kernels on TPU and GPU) | xla | pallas; all compute the same
 
     config.diffusion = diffusion = ConfigDict()
@@ -236,8 +238,8 @@ def route(config: ConfigDict, variant: str | None, **additions: dict[str, Any]) 
     if hardware:
         check_choice("hardware of the config variant", hardware, MESHES)
         config.mesh.update(MESHES[hardware])
-    if variant == "residual":
-        config.model.routing.kind = "residual"
+    if variant in ("residual", *RIVALS):
+        config.model.routing.kind = variant
     else:
         config.model.routing.kind, config.model.routing.query = "dar", variant
     return config

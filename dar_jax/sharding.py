@@ -36,6 +36,7 @@ RULES = (
     ("qkv", None),
     ("query", "tensor"),
     ("rank", None),
+    ("skip", None),
     ("tokens", "tensor"),
 )
 

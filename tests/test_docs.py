@@ -10,7 +10,8 @@ import pytest
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from dar_jax.config import VARIANTS, default
+from dar_jax.config import RIVALS, VARIANTS, default
+from dar_jax.errors import UserError
 from dar_jax.validate import validate
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -141,7 +142,11 @@ def test_every_config_is_valid_in_every_variant(path, variant):
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     config = module.get_config(variant)
-    validate(config)
+    if config.model.family == "mmdit" and variant in RIVALS:
+        with pytest.raises(UserError, match=r"is of config\.model\.family = sit alone"):
+            validate(config)
+    else:
+        validate(config)
     routing = config.model.routing
     assert (routing.query if routing.kind == "dar" else routing.kind) == variant
 

@@ -39,17 +39,19 @@ def forward(
       taps: None, or zeros `[A, B, T, D]` added to what each reader reads, and to nothing else: the derivative of a
         loss with respect to them says how it hangs on each read.
     """
-    variables = {"params": params}
+    variables, scans = {"params": params}, [name for name in ("steps", "skip_steps") if name in params["stack"]]
     if taps is not None:
         is_by_block = model.layout is None or isinstance(model, MMDiT)
         num_steps = model.depth if is_by_block else model.layout.num_steps
         by_step = taps[:-1].reshape(num_steps, -1, *taps.shape[1:])
-        variables["taps"] = {"stack": {"added": taps[-1:], "steps": {"added": by_step}}}
+        parts = jnp.split(by_step, len(scans))  # the halves of long skips are scans of their own
+        added = {name: {"added": part} for name, part in zip(scans, parts, strict=True)}
+        variables["taps"] = {"stack": {"added": taps[-1:], **added}}
     output, shown = model.clone(plain=True).apply(variables, x_t, t, condition, mutable=["intermediates"])
     stack = shown["intermediates"]["stack"]
 
     def all_of(name: str, outside_first: bool = False) -> Array:
-        by_step, (outside,) = jnp.stack(stack["steps"][name], axis=1), stack[name]
+        by_step, (outside,) = jnp.concatenate([jnp.stack(stack[scan][name], axis=1) for scan in scans]), stack[name]
         inside = by_step.reshape(-1, *outside.shape)
         return jnp.concatenate([outside[None], inside] if outside_first else [inside, outside[None]])
 

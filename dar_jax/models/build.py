@@ -6,19 +6,18 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from dar_jax.conditions import EMPTY
+from dar_jax.config import RIVALS
 from dar_jax.models.mmdit import MMDiT
+from dar_jax.models.rivals import Rival
 from dar_jax.models.sit import SiT
 from dar_jax.routing import QUERIES, Layout
 
 # A model is a linen module: `model(x_t, t, condition) -> Output`. Its fields are those of `config.model` that it needs,
-# but for the routing, which comes as `layout`, `query`, `streams` and `implementation`.
+# but for the routing, which comes as `layout`, `query`, `streams`, `implementation` and `rival`.
 MODELS = {"sit": SiT, "mmdit": MMDiT}
 
-# How sublayers read what others wrote: over the residual stream, or as a layout says.
-ROUTINGS = {
-    "residual": lambda depth, routing: None,
-    "dar": lambda depth, routing: Layout(depth, routing.chunk_size, routing.summary, routing.final),
-}
+# How sublayers read what others wrote: over the residual stream, as a layout says, or as one of the rivals does.
+ROUTINGS = ("residual", "dar", *RIVALS)
 
 
 def build(model: ConfigDict, *, plain: bool = False) -> SiT | MMDiT:
@@ -28,10 +27,12 @@ def build(model: ConfigDict, *, plain: bool = False) -> SiT | MMDiT:
     plain autodiff (plain_stack.py).
     """
     routing = model.routing
+    layout = Layout(model.depth, routing.chunk_size, routing.summary, routing.final) if routing.kind == "dar" else None
     fields = {
         **model,
         "dtype": jnp.dtype(model.dtype),
-        "layout": ROUTINGS[routing.kind](model.depth, routing),
+        "layout": layout,
+        "rival": Rival(routing.kind, routing.lanes) if routing.kind in RIVALS else None,
         "query": QUERIES[routing.query],
         "streams": routing.streams,
         "num_words": EMPTY + 1 + len(model.words),

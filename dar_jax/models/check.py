@@ -2,6 +2,7 @@
 
 from ml_collections import ConfigDict
 
+from dar_jax.config import RIVALS
 from dar_jax.errors import check_choice, require
 from dar_jax.models.build import MODELS, ROUTINGS
 from dar_jax.models.two_streams import STREAMS
@@ -38,6 +39,16 @@ def check(model: ConfigDict) -> None:
     if model.family == "mmdit":
         _check_mmdit(model)
     _check_routing(model.routing, 2 * model.depth)
+    kind = model.routing.kind
+    require(
+        model.family == "sit" or kind not in RIVALS,
+        f"config.model.routing.kind = {kind} is of config.model.family = sit alone; set it to residual or dar.",
+    )
+    require(
+        kind != "long_skip" or model.depth % 2 == 0,
+        f"config.model.depth = {model.depth} must be even with config.model.routing.kind = long_skip, which joins the "
+        "blocks in pairs.",
+    )
 
 
 def _check_mmdit(model: ConfigDict) -> None:
@@ -64,7 +75,7 @@ def _check_routing(routing: ConfigDict, sublayers: int) -> None:
     check_choice("config.model.routing.implementation", routing.implementation, IMPLEMENTATIONS)
     divisors = [1] + [s for s in range(2, sublayers + 1, 2) if sublayers % s == 0]
     require(
-        routing.kind == "residual" or routing.chunk_size in divisors,
+        routing.kind != "dar" or routing.chunk_size in divisors,
         f"config.model.routing.chunk_size = {routing.chunk_size} must be 1 or an even divisor of 2 * depth = "
         f"{sublayers}: one of {divisors}.",
     )

@@ -29,8 +29,8 @@ def peak_flops(device_kind: str) -> float | None:
 def forward_flops(model: SiT | MMDiT) -> float:
     """FLOPs of the forward pass of a model for one image: its matmuls, two for a multiply-add.
 
-    An aggregator adds its query, the scores and the weighted sum of its sources. Of an MM-DiT the image is of
-    input_size, its text of text_length; the encoder of words is left out.
+    An aggregator adds its query, the scores and the weighted sum of its sources; a rival adds what it does. Of an
+    MM-DiT the image is of input_size, its text of text_length; the encoder of words is left out.
     """
     return _mmdit_flops(model) if isinstance(model, MMDiT) else _sit_flops(model)
 
@@ -59,5 +59,7 @@ def _sit_flops(model: SiT) -> float:
     if model.layout is not None:
         counts = model.layout.source_counts()
         per_token += 2 * d * sum(counts) + len(counts) * model.query.multiply_adds(d)
+    if model.rival is not None:
+        per_token += model.rival.multiply_adds(depth, d)
     per_image = 256 * d + d * d + depth * 6 * d * d + 2 * d * d
     return 2.0 * (tokens * per_token + per_image)

@@ -35,13 +35,27 @@ class ResidualStep(nn.Module):
 
     @nn.compact
     def __call__(self, carry: tuple[Array, tuple[Array, ...]], index: Array, condition: Array) -> tuple:
-        (h, kept), block = carry, self.block(name="block_0")
-        for j, (branch, shift, scale, gate) in enumerate(block.branches(condition)):
-            output = branch(modulated_norm(show(self, j, h), shift, scale), gate)
-            self.sow("intermediates", "outputs", output)
-            h = constrain(h + output)
-        kept = tuple(jnp.where(index == k - 1, h, old) for k, old in zip(self.hidden_at, kept, strict=True))
-        return (h, kept), None
+        return run_block(self, self.block(name="block_0"), *carry, self.hidden_at, index, condition), None
+
+
+def run_block(
+    step: nn.Module,
+    block: nn.Module,
+    h: Array,
+    kept: tuple[Array, ...],
+    hidden_at: tuple[int, ...],
+    index: Array,
+    condition: Array,
+) -> tuple[Array, tuple[Array, ...]]:
+    """The residual stream `[B, T, D]` after the block `index` (0-based), and what is kept of streams (`ResidualStep`).
+
+    What readers read is shown within the module `step`.
+    """
+    for j, (branch, shift, scale, gate) in enumerate(block.branches(condition)):
+        output = branch(modulated_norm(show(step, j, h), shift, scale), gate)
+        step.sow("intermediates", "outputs", output)
+        h = constrain(h + output)
+    return h, tuple(jnp.where(index == k - 1, h, old) for k, old in zip(hidden_at, kept, strict=True))
 
 
 class ResidualStack(nn.Module):

@@ -10,6 +10,7 @@ from jax import Array
 from dar_jax.conditions import Condition
 from dar_jax.models import layers, numerics
 from dar_jax.models.plain_stack import PlainRoutedStack, ResidualStack
+from dar_jax.models.rivals import Rival
 from dar_jax.models.stack import RoutedStack
 from dar_jax.routing import Layout, Query
 
@@ -30,7 +31,8 @@ class SiT(nn.Module):
     """Maps x_t `[B, H, W, C]`, t `[B]` in [0, 1] and {"label": int32 `[B]`} to an `Output`.
 
     Labels are 0 to num_classes; the last is the null label (dar_jax/conditions.py). The fields are those of
-    `config.model` (dar_jax/config.py), with the routing as `layout` (None: residual), `query` and `implementation`.
+    `config.model` (dar_jax/config.py), with the routing as `layout`, `query` and `implementation`. Without a layout the
+    stack is that of `rival`, or residual.
 
     Each k of `hidden_at`, of 1 to depth - 1, asks for the state that enters block k + 1, before its norm: the residual
     stream after block k, or what the first aggregator of block k + 1 hands on.
@@ -53,6 +55,7 @@ class SiT(nn.Module):
     layout: Layout | None
     query: type[Query]
     implementation: str
+    rival: Rival | None = None
     plain: bool = False
     frozen_weights: Array | None = None  # of a plain routed stack
 
@@ -73,7 +76,9 @@ class SiT(nn.Module):
         v_0 = layers.constrain(tokens + layers.position_table(grid, size).astype(dtype))  # [B, T, D]
 
         block = partial(layers.Block, size, self.num_heads, self.mlp_ratio, arithmetic)
-        if self.layout is None:
+        if self.rival is not None:
+            stack = self.rival.stack(block, self.depth, self.remat, name="stack")
+        elif self.layout is None:
             stack = ResidualStack(block, self.depth, self.remat, name="stack")
         elif self.plain:
             stack = PlainRoutedStack(block, self.layout, self.query, self.frozen_weights, name="stack")

@@ -78,4 +78,11 @@ class Dynamic(Query):
         return query.astype(jnp.promote_types(newest.dtype, jnp.float32))
 
 
-QUERIES = {"static": Static, "static_t": StaticT, "dynamic": Dynamic}
+class Uniform(Static):
+    """q = 0, whatever its parameters: the mean of the sources, which is what remains if nothing is learned."""
+
+    def __call__(self, time_embedding: Array, newest: Array) -> Array:
+        return jnp.zeros_like(super().__call__(time_embedding, newest))
+
+
+QUERIES = {"uniform": Uniform, "static": Static, "static_t": StaticT, "dynamic": Dynamic}

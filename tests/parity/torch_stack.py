@@ -98,3 +98,49 @@ def residual_stack(params, depth, num_heads, h, condition):
         for l in (1, 2):
             h = h + sublayer(block, h, condition, num_heads, l)
     return h
+
+
+def long_skip_stack(params, depth, num_heads, h, condition):
+    """U-ViT: what the head reads, and the streams after the blocks."""
+    streams, half = [], depth // 2
+    for i in range(depth):
+        steps, j = (params["steps"], i) if i < half else (params["skip_steps"], i - half)
+        if i >= half:
+            h = linear(torch.cat([h, streams[depth - 1 - i]], dim=-1), index(steps["skip"], j))
+        for l in (1, 2):
+            h = h + sublayer(index(steps["block_0"], j), h, condition, num_heads, l)
+        streams.append(h)
+    return h, streams
+
+
+def hyper_stack(params, depth, num_heads, lanes, kind, v_0, condition):
+    """Hyper-connections with n lanes: what the head reads, and the means of the lanes after the blocks."""
+    streams, means = v_0[:, :, None].repeat(1, 1, lanes, 1), []  # [B, T, n, D]
+    for i in range(depth):
+        for j in (0, 1):
+            if kind == "hyper":
+                read, mix, write = (params[name][i, j] for name in ("read", "mix", "write"))
+            else:
+                read, mix, write = token_connection(index(params["steps"][f"connection_{j}"], i), streams, kind)
+            output = sublayer(index(params["steps"]["block_0"], i), (read[..., None] * streams).sum(2), condition,
+                              num_heads, j + 1)  # fmt: skip
+            streams = mix @ streams + write[..., None] * output[:, :, None]
+        means.append(streams.mean(2))
+    return means[-1], means
+
+
+def token_connection(p, streams, kind):
+    """Read [B, T, n], mix [B, T, n, n] and write [B, T, n] of manifold-constrained hyper-connections."""
+    b, t, n, size = streams.shape
+    x = streams.flatten(2)
+    x = x / torch.sqrt((x**2).mean(-1, keepdim=True) + 1e-6) * p["norm"].flatten()
+    found = x @ p["kernel"].reshape(n * size, -1)
+    read = torch.sigmoid(p["gain"][0] * found[..., :n] + p["bias"][:n])
+    write = 2 * torch.sigmoid(p["gain"][1] * found[..., n : 2 * n] + p["bias"][n : 2 * n])
+    if kind == "identity_hyper":
+        return read, torch.eye(n, dtype=x.dtype), write
+    mix = torch.exp(p["gain"][2] * found[..., 2 * n :] + p["bias"][2 * n :]).reshape(b, t, n, n)
+    for _ in range(20):
+        mix = mix / mix.sum(-1, keepdim=True)
+        mix = mix / mix.sum(-2, keepdim=True)
+    return read, mix, write

@@ -205,7 +205,7 @@ def test_another_base_is_told(places):
 
 @pytest.mark.slow
 def test_a_text_to_image_model_on_embeddings_is_adapted_and_distilled(tmp_path):
-    """As Qwen-Image is, in bfloat16 and on frozen weights of latents: adapters, their files, a student of two adapters."""
+    """As Qwen-Image is, in bfloat16 and on frozen weights: adapters, their files, a student of two adapters."""
     with tiny.all_runs_on((2, 2), tmp_path / "cache"):
         base = text_config()
         base.model.routing.kind = "residual"
