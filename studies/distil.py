@@ -1,9 +1,9 @@
 """Do routed students keep more detail in four steps than residual ones? Fashion-MNIST, a residual teacher, three seeds.
 
-Targets fixed beforehand, after 100 updates: fd_convnet, and the detail of 1,024 samples beside real images and beside the
-teacher's samples of the same seeds. The teacher in its own 20 Heun steps is the ceiling, in four Euler steps the floor.
-The students of a seed have the same teacher, and the routed one starts as the same function. A run that diverges shows
-in grad_norm.
+Targets fixed beforehand, after 100 updates: fd_convnet, and the detail of 1,024 samples beside real images and beside
+the teacher's samples of the same seeds. The teacher in its own 20 Heun steps is the ceiling, in four Euler steps the
+floor. The students of a seed have the same teacher, and the routed one starts as the same function. A run that diverges
+shows in grad_norm.
 
     python studies/distil.py --root=runs/distil
 """

@@ -1,6 +1,6 @@
 """Do routed students keep more detail in four steps than residual ones? Emoji with their sharp edges, three seeds.
 
-Targets fixed beforehand, after 100 updates: fd_convnet on held-out captions, the share of samples with the skin tone of
+Targets fixed beforehand, after 60 updates: fd_convnet on held-out captions, the share of samples with the skin tone of
 the caption, and the detail of the samples beside real images and beside the teacher's. As studies/distil.py otherwise.
 The teachers are the residual runs of studies/text_to_image.py, whose root is this one's too, so run that study first.
 
@@ -12,7 +12,7 @@ from text_to_image import STUDY as TEXT_TO_IMAGE
 
 UNCHANGED = ("--config.init_from={root}/residual_{seed}", "--config.train.num_steps=1", "--config.eval.every_steps=1")
 UNCHANGED += ("--config.optimizer.learning_rate=0.0", "--config.sampler.method=euler", "--config.sampler.num_steps=4")
-STUDENT = ("--config.teacher={root}/residual_{seed}", "--config.train.num_steps=100", "--config.eval.every_steps=25")
+STUDENT = ("--config.teacher={root}/residual_{seed}", "--config.train.num_steps=60", "--config.eval.every_steps=30")
 
 STUDY = Study(
     name="distil_emoji",

@@ -1,8 +1,8 @@
 """Does routing help text to image? Emoji at 32x32 from their captions, MM-DiT of 6 blocks, three paired seeds.
 
 Targets fixed beforehand, after 1,000 steps on captions that were held out: validation loss, fd_convnet, and the share
-of samples with the skin tone and the person that the caption asks for (higher is better). accuracy_seen/* is of captions
-in the training split that ask for the same.
+of samples with the skin tone and the person that the caption asks for (higher is better). accuracy_seen/* is of
+captions in the training split that ask for the same.
 
     python studies/text_to_image.py --root=runs/text_to_image
 """
