@@ -1,31 +1,38 @@
-"""A study: several configs with the same seeds, run one after the other, then a table and a figure with intervals.
+"""A study: several configs with the same seeds, run one after the other, then tables and a figure with intervals.
 
 A study is a file that declares a `Study` and calls `main`. It is run from the root of a clone, can be stopped at any
 time, and goes on with the same command:
 
     python studies/repa.py --root=runs/repa             # trains what is missing, then collects and draws
+    python studies/repa.py --root=runs/repa --jobs=2    # two seeds at a time, each on half of the cores
     python studies/repa.py --root=runs/repa --train=0   # collects and draws what is there
 
 Seeds are paired: runs of one seed see the same data in the same order. Intervals are of Student's t over the seeds.
-Curves of all runs are kept in studies/<name>.json, from which the table and the figure can be made again.
+A run that fails is listed, and the others go on. Curves of all runs are kept in studies/<name>.json, from which tables
+and figure can be made again; with --root a page with all of them is written there, <name>.html.
 """
 
+import base64
+import concurrent.futures
+import html
 import json
+import os
 import pathlib
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
 from absl import app, flags
+from scipy import stats
 
 ROOT = flags.DEFINE_string("root", None, "Where the runs are; without it the curves of studies/<name>.json are used")
 TRAIN = flags.DEFINE_bool("train", True, "Train what is missing")
+JOBS = flags.DEFINE_integer("jobs", 1, "Seeds at a time, each on its share of the cores", lower_bound=1)
 STUDIES = pathlib.Path(__file__).parent
 DETAIL_SAMPLES = 1024
-T_95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}  # by runs
 
 
 class Study(NamedTuple):
@@ -39,7 +46,11 @@ class Study(NamedTuple):
       shared: flags of all runs.
       seeds: one run of every cell each.
       differences: pairs of cells (a, b), whose metrics are subtracted, a - b, seed by seed.
-      metrics: what is compared, of metrics.jsonl and of `detail`; lower is better but for accuracies.
+      metrics: what is compared, of metrics.jsonl and of `detail`; lower is better but for accuracies. By the first one
+        a learning rate is chosen, and p-values are of its differences.
+      rates: learning rates at which every cell is trained; () takes that of the config. The tables show each cell at
+        the rate whose mean over the seeds is best, and the whole sweep.
+      targets: of the first metric, fixed beforehand: how many steps, and how much time, a run takes to reach them.
       baselines: cells that are no training to look at; the figure has a line at their last value.
       detail: cell whose samples the fine detail of all others is compared with, image by image (docs/detail.md). Its
         measures are metrics of the last step: "hf_half", "lsd_high", "lsd_high_teacher" and so on.
@@ -52,99 +63,162 @@ class Study(NamedTuple):
     seeds: Sequence[int]
     differences: Sequence[tuple[str, str]]
     metrics: Sequence[str] = ("val_loss", "fd_convnet")
+    rates: Sequence[float] = ()
+    targets: Sequence[float] = ()
     baselines: Sequence[str] = ()
     detail: str = ""
+
+    def names(self, cell: str) -> list[str]:
+        """What the runs of a cell are called, but for the seed: one name for each rate."""
+        return [f"{cell}@{rate:g}" for rate in self.rates] or [cell]
 
 
 def main(study: Study) -> None:
     """The whole program of a study."""
 
     def run(_):
-        if ROOT.value and TRAIN.value:
-            train(study, pathlib.Path(ROOT.value))
-        path = STUDIES / f"{study.name}.json"
+        path, failed = STUDIES / f"{study.name}.json", []
         if ROOT.value:
-            path.write_text(json.dumps(collect(study, pathlib.Path(ROOT.value)), indent=1) + "\n")
-        curves = json.loads(path.read_text())["curves"]
-        print(table(study, curves))
-        draw(study, curves, STUDIES.parent / "docs" / f"study_{study.name}.png")
+            root = pathlib.Path(ROOT.value)
+            failed = train(study, root, JOBS.value) if TRAIN.value else []
+            path.write_text(json.dumps(collect(study, root, failed), indent=1) + "\n")
+        kept = json.loads(path.read_text())
+        tables = all_tables(study, kept)
+        print("\n\n".join(tables))
+        figure = STUDIES.parent / "docs" / f"study_{study.name}.png"
+        draw(study, kept["curves"], figure)
+        if ROOT.value:
+            draw(study, kept["curves"], root / f"{study.name}.pdf")
+            (root / f"{study.name}.html").write_text(page(study, tables, figure.read_bytes()))
+        if failed:
+            sys.exit(f"error: {len(failed)} runs failed; see the log.txt of {', '.join(failed)} in {root}.")
 
     app.run(run)
 
 
-def train(study: Study, root: pathlib.Path) -> None:
-    """Trains all runs, seed by seed, so that whole pairs come first. A finished run takes seconds."""
-    network = root / "convnet.npz"  # of fd_convnet: it depends on the data alone
-    for seed in study.seeds:
-        for cell, (variant, *own) in study.cells.items():
-            workdir = root / f"{cell}_{seed}"
-            workdir.mkdir(parents=True, exist_ok=True)
+def train(study: Study, root: pathlib.Path, jobs: int = 1) -> list[str]:
+    """Trains all runs, seed by seed, so that whole pairs come first. A finished run takes seconds.
+
+    Returns the names of the runs that failed.
+    """
+    root.mkdir(parents=True, exist_ok=True)
+    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
+    with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
+        shares = [cores[i % jobs :: jobs] for i in range(len(study.seeds))]
+        failed = pool.map(lambda seed, share: _train_seed(study, root, seed, share), study.seeds, shares)
+        return [name for names in failed for name in names]
+
+
+def _train_seed(study: Study, root: pathlib.Path, seed: int, cores: Sequence[int]) -> list[str]:
+    failed, network = [], root / "convnet.npz"  # of fd_convnet: it depends on the data alone
+    for cell, (variant, *own) in study.cells.items():
+        for name, rate in zip(study.names(cell), study.rates or (None,), strict=True):
+            workdir = root / f"{name}_{seed}"
+            workdir.mkdir(exist_ok=True)
             if network.exists() and not (workdir / network.name).exists():
                 shutil.copy(network, workdir)
             command = [sys.executable, "-m", "dar_jax.main", f"--config={study.config}:{variant}"]
             own = [flag.format(root=root, seed=seed) for flag in own]
             command += [f"--workdir={workdir}", f"--config.seed={seed}", *study.shared, *own]
-            print(f"{cell}, seed {seed}", flush=True)
-            with open(workdir / "log.txt", "a") as log:
-                code = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT).returncode
-            if not code and study.detail:
-                code = measure_detail(workdir, root / f"{study.detail}_{seed}")
+            command += [f"--config.optimizer.learning_rate={rate}"] if rate else []
+            print(f"{name}, seed {seed}", flush=True)
+            code = _run(command, workdir, cores)
+            if not code and study.detail and not (workdir / "detail.json").exists():
+                code = _run(_detail_command(workdir, root / f"{study.detail}_{seed}"), workdir, cores)
             if code:
-                sys.exit(f"error: the run ended with exit code {code}; see {workdir}/log.txt.")
-            if not network.exists() and (workdir / network.name).exists():
-                shutil.copy(workdir / network.name, network)
+                print(f"{name}, seed {seed}, ended with exit code {code}: see {workdir}/log.txt", flush=True)
+                failed.append(workdir.name)
+            elif not network.exists() and (workdir / network.name).exists():
+                shutil.copy(workdir / network.name, root / f"{network.name}.{seed}")
+                os.replace(root / f"{network.name}.{seed}", network)
+    return failed
 
 
-def measure_detail(workdir: pathlib.Path, teacher: pathlib.Path) -> int:
-    """Measures the detail of a finished run beside samples of the teacher, once. Returns an exit code."""
-    if (workdir / "detail.json").exists():
-        return 0
+def _run(command: Sequence[str], workdir: pathlib.Path, cores: Sequence[int]) -> int:
+    """Runs a command on some cores, with its output in the workdir's log.txt, and returns its exit code."""
+    with open(workdir / "log.txt", "a") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
+        if cores:
+            os.sched_setaffinity(process.pid, cores)  # before it makes threads, which keep to it
+        try:
+            return process.wait()
+        finally:
+            process.terminate()  # of a study that is stopped
+
+
+def _detail_command(workdir: pathlib.Path, teacher: pathlib.Path) -> list[str]:
+    """Measures the detail of a finished run beside samples of the teacher; of the teacher, also keeps them."""
     command = [sys.executable, "-m", "dar_jax.evaluate", f"--workdir={workdir}", "--detail"]
     command += [f"--num_samples={DETAIL_SAMPLES}", f"--json={workdir}/detail.json"]
-    if workdir == teacher:
-        command += [f"--samples_out={teacher}/samples.npz"]
-    else:
-        command += [f"--teacher_samples={teacher}/samples.npz"]
-    with open(workdir / "log.txt", "a") as log:
-        return subprocess.run(command, stdout=log, stderr=subprocess.STDOUT).returncode
+    keep = f"--samples_out={teacher}/samples.npz"
+    return [*command, keep if workdir == teacher else f"--teacher_samples={teacher}/samples.npz"]
 
 
-def collect(study: Study, root: pathlib.Path) -> dict:
-    """The curves of all runs that are there: {"curves": {cell: {seed: {step: {metric: value}}}}}, and where from."""
+def collect(study: Study, root: pathlib.Path, failed: Sequence[str] = ()) -> dict:
+    """What is kept of a study.
+
+    {"commit", "shared", "failed", "curves": {name: {seed: {step: {metric: value}}}}, "seconds": {name: {seed: of a
+    step}}}, the seconds without evaluations and with what else the machine did.
+    """
     from dar_jax.logs import read_metrics
 
     curves: dict = {}
-    for cell in study.cells:
-        for seed in study.seeds:
-            for line in read_metrics(str(root / f"{cell}_{seed}")):
-                if found := {name: round(line[name], 5) for name in study.metrics if name in line}:
-                    steps = curves.setdefault(cell, {}).setdefault(str(seed), {})
-                    steps.setdefault(str(line["step"]), {}).update(found)
-            if (detail := root / f"{cell}_{seed}" / "detail.json").exists():
-                scores = {one["name"]: one["scores"] for one in json.loads(detail.read_text())}["samples"]
-                found = {name: round(scores[name], 5) for name in study.metrics if name in scores}
-                steps = curves[cell][str(seed)]
-                steps[max(steps, key=int)].update(found)
+    seconds: dict = {}
+    for name, seed in ((name, seed) for cell in study.cells for name in study.names(cell) for seed in study.seeds):
+        workdir = root / f"{name}_{seed}"
+        lines = read_metrics(str(workdir))
+        for line in lines:
+            if found := {metric: round(line[metric], 5) for metric in study.metrics if metric in line}:
+                steps = curves.setdefault(name, {}).setdefault(str(seed), {})
+                steps.setdefault(str(line["step"]), {}).update(found)
+        if rates := [line["steps_per_second"] for line in lines if "steps_per_second" in line][1:]:
+            seconds.setdefault(name, {})[str(seed)] = round(1 / float(np.median(rates)), 5)
+        if (workdir / "detail.json").exists():
+            sets = {one["name"]: one["scores"] for one in json.loads((workdir / "detail.json").read_text())}
+            steps, scores = curves[name][str(seed)], sets["samples"]
+            found = {metric: round(scores[metric], 5) for metric in study.metrics if metric in scores}
+            steps[max(steps, key=int)].update(found)
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
-    return {"commit": commit, "shared": list(study.shared), "curves": curves}
+    kept = {"commit": commit, "shared": list(study.shared), "failed": list(failed)}
+    return kept | {"seconds": seconds, "curves": curves}
 
 
 def interval(values: Sequence[float]) -> tuple[float, float]:
     """Mean and half of the 95 % interval of the mean, NaN of a single value."""
     count = len(values)
-    half = T_95[count] * np.std(values, ddof=1) / np.sqrt(count) if count > 1 else float("nan")
+    half = stats.t.ppf(0.975, count - 1) * np.std(values, ddof=1) / np.sqrt(count) if count > 1 else float("nan")
     return float(np.mean(values)), float(half)
 
 
-def finals(curves: dict, cell: str, metric: str) -> dict[str, float]:
-    """The metric at the last step of each seed of a cell, of those seeds that have reached it."""
-    last = str(max((max(map(int, steps)) for steps in curves.get(cell, {}).values()), default=0))
-    at_last = {seed: steps.get(last, {}) for seed, steps in curves.get(cell, {}).items()}
+def holm(p_values: Sequence[float]) -> list[float]:
+    """P-values corrected for their number by Holm's method, in the same order."""
+    corrected, worst = [0.0] * len(p_values), 0.0
+    for rank, i in enumerate(np.argsort(p_values)):
+        worst = max(worst, min(1.0, (len(p_values) - rank) * p_values[i]))
+        corrected[i] = worst
+    return corrected
+
+
+def finals(curves: Mapping, name: str, metric: str) -> dict[str, float]:
+    """The metric at the last step of each seed, of those seeds that have reached it."""
+    last = str(max((max(map(int, steps)) for steps in curves.get(name, {}).values()), default=0))
+    at_last = {seed: steps.get(last, {}) for seed, steps in curves.get(name, {}).items()}
     return {seed: values[metric] for seed, values in at_last.items() if metric in values}
 
 
-def table(study: Study, curves: dict) -> str:
-    """Cells and paired differences at the last step, as Markdown."""
+def best_name(study: Study, curves: Mapping, cell: str) -> str:
+    """The runs of a cell at its best rate: by the mean of the first metric over the seeds, at the last step."""
+    means = {name: list(finals(curves, name, study.metrics[0]).values()) for name in study.names(cell)}
+    return min(means, key=lambda name: np.mean(means[name]) if means[name] else np.inf)
+
+
+def _paired(study: Study, curves: Mapping, a: str, b: str, metric: str) -> list[float]:
+    left, right = (finals(curves, best_name(study, curves, cell), metric) for cell in (a, b))
+    return [left[seed] - right[seed] for seed in left if seed in right]
+
+
+def table(study: Study, curves: Mapping) -> str:
+    """Cells, each at its best rate, and paired differences at the last step, as Markdown."""
     rows = ["| cell | runs | " + " | ".join(study.metrics) + " |", "|---" * (2 + len(study.metrics)) + "|"]
 
     def row(name: str, values: list[list[float]], sign: str) -> None:
@@ -155,17 +229,83 @@ def table(study: Study, curves: dict) -> str:
         rows.append(f"| {name} | {len(values[0])} | " + " | ".join(cells) + " |")
 
     for cell in study.cells:
-        row(f"`{cell}`", [list(finals(curves, cell, metric).values()) for metric in study.metrics], "")
+        name = best_name(study, curves, cell)
+        row(f"`{name}`", [list(finals(curves, name, metric).values()) for metric in study.metrics], "")
     for a, b in study.differences:
-        pairs = []
-        for metric in study.metrics:
-            left, right = finals(curves, a, metric), finals(curves, b, metric)
-            pairs.append([left[seed] - right[seed] for seed in left if seed in right])
-        row(f"`{a}` - `{b}`", pairs, "+")
+        row(f"`{a}` - `{b}`", [_paired(study, curves, a, b, metric) for metric in study.metrics], "+")
     return "\n".join(rows)
 
 
-def draw(study: Study, curves: dict, path: pathlib.Path) -> None:
+def p_table(study: Study, curves: Mapping) -> str:
+    """P-values of the differences of the first metric: of the paired t test, and by Holm's method, as Markdown."""
+    found = {(a, b): _paired(study, curves, a, b, study.metrics[0]) for a, b in study.differences}
+    p = {pair: float(stats.ttest_1samp(values, 0).pvalue) for pair, values in found.items() if len(values) > 1}
+    rows = [f"| difference of {study.metrics[0]} | p | p by Holm |", "|---|---|---|"]
+    for (pair, value), corrected in zip(p.items(), holm(list(p.values())), strict=True):
+        rows.append(f"| `{pair[0]}` - `{pair[1]}` | {value:.2g} | {corrected:.2g} |")
+    return "\n".join(rows)
+
+
+def rate_table(study: Study, curves: Mapping) -> str:
+    """The first metric at every learning rate, mean and interval over the seeds, as Markdown."""
+    rows = ["| cell | " + " | ".join(f"{rate:g}" for rate in study.rates) + " |", "|---" * (1 + len(study.rates)) + "|"]
+    for cell in study.cells:
+        found = [list(finals(curves, name, study.metrics[0]).values()) for name in study.names(cell)]
+        cells = ["{:.4g} ± {:.2g}".format(*interval(values)) if values else "failed" for values in found]
+        rows.append(f"| `{cell}` | " + " | ".join(cells) + " |")
+    return "\n".join(rows)
+
+
+def first_step(steps: Mapping, metric: str, target: float) -> float:
+    """The first step at which a run is at most at the target, between evaluations by a line; inf if at none."""
+    points = sorted((int(step), values[metric]) for step, values in steps.items() if metric in values)
+    for i, (step, value) in enumerate(points):
+        if value <= target:
+            if i == 0:
+                return step
+            before, above = points[i - 1]
+            return before + (step - before) * (above - target) / (above - value)
+    return float("inf")
+
+
+def target_table(study: Study, kept: Mapping) -> str:
+    """Steps, and minutes at the median pace of the cell, until the targets, by the mean over the seeds, as Markdown.
+
+    A cell with runs that never reach a target shows how many do instead.
+    """
+    curves, rows = kept["curves"], []
+    rows.append(f"| cell | s per step | {' | '.join(f'{study.metrics[0]} {target:g}' for target in study.targets)} |")
+    rows.append("|---" * (2 + len(study.targets)) + "|")
+    for cell in study.cells:
+        name = best_name(study, curves, cell)
+        pace, cells = float(np.median(list(kept["seconds"].get(name, {}).values()) or [np.nan])), []
+        for target in study.targets:
+            found = [first_step(steps, study.metrics[0], target) for steps in curves.get(name, {}).values()]
+            reached = [steps for steps in found if np.isfinite(steps)]
+            if found and len(reached) == len(found):
+                mean, half = interval(reached)
+                cells.append(f"{mean:.0f} ± {half:.0f} steps, {mean * pace / 60:.1f} min")
+            else:
+                cells.append(f"{len(reached)} of {len(found)} runs")
+        rows.append(f"| `{name}` | {pace:.3g} | " + " | ".join(cells) + " |")
+    return "\n".join(rows)
+
+
+def all_tables(study: Study, kept: Mapping) -> list[str]:
+    """All tables of a study, in Markdown, and the runs that failed."""
+    found = [table(study, kept["curves"])]
+    if len(study.differences) > 1:
+        found.append(p_table(study, kept["curves"]))
+    if study.rates:
+        found.append(rate_table(study, kept["curves"]))
+    if study.targets:
+        found.append(target_table(study, kept))
+    if kept.get("failed"):
+        found.append(f"Failed: {', '.join(kept['failed'])}")
+    return found
+
+
+def draw(study: Study, curves: Mapping, path: pathlib.Path) -> None:
     """A panel for each metric: means of the cells over the steps, or a line of baselines, with 95 % intervals."""
     import matplotlib
 
@@ -174,14 +314,9 @@ def draw(study: Study, curves: dict, path: pathlib.Path) -> None:
 
     figure, axes = plt.subplots(1, len(study.metrics), figsize=(5.5 * len(study.metrics), 4), layout="constrained")
     for axis, metric in zip(np.atleast_1d(axes), study.metrics, strict=True):
-        for i, cell in enumerate(c for c in study.cells if c in curves):
-            seeds = list(curves[cell].values())
-            steps = sorted(int(s) for s in seeds[0] if all(metric in one.get(s, {}) for one in seeds))
-            points = [interval([one[str(step)][metric] for one in seeds]) for step in steps]
-            mean, half = np.array(points).reshape(-1, 2).T
+        for i, (cell, steps, mean, half) in enumerate(_points(study, curves, metric)):
             if cell in study.baselines:
-                if len(mean):
-                    axis.axhline(mean[-1], color=f"C{i}", label=cell, linestyle="--")
+                axis.axhline(mean[-1], color=f"C{i}", label=cell, linestyle="--")
                 continue
             axis.plot(steps, mean, color=f"C{i}", label=cell, marker="o", markersize=3)
             axis.fill_between(steps, mean - half, mean + half, color=f"C{i}", alpha=0.12, linewidth=0)
@@ -189,3 +324,27 @@ def draw(study: Study, curves: dict, path: pathlib.Path) -> None:
     np.atleast_1d(axes)[0].legend(fontsize=8)
     figure.savefig(path, dpi=110)
     plt.close(figure)
+
+
+def _points(study: Study, curves: Mapping, metric: str) -> Iterator[tuple[str, list[int], np.ndarray, np.ndarray]]:
+    """Of each cell the steps at which all seeds have the metric, its mean and half its interval there."""
+    for cell in study.cells:
+        seeds = list(curves.get(best_name(study, curves, cell), {}).values())
+        steps = [s for s in (seeds[0] if seeds else ()) if all(metric in one.get(s, {}) for one in seeds)]
+        if steps := sorted(map(int, steps)):
+            points = [interval([one[str(step)][metric] for one in seeds]) for step in steps]
+            yield cell, steps, *np.array(points).T
+
+
+def page(study: Study, tables: Sequence[str], figure: bytes) -> str:
+    """One HTML page with the tables and the figure."""
+    body = []
+    for text in tables:
+        lines = [line.strip("| ").split(" | ") for line in text.splitlines() if not line.startswith("|---")]
+        cells = ("".join(f"<td>{html.escape(cell.replace('`', ''))}</td>" for cell in line) for line in lines)
+        body.append("<table>" + "".join(f"<tr>{row}</tr>" for row in cells) + "</table>")
+    image = f'<img src="data:image/png;base64,{base64.b64encode(figure).decode()}" style="max-width: 100%">'
+    style = "body {font: 14px sans-serif; margin: 2em} td {padding: .2em .8em} table {margin: 1em 0}"
+    return f"<!doctype html><meta charset=utf-8><title>{study.name}</title><style>{style}</style>" + (
+        f"<h1>{study.name}</h1>{''.join(body)}{image}"
+    )

@@ -1,8 +1,12 @@
 """The arithmetic of studies, and that the pages show the tables of the curves that are kept."""
 
 import json
+import os
 import pathlib
+import signal
+import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -33,6 +37,68 @@ def test_differences_are_paired_by_seed_at_the_last_step():
     found = study.table(study.Study("x", "", {"a": (), "b": ()}, (), (0, 1, 2), [("a", "b")], ("m",)), curves)
     assert found.splitlines()[2].startswith("| `a` | 2 | 3 ")
     assert found.splitlines()[-1].startswith("| `a` - `b` | 2 | +1.25 ")
+
+
+def test_learning_rates_are_chosen_by_the_mean_of_the_first_metric():
+    curves = {
+        "a@0.1": {"0": {"9": {"m": 3.0, "n": 0.0}}, "1": {"9": {"m": 5.0, "n": 0.0}}},
+        "a@0.2": {"0": {"9": {"m": 1.0, "n": 9.0}}, "1": {"9": {"m": 6.0, "n": 9.0}}},
+        "b@0.1": {"0": {"9": {"m": 2.0, "n": 1.0}}, "1": {"9": {"m": 2.0, "n": 3.0}}},
+    }
+    swept = study.Study("x", "", {"a": (), "b": ()}, (), (0, 1), [("a", "b")], ("m", "n"), rates=(0.1, 0.2))
+    assert study.best_name(swept, curves, "a") == "a@0.2" and study.best_name(swept, curves, "b") == "b@0.1"
+    assert study.table(swept, curves).splitlines()[-1].startswith("| `a` - `b` | 2 | +1.5 ")
+    assert study.rate_table(swept, curves).splitlines()[-1].endswith("| failed |")
+
+
+def test_holm_equals_its_definition():
+    """Of p-values .01, .04, .03, .005: 4 * .005, 3 * .01, 2 * .03, and .04 is raised to the one before."""
+    assert study.holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert study.holm([0.9, 0.8]) == [1.0, 1.0]
+
+
+def test_steps_to_a_target_are_censored_and_interpolated():
+    steps = {"10": {"m": 4.0}, "20": {"m": 2.0}, "30": {"m": 3.0}}
+    assert study.first_step(steps, "m", 3.0) == 15 and study.first_step(steps, "m", 5.0) == 10
+    assert study.first_step(steps, "m", 1.0) == float("inf")
+    declared = study.Study("x", "", {"a": ()}, (), (0, 1), [], ("m",), targets=(3.0, 1.0))
+    kept = {"curves": {"a": {"0": steps, "1": {"10": {"m": 3.0}, "20": {"m": 1.0}}}}, "seconds": {"a": {"0": 6.0}}}
+    assert "| 12 ± 32 steps, 1.2 min | 1 of 2 runs |" in study.target_table(declared, kept)
+
+
+CONFIG_FILE = """
+from dar_jax import config as config_lib
+from tests.training import tiny
+
+def get_config(variant):
+    config = tiny.make_config()
+    config.eval.update(every_steps=12, num_samples=0, grid_size=1, loss_images=32)
+    return config_lib.route(config, variant)
+"""
+TRAIN = "import study, sys; study.train(study.Study(*{!r}, seeds=(0,), differences=()), study.pathlib.Path({!r}))"
+
+
+def test_a_killed_study_goes_on_to_the_same_table(tmp_path):
+    """Two studies of two runs each, of which one is killed with all its processes while its second run trains."""
+    (tmp_path / "config.py").write_text(CONFIG_FILE)
+    declared = ("x", str(tmp_path / "config.py"), {"residual": ("residual",), "static_t": ("static_t",)}, ())
+    environment = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'studies'}", "JAX_PLATFORMS": "cpu"}
+    environment |= {"JAX_COMPILATION_CACHE_DIR": str(tmp_path), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+
+    def start(name):
+        command = [sys.executable, "-c", TRAIN.format(declared, str(tmp_path / name))]
+        return subprocess.Popen(command, env=environment, cwd=ROOT, start_new_session=True)
+
+    assert start("whole").wait(500) == 0
+    process, log = start("killed"), tmp_path / "killed" / "static_t_0" / "metrics.jsonl"
+    while not log.exists() and process.poll() is None:
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    assert start("killed").wait(500) == 0
+    both = study.Study(*declared, seeds=(0,), differences=[("static_t", "residual")], metrics=("val_loss", "loss"))
+    tables = [study.table(both, study.collect(both, tmp_path / name)["curves"]) for name in ("whole", "killed")]
+    assert tables[0] == tables[1] and "nan ± nan" not in tables[0].replace("± nan", "")
 
 
 @pytest.mark.parametrize("declared", [repa.STUDY, text_to_image.STUDY], ids=lambda declared: declared.name)
