@@ -1,16 +1,17 @@
-"""Scores samples: FID, sFID, Inception score, KID, precision and recall; or their fine detail.
+"""Scores samples: FID, sFID, Inception score, KID, precision and recall; or their fine detail; or a likelihood.
 
     python -m dar_jax.evaluate --workdir=runs/digits --num_samples=2000 --inception=inception.npz
     python -m dar_jax.evaluate --samples=samples.npz --reference=ref.npz --inception=inception.npz
     python -m dar_jax.evaluate --config=configs/digits.py --write_reference=ref.npz --inception=inception.npz
     python -m dar_jax.evaluate --workdir=runs/digits --detail --teacher_samples=teacher.npz --figure=detail.png
+    python -m dar_jax.evaluate --workdir=runs/digits --likelihood --num_samples=256 --steps=50
 
 The weights of a run are the EMA of its latest checkpoint; options left out are the run's own. A stopped evaluation of
 a run goes on where it was when the same command is given again. Without --inception, small images of a run are scored
 by a convnet (fd_convnet), which is not FID.
 
 --detail measures power spectra, high-frequency energy, grids and sharpness instead, and patch FID if the images are
-large enough and --inception is given.
+large enough and --inception is given. --likelihood measures bits per dimension of held-out images.
 """
 
 from absl import flags
@@ -38,6 +39,7 @@ DETAIL = flags.DEFINE_boolean("detail", False, "Measure fine detail instead: spe
 TEACHER_SAMPLES = flags.DEFINE_string("teacher_samples", None, "With --detail: an .npz of a teacher, same seeds")
 BESIDE = flags.DEFINE_list("beside", None, "With --detail: more samples, same seeds, NAME=PATH.npz,NAME=PATH.npz")
 FIGURE = flags.DEFINE_string("figure", None, "With --detail: spectra as .png and .pdf; default: that of --json")
+LIKELIHOOD = flags.DEFINE_boolean("likelihood", False, "Measure bits per dimension of held-out images of a run instead")
 CONFIG = config_flags.DEFINE_config_file("config", None, "With --write_reference: whose data to take")
 SPLIT = flags.DEFINE_string("split", None, "With --write_reference: which split; default: data.eval_split")
 WRITE_REFERENCE = flags.DEFINE_string("write_reference", None, "Write the reference .npz of a data set, score nothing")
@@ -54,7 +56,12 @@ def main(_):
         for flag in (TEACHER_SAMPLES, BESIDE, FIGURE):
             if flag.value is not None:
                 raise errors.UserError(f"--{flag.name} needs --detail; add --detail, or leave out --{flag.name}.")
+    if LIKELIHOOD.value and (DETAIL.value or not WORKDIR.value):
+        raise errors.UserError("--likelihood is of a run and alone; give --workdir, and leave out --detail.")
     runtime.start()
+    if LIKELIHOOD.value:
+        _measure_likelihood()
+        return
     if WRITE_REFERENCE.value:
         _write_reference()
         return
@@ -103,10 +110,25 @@ def _figure() -> str | None:
     return path
 
 
-def _evaluate_run(others: dict[str, str] | None) -> list[dict]:
-    from dar_jax.checkpoint import load_config
-    from dar_jax.evaluation import scoring
+def _measure_likelihood() -> None:
+    import jax
+
+    from dar_jax.evaluation import likelihood
     from dar_jax.validate import validate
+
+    config = _config_of_run()
+    validate(config)
+    found = likelihood.likelihood_of_run(config, WORKDIR.value, STEP.value)
+    if jax.process_index() == 0:
+        print(likelihood.table(found))
+        if JSON.value is not None:
+            files.write_json(JSON.value, found, indent=2)
+            print(f"wrote {JSON.value}")
+
+
+def _config_of_run():
+    """The config of --workdir with the flags that were given."""
+    from dar_jax.checkpoint import load_config
 
     config = load_config(WORKDIR.value)
     config.eval.num_samples = NUM_SAMPLES.value
@@ -123,6 +145,14 @@ def _evaluate_run(others: dict[str, str] | None) -> list[dict]:
     ):
         if flag.value is not None:
             section[field] = flag.value
+    return config
+
+
+def _evaluate_run(others: dict[str, str] | None) -> list[dict]:
+    from dar_jax.evaluation import scoring
+    from dar_jax.validate import validate
+
+    config = _config_of_run()
     sweep = CFG_SWEEP.value
     scales = [config.sampler.cfg_scale] if sweep is None else cli.parse_numbers("cfg_sweep", sweep)
     for scale in scales:
