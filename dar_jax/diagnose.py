@@ -20,6 +20,7 @@ BATCH_SIZE = flags.DEFINE_integer(
     "batch_size", None, "Images at a time over all devices; default: a train step's", lower_bound=1
 )
 CANONICAL = flags.DEFINE_boolean("canonical", False, "Also freeze routing weights to their mean over t, and score it")
+ABLATE = flags.DEFINE_boolean("ablate", False, "Also measure losses with t shuffled in queries and without each source")
 NUM_SAMPLES = flags.DEFINE_integer("num_samples", None, "Samples it scores; default: eval.num_samples", lower_bound=0)
 
 
@@ -47,6 +48,7 @@ def main(_):
         timesteps=times,
         batch_size=BATCH_SIZE.value,
         canonical=CANONICAL.value,
+        ablations=ABLATE.value,
     )
     for path in written:
         say(f"wrote {path}")

@@ -115,6 +115,15 @@ def draw(results: Sequence[dict], folder: files.Path) -> list[Figure]:
                 owner,
                 lambda: _canonical(result),  # noqa: B023
             )
+        if "ablations" in result:
+            save(
+                "ablations",
+                "Loss without a part of routing",
+                "Mean over the times, relative to the routed model. Points: no reader sees the source (0 is the "
+                "embedded input), unless it sees nothing else. Line: the queries see the time of another pair.",
+                owner,
+                lambda: _ablations(result),  # noqa: B023
+            )
     return figures
 
 
@@ -269,5 +278,16 @@ def _canonical(result) -> Canvas:
         ax.plot(result["timesteps"], ratio, label=label, **_line(i, 0.7 * i))
     ax.axhline(1, color="0.5", linestyle=":", label="routed")
     ax.set_xlabel("$t$ (0 = noise, 1 = data)")
+    ax.set_ylabel("loss / loss of the routed model")
+    return _with_legend(canvas, ax)
+
+
+def _ablations(result) -> Canvas:
+    canvas = Canvas(figsize=(WIDTH / 2, 2.4))
+    ax, found, whole = canvas.subplots(), result["ablations"], result["loss"].mean()
+    ax.plot(found["sources"], found["loss_without"].mean(axis=0) / whole, "o", markersize=3, label="without a source")
+    ax.axhline(found["loss_shuffled_t"].mean() / whole, color="C1", linestyle="--", label="shuffled t in the queries")
+    ax.axhline(1, color="0.5", linestyle=":", label="routed")
+    ax.set_xlabel("source (0 = input)")
     ax.set_ylabel("loss / loss of the routed model")
     return _with_legend(canvas, ax)

@@ -53,6 +53,7 @@ def write_report(results: Sequence[dict], figures: Sequence[Figure], folder: fil
         images = "".join(_image(figure, names[figure.owner]) for figure in group)
         parts.append(f'<h2>{html.escape(title)}</h2><div class="runs">{images}</div>')
     parts += [_canonical(result, name) for result, name in zip(results, names, strict=True) if "canonical" in result]
+    parts += [_ablations(result, name) for result, name in zip(results, names, strict=True) if "ablations" in result]
     page = (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
@@ -104,8 +105,8 @@ def _table(results: Sequence[dict], names: Sequence[str]) -> str:
 
 def _routing(result: dict) -> str:
     routing = result["model"]["routing"]
-    if routing["kind"] == "residual":
-        return "residual"
+    if routing["kind"] != "dar":
+        return routing["kind"]
     return f"{routing['query']}, chunks of {routing['chunk_size']}"
 
 
@@ -120,3 +121,12 @@ def _canonical(result: dict, name: str) -> str:
         rows.append([what, f"{canonical['scores_routed'][metric]:.4g}", "", f"{value:.4g}"])
     header = ["", "routed", "content-blind", "canonical"]
     return f"<h2>Frozen routing of {html.escape(name)}</h2>{_rows(header, rows)}"
+
+
+def _ablations(result: dict, name: str) -> str:
+    found, whole = result["ablations"], result["loss"].mean()
+    losses = [("shuffled t in the queries", found["loss_shuffled_t"].mean())]
+    losses += [(f"without source {s}", x) for s, x in zip(found["sources"], found["loss_without"].mean(0), strict=True)]
+    rows = [[what, f"{loss:.4g}", f"{loss / whole - 1:+.2%}"] for what, loss in losses]
+    header = ["", "loss, mean over the times", f"against {whole:.4g}"]
+    return f"<h2>Parts of the routing of {html.escape(name)}</h2>{_rows(header, rows)}"

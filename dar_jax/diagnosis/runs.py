@@ -13,6 +13,7 @@ from dar_jax.checkpoint import saved_steps
 from dar_jax.config import micro_batch
 from dar_jax.data.sources import open_source
 from dar_jax.diagnosis import figures
+from dar_jax.diagnosis.ablations import ablate
 from dar_jax.diagnosis.canonical import compare_canonical
 from dar_jax.diagnosis.pairs import Pairs, batches
 from dar_jax.diagnosis.probes import LinearProbe, averages, make_measure, relative_entropy, source_mask, summary
@@ -35,6 +36,7 @@ def diagnose(
     timesteps: Sequence[float] | None,
     batch_size: int | None,
     canonical: bool,
+    ablations: bool = False,
 ) -> list[files.Path]:
     """Diagnoses the EMA of the latest checkpoint of each run and writes figures, diagnosis.json and report.html.
 
@@ -47,6 +49,8 @@ def diagnose(
       timesteps: times at which to measure; None: eleven over the range in which the model samples.
       batch_size: images at a time over all devices; None: of a train step (or microbatch) of the run.
       canonical: also freeze the weights of the routed runs to their mean over t (`canonical.compare_canonical`).
+      ablations: also measure their losses without the time in the queries, and without each source
+        (`ablations.ablate`).
 
     Returns:
       What was written, the report first.
@@ -54,10 +58,14 @@ def diagnose(
     Raises:
       UserError: something does not fit, before anything is compiled.
     """
-    if canonical and all(config.model.routing.kind == "residual" for config in configs):
-        raise UserError("--canonical freezes routing weights, and a residual model has none; leave it out.")
-    if canonical and any(config.model.family == "mmdit" for config in configs):
-        raise UserError("--canonical is not there for config.model.family = mmdit yet; leave it out.")
+    for flag, what in (("canonical", "freezes routing weights"), ("ablate", "removes sources of routing")):
+        if not {"canonical": canonical, "ablate": ablations}[flag]:
+            continue
+        if all(config.model.routing.kind != "dar" for config in configs):
+            kinds = " or ".join(sorted({config.model.routing.kind for config in configs}))
+            raise UserError(f"--{flag} {what}, and a {kinds} model has none; leave it out.")
+        if any(config.model.family == "mmdit" for config in configs):
+            raise UserError(f"--{flag} is not there for config.model.family = mmdit yet; leave it out.")
     plans = []
     for config, workdir in zip(configs, workdirs, strict=True):
         saved_steps(workdir)
@@ -71,7 +79,7 @@ def diagnose(
     for name in ("diagnosis.json", "report.html"):
         files.check_output(folder / name, "--out")
 
-    results = [_measure_run(*plan, canonical) for plan in plans]
+    results = [_measure_run(*plan, canonical, ablations) for plan in plans]
     if jax.process_index() > 0:
         return []
     numbers = folder / "diagnosis.json"
@@ -107,7 +115,7 @@ def _choose(config, workdir, num_images, timesteps, batch_size) -> Pairs:
     return Pairs(split, min(num_images, available), batch_size or micro_batch(config), times)
 
 
-def _measure_run(config: ConfigDict, workdir: str, mesh: Mesh, chosen: Pairs, canonical: bool) -> dict:
+def _measure_run(config: ConfigDict, workdir: str, mesh: Mesh, chosen: Pairs, canonical: bool, ablations: bool) -> dict:
     """All numbers of a run, arrays with the times leading; the entries are those of `make_measure` and more."""
     model = models.build(config.model)
     with sharding.use(mesh):
@@ -130,6 +138,8 @@ def _measure_run(config: ConfigDict, workdir: str, mesh: Mesh, chosen: Pairs, ca
             result["relative_entropy"] = relative_entropy(result["entropy"], result["is_source"])
             if canonical:
                 result["canonical"] = compare_canonical(config, model, mesh, params, chosen, result["weights"], workdir)
+            if ablations:
+                result["ablations"] = ablate(config, model, mesh, params, chosen, result["is_source"])
     return result
 
 

@@ -91,6 +91,7 @@ class PlainRoutedStep(nn.Module):
     layout: Layout
     query: type[Query]
     emits: bool
+    removed: Array | None
 
     @nn.compact
     def __call__(self, carry, index: Array, fixed: Array | None, condition: Array, e_t: Array):
@@ -101,7 +102,8 @@ class PlainRoutedStep(nn.Module):
             for j, (branch, shift, scale, gate) in enumerate(block.branches(condition), start=2 * i):
                 newest = recent[-1] if recent else rows[count - 1]
                 u = self.query(name=f"query_{j}")(e_t, newest)
-                h, weights = aggregate(layout, u, rows, count, recent, index, None if fixed is None else fixed[j])
+                given = None if fixed is None else fixed[j]
+                h, weights = aggregate(layout, u, rows, count, recent, index, given, self.removed)
                 states.append(h)
                 recent += (constrain(branch(modulated_norm(show(self, j, h), shift, scale), gate)),)
                 self.sow("intermediates", "outputs", recent[-1])
@@ -117,12 +119,14 @@ class PlainRoutedStack(nn.Module):
 
     frozen_weights: None, or `[A, A, B or 1]`: the weights of sources for each of the A = 2 * depth + 1 readers, both
       by position (`aggregate`), which stand in place of the softmax. Those of a reader sum to 1.
+    removed: None, or bool `[A]`: the sources by position that no reader sees, unless it sees nothing else.
     """
 
     block: Callable[..., nn.Module]
     layout: Layout
     query: type[Query]
     frozen_weights: Array | None
+    removed: Array | None = None
 
     @nn.compact
     def __call__(
@@ -139,7 +143,8 @@ class PlainRoutedStack(nn.Module):
 
         recent = recent if layout.final_set.sees_outputs else ()
         u = final_query(self, steps)(e_t, recent[-1] if recent else rows[-1])
-        h, weights = aggregate(layout, u, rows, layout.num_final_rows, recent, layout.num_steps - 1, last_fixed)
+        filled, index = layout.num_final_rows, layout.num_steps - 1
+        h, weights = aggregate(layout, u, rows, filled, recent, index, last_fixed, self.removed)
         self.sow("intermediates", "outputs", v_0)
         self.sow("intermediates", "weights", weights)
         x = modulated_norm(show(self, 0, h), shift, scale)
@@ -151,7 +156,7 @@ def plain_steps(stack: nn.Module, *, emits: bool = False) -> nn.Module:
     """The scanned steps of a plain or fused stack, which hold its parameters."""
     step = nn.remat(PlainRoutedStep, prevent_cse=False)
     steps = scan_steps(step, stack.layout.num_steps, (0, 0, nn.broadcast, nn.broadcast))
-    return steps(stack.block, stack.layout, stack.query, emits, name="steps")
+    return steps(stack.block, stack.layout, stack.query, emits, getattr(stack, "removed", None), name="steps")
 
 
 def first_inputs(layout: Layout, v_0: Array) -> tuple:
@@ -175,12 +180,20 @@ def sublayer_query(stack: nn.Module, steps: nn.Module, sublayer: int) -> Callabl
 
 
 def aggregate(
-    layout: Layout, u: Array, rows: Array, count: Array, recent: tuple[Array, ...], index: Array, fixed: Array | None
+    layout: Layout,
+    u: Array,
+    rows: Array,
+    count: Array,
+    recent: tuple[Array, ...],
+    index: Array,
+    fixed: Array | None,
+    removed: Array | None = None,
 ) -> tuple[Array, Array]:
     """Softmax over the first `count` rows of the history and the recent outputs of step `index` (paper Eq. 5).
 
     The position of a source is the number of the sublayer that made it, 0 for v_0; a summary is at the position of its
-    chunk's last sublayer. `fixed`, `[A, B or 1]` by position, stands in place of the softmax.
+    chunk's last sublayer. `fixed`, `[A, B or 1]` by position, stands in place of the softmax. `removed` is that of
+    `PlainRoutedStack`.
 
     Returns the state `[B, T, D]` and the weights by position, `[A, B, T]`, zero where there is no source.
     """
@@ -190,6 +203,9 @@ def aggregate(
     row_stride = layout.sublayers_per_step // layout.rows_per_step
     first_recent = index * layout.sublayers_per_step + 1
     position = jnp.where(place < len(rows), place * row_stride, first_recent + place - len(rows))
+    if removed is not None:
+        left = is_source & ~removed[position]
+        is_source = jnp.where(jnp.any(left), left, is_source)
     if fixed is None:
         alpha = source_weights(u, sources, is_source)
     else:

@@ -38,7 +38,8 @@ class SiT(nn.Module):
     stream after block k, or what the first aggregator of block k + 1 hands on.
 
     A `plain` model computes the same from the same parameters. It has derivatives of all modes and orders and shows its
-    states (plain_stack.py), but trains more slowly and in more memory. `frozen_weights` are of `PlainRoutedStack`.
+    states (plain_stack.py), but trains more slowly and in more memory. `frozen_weights` and `removed` are of
+    `PlainRoutedStack`. `query_t` `[B]` are other times for the queries of a routed stack alone.
     """
 
     input_size: int
@@ -58,15 +59,25 @@ class SiT(nn.Module):
     rival: Rival | None = None
     plain: bool = False
     frozen_weights: Array | None = None  # of a plain routed stack
+    removed: Array | None = None  # likewise
 
     @nn.compact
-    def __call__(self, x_t: Array, t: Array, condition: Condition, *, hidden_at: tuple[int, ...] = ()) -> Output:
+    def __call__(
+        self,
+        x_t: Array,
+        t: Array,
+        condition: Condition,
+        *,
+        hidden_at: tuple[int, ...] = (),
+        query_t: Array | None = None,
+    ) -> Output:
         if not all(0 < k < self.depth for k in hidden_at):
             raise ValueError(f"hidden_at = {hidden_at} must be in 1 to {self.depth - 1}, the depth less one.")
         size, dtype = self.hidden_size, self.dtype
         arithmetic = numerics.Arithmetic.of(dtype, plain=self.plain)
         starts_at_zero = self.layout is not None and self.query.adds_time
-        e_t = layers.TimestepEmbedder(size, starts_at_zero, arithmetic, name="timestep")(t)
+        embed = layers.TimestepEmbedder(size, starts_at_zero, arithmetic, name="timestep")
+        e_t = embed(t)
         label = layers.LabelEmbedder(self.num_classes, size, dtype, name="label")(condition["label"])
         modulation = e_t + label  # [B, D], of which every adaLN makes its shifts, scales and gates
 
@@ -81,11 +92,13 @@ class SiT(nn.Module):
         elif self.layout is None:
             stack = ResidualStack(block, self.depth, self.remat, name="stack")
         elif self.plain:
-            stack = PlainRoutedStack(block, self.layout, self.query, self.frozen_weights, name="stack")
+            fixed = self.frozen_weights, self.removed
+            stack = PlainRoutedStack(block, self.layout, self.query, *fixed, name="stack")
         else:
             stack = RoutedStack(block, self.layout, self.query, self.implementation, self.remat, name="stack")
         out_channels = self.channels * (2 if self.learn_sigma else 1)
         head = layers.Head(size, self.patch_size**2 * out_channels, arithmetic, name="head")
+        e_t = e_t if query_t is None else embed(query_t)
         x, hidden = stack(v_0, modulation, e_t, *head.modulation(modulation), hidden_at)
         prediction = layers.unpatchify(head(x), self.patch_size, grid)[..., : self.channels]
         return Output(prediction.astype(jnp.promote_types(dtype, jnp.float32)), hidden)

@@ -204,6 +204,33 @@ def test_frozen_routing_mixes_with_the_given_weights():
     assert model.routing.query == "static_t"
 
 
+def test_a_source_is_removed_and_queries_see_another_time():
+    """PyTorch's unrolled stack drops source 2 from every softmax that has another one, and its queries take t = 0.8."""
+    setting, removed, query_t = Setting("static_t"), 2, 0.8
+    chosen = np.flatnonzero(WEIGHT)
+    inputs = setting.x_t[chosen], np.full(len(chosen), TIME, np.float32)
+    model = setting.model.clone(plain=True, removed=jnp.arange(7) == removed)
+    label = {"label": setting.batch["condition"]["label"][chosen]}
+    times = np.full(len(chosen), query_t, np.float32)
+    ablated = model.apply({"params": setting.params}, *inputs, label, query_t=times).prediction
+
+    stack = torch_reads.torch_stack
+    rows, whole = iter(stack.source_sets(3, 2, "dedicated")), stack.attend
+    params, x_t, t, y, _ = setting.tensors(torch.float32)
+    other_time = torch_reads.embed(params, setting.config.model, x_t, torch.full_like(t, query_t), y)[2]
+
+    def attend(sources, p, query, e_t):
+        positions = [2 * i if kind == "c" else i for kind, i in next(rows)]
+        left = [x for x, position in zip(sources, positions, strict=True) if position != removed] or sources
+        h, _ = whole(left, p, query, other_time)
+        return h, torch.ones(len(sources), *h.shape[:2])
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(stack, "attend", attend)
+        *_, prediction = setting.unrolled()
+    close(ablated, prediction.detach().numpy())
+
+
 def stream(probe, features, t, pairs):
     for part in np.array_split(np.arange(len(t)), 7):
         probe.update(features[part], t[part], pairs[part] % 4 == 0)

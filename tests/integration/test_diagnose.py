@@ -56,6 +56,7 @@ def run(folder, out, batch_size, canonical):
         timesteps=TIMES,
         batch_size=batch_size,
         canonical=canonical,
+        ablations=canonical,
     )
     return json.loads((out / "diagnosis.json").read_text())["runs"]
 
@@ -95,7 +96,7 @@ def assert_alike(a, b, path=""):
 def test_numbers_do_not_hang_on_devices_or_batches(diagnosed, tmp_path):
     """Eight devices and three batches, of which half of the last is filling, against one batch on one device."""
     folder, _, found, _ = diagnosed
-    found = [{name: x for name, x in result.items() if name != "canonical"} for result in found]
+    found = [{name: x for name, x in result.items() if name not in ("canonical", "ablations")} for result in found]
     for actual, expected in zip(run(folder, tmp_path, 8, False), found, strict=True):
         assert_alike(actual, expected)
 
@@ -126,6 +127,11 @@ def test_losses_are_those_of_the_model_with_its_own_and_with_frozen_weights(diag
 
         loss = jax.jit(loss)
         assert result["loss"] == pytest.approx([float(loss(t)) for t in TIMES], rel=1e-5)
+    ablations, is_source = result["ablations"], np.array(result["is_source"])
+    assert ablations["sources"] == np.flatnonzero(is_source.any(axis=0)).tolist()
+    without = np.array(ablations["loss_without"])
+    assert without.shape == (len(TIMES), len(ablations["sources"])) and len(ablations["loss_shuffled_t"]) == len(TIMES)
+    assert (np.abs(without / np.array(result["loss"])[:, None] - 1).max(axis=0) > 1e-4).all()  # each source matters
     frozen, weights = result["canonical"], np.array(result["weights"], np.float32)
     np.testing.assert_allclose(frozen["weights"], weights.mean(axis=0), rtol=1e-5, atol=1e-7)
     for name, used in (("loss_content_blind", weights), ("loss", [weights.mean(axis=0)] * 3)):
@@ -153,7 +159,7 @@ def test_numbers_have_their_shapes_and_ranges(diagnosed):
 def test_figures_are_on_disk_and_in_the_report(diagnosed):
     out = diagnosed[1]
     pictures = sorted(path.stem for path in out.glob("*.png"))
-    expected = {"curves", "probe", "canonical_dar"}
+    expected = {"curves", "probe", "canonical_dar", "ablations_dar"}
     expected |= {f"{name}_{run}" for name in ("by_time", "depth", "sources") for run in ("residual", "dar")}
     assert set(pictures) == expected
     page = (out / "report.html").read_text()
