@@ -19,7 +19,7 @@ SIZES = {
 }
 
 RIVALS = ("long_skip", "hyper", "identity_hyper", "mhc")  # variants that are no DAR, to compare it with
-VARIANTS = ("residual", "uniform", "static", "static_t", "dynamic", *RIVALS)
+VARIANTS = ("residual", "uniform", "static", "static_t", "gated_t", "dynamic", *RIVALS)
 
 # config.mesh by hardware (TPU slices, hosts of 8 GPUs), in any number: the fsdp that leaves room beside the 11 GB which
 # weights, EMA and optimizer of XL/2 take. All other devices are along the data axis.
@@ -104,7 +104,7 @@ def schema() -> ConfigDict:
 
     model.routing = routing = ConfigDict()
     routing.kind = "dar"  # residual | dar | long_skip | hyper | identity_hyper | mhc (docs/rivals.md)
-    routing.query = "static_t"  # uniform (nothing is learned) | static | static_t | dynamic
+    routing.query = "static_t"  # uniform (nothing is learned) | static | static_t | gated_t | dynamic
     routing.chunk_size = Number(4, "[1, 2000]")  # sublayers per chunk, S: 1 (dense) or an even divisor of 2 * depth
     routing.summary = "last"  # a chunk's summary: last (the paper) | sum (Attention Residuals)
     routing.streams = "image"  # mmdit, which streams are routed: image | both; the other one stays residual

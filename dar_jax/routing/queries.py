@@ -60,6 +60,19 @@ class StaticT(Query):
         return (self.weight(size) + time_embedding[:, None]) * self.scale(size)
 
 
+class GatedT(Query):
+    """q = w + g_t e(t), with a gate g_t for each feature that is zero in a fresh model.
+
+    So the embedder of times need not start at zero, as it does for `StaticT`, where it silences adaLN at first.
+    """
+
+    @nn.compact
+    def __call__(self, time_embedding: Array, newest: Array) -> Array:
+        size = time_embedding.shape[-1]
+        gate = self.param("gate", nn.with_logical_partitioning(zeros, ("norm",)), (size,))
+        return (self.weight(size) + gate * time_embedding[:, None]) * self.scale(size)
+
+
 class Dynamic(Query):
     """q = W v, where v is the newest source."""
 
@@ -85,4 +98,4 @@ class Uniform(Static):
         return jnp.zeros_like(super().__call__(time_embedding, newest))
 
 
-QUERIES = {"uniform": Uniform, "static": Static, "static_t": StaticT, "dynamic": Dynamic}
+QUERIES = {"uniform": Uniform, "static": Static, "static_t": StaticT, "gated_t": GatedT, "dynamic": Dynamic}

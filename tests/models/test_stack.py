@@ -115,6 +115,18 @@ def test_scan_equals_unrolled_reference_in_float32(query, remat):
     check_stack(routed(layout, query, remat=remat), reference, jnp.float32)
 
 
+def test_gates_of_e_t_equal_the_reference():
+    layout = Layout(4, 2)
+
+    def reference(params, *inputs):
+        *inputs, shift, scale = inputs
+        return torch_stack.modulated_norm(
+            torch_stack.routed_stack(params, layout, "gated_t", HEADS, *inputs)[0], shift, scale
+        )
+
+    check_stack(routed(layout, "gated_t", jnp.float64), reference, jnp.float64)
+
+
 @pytest.mark.parametrize("remat", ["dense", "block"])
 def test_residual_stack_equals_reference(remat):
     block = functools.partial(Block, SIZE, HEADS, 2.0, Arithmetic(jnp.float64))

@@ -59,7 +59,7 @@ def attend(sources, p, query, e_t):
     """Softmax over a list of sources [B, T, D] with RMSNorm keys (Eq. 5, 6): state [B, T, D], weights [K, B, T]."""
     values = torch.stack(sources)
     keys = values / torch.sqrt((values**2).mean(-1, keepdim=True) + 1e-6) * p["scale"]
-    timed = e_t[:, None] if query == "static_t" else 0
+    timed = {"static_t": e_t[:, None], "gated_t": p.get("gate", 0) * e_t[:, None]}.get(query, 0)
     q = sources[-1] @ p["kernel"] if query == "dynamic" else p["weight"] + timed
     alpha = ((q * keys).sum(-1) / math.sqrt(values.shape[-1])).softmax(0)
     return (alpha[..., None] * values).sum(0), alpha
