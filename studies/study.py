@@ -217,6 +217,11 @@ def _paired(study: Study, curves: Mapping, a: str, b: str, metric: str) -> list[
     return [left[seed] - right[seed] for seed in left if seed in right]
 
 
+def _with_interval(values: Sequence[float], sign: str = "") -> str:
+    mean, half = interval(values)
+    return f"{mean:{sign}.4g} ± {half:.2g}"
+
+
 def table(study: Study, curves: Mapping) -> str:
     """Cells, each at its best rate, and paired differences at the last step, as Markdown."""
     rows = ["| cell | runs | " + " | ".join(study.metrics) + " |", "|---" * (2 + len(study.metrics)) + "|"]
@@ -224,8 +229,7 @@ def table(study: Study, curves: Mapping) -> str:
     def row(name: str, values: list[list[float]], sign: str) -> None:
         cells = []
         for found in values:
-            mean, half = interval(found) if found else (float("nan"), float("nan"))
-            cells.append(f"{mean:{sign}.4g} ± {half:.2g}")
+            cells.append(_with_interval(found, sign) if found else "-")
         rows.append(f"| {name} | {len(values[0])} | " + " | ".join(cells) + " |")
 
     for cell in study.cells:
@@ -251,7 +255,7 @@ def rate_table(study: Study, curves: Mapping) -> str:
     rows = ["| cell | " + " | ".join(f"{rate:g}" for rate in study.rates) + " |", "|---" * (1 + len(study.rates)) + "|"]
     for cell in study.cells:
         found = [list(finals(curves, name, study.metrics[0]).values()) for name in study.names(cell)]
-        cells = ["{:.4g} ± {:.2g}".format(*interval(values)) if values else "failed" for values in found]
+        cells = [_with_interval(values) if values else "failed" for values in found]
         rows.append(f"| `{cell}` | " + " | ".join(cells) + " |")
     return "\n".join(rows)
 

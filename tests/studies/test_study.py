@@ -15,6 +15,7 @@ from scipy import stats
 ROOT = pathlib.Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "studies"))
 
+import distil  # noqa: E402
 import repa  # noqa: E402
 import study  # noqa: E402
 import text_to_image  # noqa: E402
@@ -101,7 +102,9 @@ def test_a_killed_study_goes_on_to_the_same_table(tmp_path):
     assert tables[0] == tables[1] and "nan ± nan" not in tables[0].replace("± nan", "")
 
 
-@pytest.mark.parametrize("declared", [repa.STUDY, text_to_image.STUDY], ids=lambda declared: declared.name)
+@pytest.mark.parametrize(
+    "declared", [repa.STUDY, text_to_image.STUDY, distil.STUDY], ids=lambda declared: declared.name
+)
 def test_the_page_shows_the_table(declared):
     curves = json.loads((ROOT / "studies" / f"{declared.name}.json").read_text())["curves"]
     assert study.table(declared, curves) in (ROOT / "docs" / f"{declared.name}.md").read_text()
