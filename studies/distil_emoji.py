@@ -7,21 +7,18 @@ The teachers are the residual runs of studies/text_to_image.py, whose root is th
     python studies/distil_emoji.py --root=runs/text_to_image
 """
 
+from distil import in_four_euler_steps, student
 from study import Study, main
 from text_to_image import STUDY as TEXT_TO_IMAGE
-
-UNCHANGED = ("--config.init_from={root}/residual_{seed}", "--config.train.num_steps=1", "--config.eval.every_steps=1")
-UNCHANGED += ("--config.optimizer.learning_rate=0.0", "--config.sampler.method=euler", "--config.sampler.num_steps=4")
-STUDENT = ("--config.teacher={root}/residual_{seed}", "--config.train.num_steps=60", "--config.eval.every_steps=30")
 
 STUDY = Study(
     name="distil_emoji",
     config="configs/emoji.py",
     cells={
         "residual": TEXT_TO_IMAGE.cells["residual"],
-        "residual_4_euler": ("residual", *UNCHANGED),
-        "student_residual": ("residual+dmd", *STUDENT),
-        "student_static_t": ("static_t+dmd", *STUDENT, "--config.model.routing.summary=sum"),
+        "residual_4_euler": in_four_euler_steps("residual"),
+        "student_residual": student("residual", "residual", 60, 30),
+        "student_static_t": student("static_t", "residual", 60, 30),
     },
     shared=TEXT_TO_IMAGE.shared,
     seeds=(0, 1, 2),

@@ -112,13 +112,13 @@ def train(study: Study, root: pathlib.Path, jobs: int = 1) -> list[str]:
 def _train_seed(study: Study, root: pathlib.Path, seed: int, cores: Sequence[int]) -> list[str]:
     failed, network = [], root / "convnet.npz"  # of fd_convnet: it depends on the data alone
     for cell, (variant, *own) in study.cells.items():
+        own = [flag.format(root=root, seed=seed) for flag in own]
         for name, rate in zip(study.names(cell), study.rates or (None,), strict=True):
             workdir = root / f"{name}_{seed}"
             workdir.mkdir(exist_ok=True)
             if network.exists() and not (workdir / network.name).exists():
                 shutil.copy(network, workdir)
             command = [sys.executable, "-m", "dar_jax.main", f"--config={study.config}:{variant}"]
-            own = [flag.format(root=root, seed=seed) for flag in own]
             command += [f"--workdir={workdir}", f"--config.seed={seed}", *study.shared, *own]
             command += [f"--config.optimizer.learning_rate={rate}"] if rate else []
             print(f"{name}, seed {seed}", flush=True)

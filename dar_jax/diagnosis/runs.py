@@ -58,9 +58,9 @@ def diagnose(
     Raises:
       UserError: something does not fit, before anything is compiled.
     """
-    for flag, what in (("canonical", "freezes routing weights"), ("ablate", "removes sources of routing")):
-        if not {"canonical": canonical, "ablate": ablations}[flag]:
-            continue
+    wanted = [("canonical", "freezes routing weights")] if canonical else []
+    wanted += [("ablate", "removes sources of routing")] if ablations else []
+    for flag, what in wanted:
         if all(config.model.routing.kind != "dar" for config in configs):
             kinds = " or ".join(sorted({config.model.routing.kind for config in configs}))
             raise UserError(f"--{flag} {what}, and a {kinds} model has none; leave it out.")

@@ -1,17 +1,15 @@
 """Bits per dimension of held-out images under a run's EMA."""
 
-import itertools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
 from dar_jax import diffusion, models, sharding
-from dar_jax.data.feed import open_batches
 from dar_jax.diffusion.likelihood import log_likelihood
 from dar_jax.errors import require
 from dar_jax.evaluation.sampling import restore
+from dar_jax.evaluation.validation import held_out_batches
 from dar_jax.logs import say
 
 LEVEL = 2 / 255  # between two grey levels of images in [-1, 1]
@@ -67,7 +65,7 @@ def likelihood_of_run(config: ConfigDict, workdir: str, step: int | None) -> dic
         ema, step = restore(config, workdir, mesh, step)
         measure, steps = jax.jit(bits, static_argnums=3), config.sampler.num_steps
         found = {steps: [], steps // 2: []}
-        for number, batch in enumerate(_batches(config, mesh)):
+        for number, batch in enumerate(held_out_batches(config, mesh, config.eval.num_samples)):
             for num_steps, values in found.items():
                 values.append(np.asarray(jax.device_get(measure(ema, batch, number, num_steps))))
             say(f"{sum(map(len, found[steps]))} of {config.eval.num_samples} images")
@@ -80,16 +78,6 @@ def likelihood_of_run(config: ConfigDict, workdir: str, step: int | None) -> dic
         "num_steps": steps,
         "step": step,
     }
-
-
-def _batches(config: ConfigDict, mesh):
-    held_out, shards = config.copy_and_resolve_references(), sharding.batch_shards(mesh)
-    held_out.data.update(train_split=config.data.eval_split, buckets=(), flip=False, num_workers=0)
-    held_out.model.label_dropout, held_out.repa.target = 0.0, "none"
-    count = config.eval.num_samples
-    batch_size = shards * -(-min(count, config.eval.batch_size) // shards)
-    with open_batches(held_out, mesh, batch_size=batch_size) as batches:
-        yield from itertools.islice(batches, -(-count // batch_size))
 
 
 def table(found: dict) -> str:

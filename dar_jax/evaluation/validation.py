@@ -1,6 +1,7 @@
 """The loss on held-out data, at the same images, noises and times in every call."""
 
 import itertools
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -16,6 +17,19 @@ BUCKETS = 10  # parts of the range of times; every image has a time in each
 STREAM = 2**32 - 2  # of the seed's random streams, beside that of `data.feed`
 
 
+def held_out_batches(config: ConfigDict, mesh: Mesh, count: int) -> Iterator[dict]:
+    """Batches of at least `count` examples of `config.data.eval_split`, as a train step takes them, unflipped.
+
+    The first `count` differ if the split has as many.
+    """
+    held_out, shards = config.copy_and_resolve_references(), sharding.batch_shards(mesh)
+    held_out.data.update(train_split=config.data.eval_split, buckets=(), flip=False, num_workers=0)
+    held_out.repa.target = "none"
+    batch_size = shards * -(-min(count, config.eval.batch_size) // shards)
+    with open_batches(held_out, mesh, batch_size=batch_size) as batches:
+        yield from itertools.islice(batches, -(-count // batch_size))
+
+
 class ValidationLoss:
     """The training loss of a model on `config.eval.loss_images` examples of `config.data.eval_split`.
 
@@ -26,13 +40,7 @@ class ValidationLoss:
     """
 
     def __init__(self, config: ConfigDict, mesh: Mesh):
-        held_out, shards = config.copy_and_resolve_references(), sharding.batch_shards(mesh)
-        held_out.data.update(train_split=config.data.eval_split, buckets=(), flip=False, num_workers=0)
-        held_out.repa.target = "none"
-        count = config.eval.loss_images
-        batch_size = shards * -(-min(count, config.eval.batch_size) // shards)
-        with open_batches(held_out, mesh, batch_size=batch_size) as batches:
-            self.batches = list(itertools.islice(batches, -(-count // batch_size)))
+        self.batches = list(held_out_batches(config, mesh, config.eval.loss_images))
 
         process, model = diffusion.build(config.diffusion), models.build(config.model)
         t0, t1 = process.prediction.time_range(sampling=False)

@@ -28,14 +28,19 @@ def show(module: nn.Module, reader: int, state: Array) -> Array:
 
 
 class ResidualStep(nn.Module):
-    """One block of the ordinary residual stream, which keeps the streams after the blocks `hidden_at` beside it."""
+    """One block of the ordinary residual stream, which keeps the streams after the blocks `hidden_at` beside it.
+
+    The stream is also an output if `emits`.
+    """
 
     block: Callable[..., nn.Module]
     hidden_at: tuple[int, ...]
+    emits: bool = False
 
     @nn.compact
     def __call__(self, carry: tuple[Array, tuple[Array, ...]], index: Array, condition: Array) -> tuple:
-        return run_block(self, self.block(name="block_0"), *carry, self.hidden_at, index, condition), None
+        h, kept = run_block(self, self.block(name="block_0"), *carry, self.hidden_at, index, condition)
+        return (h, kept), h if self.emits else None
 
 
 def run_block(
@@ -58,6 +63,11 @@ def run_block(
     return h, tuple(jnp.where(index == k - 1, h, old) for k, old in zip(hidden_at, kept, strict=True))
 
 
+def rematerialised(step: type[nn.Module], remat: str) -> type[nn.Module]:
+    """`step` as `config.model.remat` says: its inputs alone are kept for the backward pass if that is "block"."""
+    return nn.remat(step, prevent_cse=False) if remat == "block" else step
+
+
 class ResidualStack(nn.Module):
     """`depth` blocks on a residual stream: `[B, T, D]` and condition `[B, D]` -> what the head reads, `[B, T, D]`.
 
@@ -73,8 +83,9 @@ class ResidualStack(nn.Module):
         self, v_0: Array, condition: Array, e_t: Array, shift: Array, scale: Array, hidden_at: tuple[int, ...] = ()
     ) -> tuple[Array, tuple[Array, ...]]:
         del e_t
-        step = nn.remat(ResidualStep, prevent_cse=False) if self.remat == "block" else ResidualStep
-        steps = scan_steps(step, self.depth, (0, nn.broadcast))(self.block, hidden_at, name="steps")
+        steps = scan_steps(rematerialised(ResidualStep, self.remat), self.depth, (0, nn.broadcast))(
+            self.block, hidden_at, name="steps"
+        )
         start = v_0, tuple(jnp.zeros_like(v_0) for _ in hidden_at)
         (h, kept), _ = steps(start, jnp.arange(self.depth), condition)
         self.sow("intermediates", "outputs", v_0)
@@ -132,7 +143,7 @@ class PlainRoutedStack(nn.Module):
     def __call__(
         self, v_0: Array, condition: Array, e_t: Array, shift: Array, scale: Array, hidden_at: tuple[int, ...] = ()
     ) -> tuple[Array, tuple[Array, ...]]:
-        layout, steps = self.layout, plain_steps(self, emits=bool(hidden_at))
+        layout, steps = self.layout, plain_steps(self, emits=bool(hidden_at), removed=self.removed)
         start, indices, _ = first_inputs(layout, v_0)
         fixed, last_fixed = None, None
         if self.frozen_weights is not None:
@@ -152,11 +163,11 @@ class PlainRoutedStack(nn.Module):
         return x, tuple(states[position][step] for step, position in places)
 
 
-def plain_steps(stack: nn.Module, *, emits: bool = False) -> nn.Module:
+def plain_steps(stack: nn.Module, *, emits: bool = False, removed: Array | None = None) -> nn.Module:
     """The scanned steps of a plain or fused stack, which hold its parameters."""
     step = nn.remat(PlainRoutedStep, prevent_cse=False)
     steps = scan_steps(step, stack.layout.num_steps, (0, 0, nn.broadcast, nn.broadcast))
-    return steps(stack.block, stack.layout, stack.query, emits, getattr(stack, "removed", None), name="steps")
+    return steps(stack.block, stack.layout, stack.query, emits, removed, name="steps")
 
 
 def first_inputs(layout: Layout, v_0: Array) -> tuple:

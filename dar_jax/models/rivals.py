@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from dar_jax.models.layers import Dense, constrain, logical, modulated_norm, ones, scan_steps
-from dar_jax.models.plain_stack import run_block, show
+from dar_jax.models.plain_stack import ResidualStep, rematerialised, run_block, show
 
 SINKHORN_ITERATIONS = 20
 GAIN = 0.01  # of what a lane's own tokens have to say, at the start
@@ -36,18 +36,6 @@ class LongSkipStep(nn.Module):
         return run_block(self, block, h, kept, self.hidden_at, index, condition), None
 
 
-class FirstHalfStep(nn.Module):
-    """A block of the first half, whose stream is also an output."""
-
-    block: Callable[..., nn.Module]
-    hidden_at: tuple[int, ...]
-
-    @nn.compact
-    def __call__(self, carry: tuple, index: Array, condition: Array) -> tuple:
-        h, kept = run_block(self, self.block(name="block_0"), *carry, self.hidden_at, index, condition)
-        return (h, kept), h
-
-
 class LongSkipStack(nn.Module):
     """U-ViT's skips (arXiv 2209.12152): block L - 1 - i also reads the stream after block i, of an even number L.
 
@@ -62,11 +50,12 @@ class LongSkipStack(nn.Module):
     def __call__(
         self, v_0: Array, condition: Array, e_t: Array, shift: Array, scale: Array, hidden_at: tuple[int, ...] = ()
     ) -> tuple[Array, tuple[Array, ...]]:
-        half, (first, second) = self.depth // 2, (_remat(step, self.remat) for step in (FirstHalfStep, LongSkipStep))
-        carry, indices = (v_0, tuple(jnp.zeros_like(v_0) for _ in hidden_at)), jnp.arange(self.depth)
-        steps = scan_steps(first, half, (0, nn.broadcast))(self.block, hidden_at, name="steps")
-        carry, streams = steps(carry, indices[:half], condition)
-        steps = scan_steps(second, half, (0, 0, nn.broadcast))(self.block, hidden_at, name="skip_steps")
+        half, indices = self.depth // 2, jnp.arange(self.depth)
+        carry = v_0, tuple(jnp.zeros_like(v_0) for _ in hidden_at)
+        steps = scan_steps(rematerialised(ResidualStep, self.remat), half, (0, nn.broadcast))
+        carry, streams = steps(self.block, hidden_at, emits=True, name="steps")(carry, indices[:half], condition)
+        steps = scan_steps(rematerialised(LongSkipStep, self.remat), half, (0, 0, nn.broadcast))
+        steps = steps(self.block, hidden_at, name="skip_steps")
         (h, kept), _ = steps(carry, indices[half:], jnp.flip(streams, 0), condition)
         self.sow("intermediates", "outputs", v_0)
         return modulated_norm(show(self, 0, h), shift, scale), kept
@@ -196,7 +185,7 @@ class HyperStack(nn.Module):
     def __call__(
         self, v_0: Array, condition: Array, e_t: Array, shift: Array, scale: Array, hidden_at: tuple[int, ...] = ()
     ) -> tuple[Array, tuple[Array, ...]]:
-        step = scan_steps(_remat(LanesStep, self.remat), self.depth, (0, 0, nn.broadcast))
+        step = scan_steps(rematerialised(LanesStep, self.remat), self.depth, (0, 0, nn.broadcast))
         steps = step(self.block, hidden_at, self.kind == "mhc", name="steps")
         start = jnp.broadcast_to(v_0, (self.lanes, *v_0.shape)), tuple(jnp.zeros_like(v_0) for _ in hidden_at)
         fixed = self.fixed() if self.kind == "hyper" else None
@@ -225,10 +214,6 @@ class HyperStack(nn.Module):
         outputs = {"hyper": 0, "identity_hyper": 2 * lanes, "mhc": 2 * lanes + lanes**2}[kind]
         mixed = 0 if kind == "identity_hyper" else lanes**2
         return 2 * depth * size * (2 * lanes + mixed + lanes * outputs)
-
-
-def _remat(step: type[nn.Module], remat: str) -> type[nn.Module]:
-    return nn.remat(step, prevent_cse=False) if remat == "block" else step
 
 
 class Rival(NamedTuple):

@@ -78,6 +78,7 @@ class SiT(nn.Module):
         starts_at_zero = self.layout is not None and self.query.adds_time
         embed = layers.TimestepEmbedder(size, starts_at_zero, arithmetic, name="timestep")
         e_t = embed(t)
+        e_t_of_queries = e_t if query_t is None else embed(query_t)
         label = layers.LabelEmbedder(self.num_classes, size, dtype, name="label")(condition["label"])
         modulation = e_t + label  # [B, D], of which every adaLN makes its shifts, scales and gates
 
@@ -98,7 +99,6 @@ class SiT(nn.Module):
             stack = RoutedStack(block, self.layout, self.query, self.implementation, self.remat, name="stack")
         out_channels = self.channels * (2 if self.learn_sigma else 1)
         head = layers.Head(size, self.patch_size**2 * out_channels, arithmetic, name="head")
-        e_t = e_t if query_t is None else embed(query_t)
-        x, hidden = stack(v_0, modulation, e_t, *head.modulation(modulation), hidden_at)
+        x, hidden = stack(v_0, modulation, e_t_of_queries, *head.modulation(modulation), hidden_at)
         prediction = layers.unpatchify(head(x), self.patch_size, grid)[..., : self.channels]
         return Output(prediction.astype(jnp.promote_types(dtype, jnp.float32)), hidden)

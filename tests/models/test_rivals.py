@@ -73,6 +73,15 @@ def make_model(variant, **fields):
     return models.build(config.model)
 
 
+def random_weights(model):
+    """Weights that are nowhere zero, and inputs."""
+    rng = np.random.default_rng(0)
+    x_t = jnp.asarray(rng.normal(size=(2, 8, 8, 1)), jnp.float32)
+    inputs = x_t, jnp.array([0.2, 0.7]), {"label": jnp.array([1, 2])}
+    fresh = nn.meta.unbox(jax.eval_shape(model.init, jax.random.key(0), *inputs)["params"])
+    return jax.tree.map(lambda x: jnp.asarray(0.3 * rng.normal(size=x.shape), jnp.float32), fresh), inputs
+
+
 def count(variant, lanes=4):
     """Parameters of an XL/2 beside those of a residual one."""
     counts = []
@@ -96,14 +105,7 @@ def test_published_numbers_of_parameters():
 def test_lanes_begin_as_the_residual_model(variant, tolerance):
     """With weights of blocks that are not zero; those of tokens nearly so, because their gain is 0.01."""
     fresh, residual = (make_model(v, depth=2, hidden_size=16, num_heads=2) for v in (variant, "residual"))
-    rng = np.random.default_rng(0)
-    inputs = (
-        jnp.asarray(rng.normal(size=(2, 8, 8, 1)), jnp.float32),
-        jnp.array([0.2, 0.7]),
-        {"label": jnp.array([1, 2])},
-    )
-    params = nn.meta.unbox(residual.init(jax.random.key(0), *inputs)["params"])
-    params = jax.tree.map(lambda x: jnp.asarray(0.3 * rng.normal(size=x.shape), jnp.float32), params)
+    params, inputs = random_weights(residual)
     own = nn.meta.unbox(fresh.init(jax.random.key(0), *inputs)["params"])
     own = {**params, "stack": {**own["stack"], "steps": {**own["stack"]["steps"], **params["stack"]["steps"]}}}
     wanted = residual.apply({"params": params}, *inputs).prediction
@@ -115,14 +117,7 @@ def test_lanes_begin_as_the_residual_model(variant, tolerance):
 def test_the_diagnosis_sees_what_is_read(variant):
     """The prediction is the model's, and the first reader reads v_0, the first output."""
     model = make_model(variant, depth=2, hidden_size=16, num_heads=2)
-    rng = np.random.default_rng(0)
-    inputs = (
-        jnp.asarray(rng.normal(size=(2, 8, 8, 1)), jnp.float32),
-        jnp.array([0.2, 0.7]),
-        {"label": jnp.array([1, 2])},
-    )
-    params = nn.meta.unbox(model.init(jax.random.key(0), *inputs)["params"])
-    params = jax.tree.map(lambda x: jnp.asarray(0.3 * rng.normal(size=x.shape), jnp.float32), params)
+    params, inputs = random_weights(model)
     taps = jnp.zeros((5, 2, 16, 16))
     prediction, reads = forward(model, params, *inputs)
     slopes = jax.grad(lambda taps: jnp.sum(forward(model, params, *inputs, taps)[0] ** 2))(taps)
