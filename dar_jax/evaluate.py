@@ -58,6 +58,9 @@ def main(_):
                 raise errors.UserError(f"--{flag.name} needs --detail; add --detail, or leave out --{flag.name}.")
     if LIKELIHOOD.value and (DETAIL.value or not WORKDIR.value):
         raise errors.UserError("--likelihood is of a run and alone; give --workdir, and leave out --detail.")
+    for flag in (SAMPLER, CFG_SCALE, CFG_SWEEP, REFERENCE, SAMPLES_OUT) if LIKELIHOOD.value else ():
+        if flag.value is not None:
+            raise errors.UserError(f"--likelihood draws no samples; leave out --{flag.name}.")
     runtime.start()
     if LIKELIHOOD.value:
         _measure_likelihood()

@@ -21,6 +21,7 @@ import pathlib
 import shutil
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
@@ -103,17 +104,26 @@ def train(study: Study, root: pathlib.Path, jobs: int = 1) -> list[str]:
     """
     root.mkdir(parents=True, exist_ok=True)
     cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
+    stopped = threading.Event()
     with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
         shares = [cores[i % jobs :: jobs] for i in range(len(study.seeds))]
-        failed = pool.map(lambda seed, share: _train_seed(study, root, seed, share), study.seeds, shares)
-        return [name for names in failed for name in names]
+        seeds = zip(study.seeds, shares, strict=True)
+        jobs_of_seeds = [pool.submit(_train_seed, study, root, seed, share, stopped) for seed, share in seeds]
+        try:
+            return [name for job in jobs_of_seeds for name in job.result()]
+        finally:  # Ctrl-C reaches the runs too, which save and end
+            stopped.set()
 
 
-def _train_seed(study: Study, root: pathlib.Path, seed: int, cores: Sequence[int]) -> list[str]:
+def _train_seed(
+    study: Study, root: pathlib.Path, seed: int, cores: Sequence[int], stopped: threading.Event
+) -> list[str]:
     failed, network = [], root / "convnet.npz"  # of fd_convnet: it depends on the data alone
     for cell, (variant, *own) in study.cells.items():
         own = [flag.format(root=root, seed=seed) for flag in own]
         for name, rate in zip(study.names(cell), study.rates or (None,), strict=True):
+            if stopped.is_set():
+                return failed
             workdir = root / f"{name}_{seed}"
             workdir.mkdir(exist_ok=True)
             if network.exists() and not (workdir / network.name).exists():
@@ -140,10 +150,7 @@ def _run(command: Sequence[str], workdir: pathlib.Path, cores: Sequence[int]) ->
         process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
         if cores:
             os.sched_setaffinity(process.pid, cores)  # before it makes threads, which keep to it
-        try:
-            return process.wait()
-        finally:
-            process.terminate()  # of a study that is stopped
+        return process.wait()
 
 
 def _detail_command(workdir: pathlib.Path, teacher: pathlib.Path) -> list[str]:

@@ -3,9 +3,11 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
 from dar_jax import diffusion, models, sharding
+from dar_jax.data.sources import open_source
 from dar_jax.diffusion.likelihood import log_likelihood
 from dar_jax.errors import require
 from dar_jax.evaluation.sampling import restore
@@ -17,7 +19,7 @@ STREAM = 2**32 - 5  # of the seed's random streams, for the noise within a level
 
 
 def likelihood_of_run(config: ConfigDict, workdir: str, step: int | None) -> dict:
-    """The likelihood of `config.eval.num_samples` images of `config.data.eval_split`, without guidance.
+    """The likelihood of `config.eval.num_samples` images of `config.data.eval_split`, or all, without guidance.
 
     Uniform noise within a grey level makes densities of whole numbers (arXiv 1511.01844). The ODE takes
     `config.sampler.num_steps` steps of Heun's method, and once more half of them, to show what they are worth.
@@ -43,6 +45,10 @@ def likelihood_of_run(config: ConfigDict, workdir: str, step: int | None) -> dic
         config.sampler.num_steps >= 2 and config.sampler.num_steps % 2 == 0,
         f"--steps = {config.sampler.num_steps} must be even, because half of them are tried too.",
     )
+    available = len(open_source(config.data, config.data.eval_split))
+    count = min(config.eval.num_samples, available)
+    if count < config.eval.num_samples:
+        say(f'split "{config.data.eval_split}" has {available} images, fewer than {config.eval.num_samples}')
     sharding.fit(config.mesh)
     mesh = sharding.make_mesh(config.mesh)
     process, model = diffusion.build(config.diffusion), models.build(config.model)
@@ -63,13 +69,14 @@ def likelihood_of_run(config: ConfigDict, workdir: str, step: int | None) -> dic
 
     with sharding.use(mesh):
         ema, step = restore(config, workdir, mesh, step)
-        measure, steps = jax.jit(bits, static_argnums=3), config.sampler.num_steps
+        everywhere = NamedSharding(mesh, PartitionSpec())  # so that every process has the numbers
+        measure, steps = jax.jit(bits, static_argnums=3, out_shardings=everywhere), config.sampler.num_steps
         found = {steps: [], steps // 2: []}
-        for number, batch in enumerate(held_out_batches(config, mesh, config.eval.num_samples)):
+        for number, batch in enumerate(held_out_batches(config, mesh, count)):
             for num_steps, values in found.items():
                 values.append(np.asarray(jax.device_get(measure(ema, batch, number, num_steps))))
-            say(f"{sum(map(len, found[steps]))} of {config.eval.num_samples} images")
-    fine, coarse = (np.concatenate(values)[: config.eval.num_samples] for values in found.values())
+            say(f"{min(count, sum(map(len, found[steps])))} of {count} images")
+    fine, coarse = (np.concatenate(values)[:count] for values in found.values())
     return {
         "bits_per_dim": float(fine.mean()),
         "interval": float(1.96 * fine.std(ddof=1) / np.sqrt(len(fine))),

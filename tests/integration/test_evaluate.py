@@ -17,6 +17,7 @@ from dar_jax.data.pipeline import load_images
 from dar_jax.errors import UserError
 from dar_jax.evaluation import scoring
 from dar_jax.evaluation.features import convnet_features
+from dar_jax.evaluation.likelihood import likelihood_of_run
 from dar_jax.evaluation.scoring import (
     detail_of_file,
     detail_of_run,
@@ -388,3 +389,25 @@ def test_the_door_refuses(flags, words):
     result = door(*flags)
     assert result.returncode == 2 and result.stderr.count("\n") == 1
     assert result.stderr.startswith("error: ") and words in result.stderr, result.stderr
+
+
+def test_likelihood_of_a_model_that_moves_nothing(tmp_path, capsys):
+    """The head of a fresh model is zero, so its density is that of the noise: in closed form, over all held-out images.
+
+    More images were asked for than there are; each counts once.
+    """
+    config = tiny.make_config()
+    write_weights(str(tmp_path), config, jax.jit(lambda: sharding.unbox(tiny.initial(config)))())
+    config.eval.update(num_samples=50_000, batch_size=64)
+    found = likelihood_of_run(config, str(tmp_path), None)
+    images, _ = load_images(config.data, config.data.eval_split, channels=1)
+    x = images.astype(np.float64).reshape(len(images), -1) / 127.5 - 1
+    square = (x**2).mean(axis=1) + (2 / 255) ** 2 / 12
+    wanted = (0.5 * square + 0.5 * np.log(2 * np.pi)) / np.log(2) - np.log2(2 / 255)
+    assert found["num_images"] == len(images) and f"has {len(images)} images" in capsys.readouterr().out
+    assert found["bits_per_dim"] == pytest.approx(wanted.mean(), abs=1e-4)
+    assert found["interval"] == pytest.approx(1.96 * wanted.std(ddof=1) / np.sqrt(len(images)), rel=0.05)
+    assert found["half_the_steps"] == pytest.approx(found["bits_per_dim"], abs=1e-6)
+    config.model.space = "latents"
+    with pytest.raises(UserError, match="--likelihood is of pixels"):
+        likelihood_of_run(config, str(tmp_path), None)
