@@ -33,7 +33,10 @@ def test_published_sizes(size):
     )
 
 
-@pytest.mark.parametrize(("variant", "chunk_size"), [("residual", 4), ("static_t", 4), ("dynamic", 4), ("static", 1)])
+@pytest.mark.parametrize(
+    ("variant", "chunk_size"),
+    [("residual", 4), ("static_t", 4), ("dynamic", 4), ("static", 1), ("long_skip", 4), ("mhc", 4)],
+)
 def test_traced_matmuls(variant, chunk_size):
     """All that is left out is routing's own sums, which are no matmuls where XLA adds term by term."""
     model = make(variant, depth=4, hidden_size=96, num_heads=4)

@@ -28,7 +28,7 @@ def two_steps(accumulate_steps):
 
 ALL_SHAPES = [(8, 1, 1), (4, 2, 1), (2, 4, 1), (4, 1, 2), (2, 2, 2), (1, 4, 2)]
 QUICK = {"residual": [(2, 2, 2)], "static_t": [(4, 2, 1), (2, 2, 2)], "dynamic": [(2, 2, 2)]}
-VARIANTS = ("residual", "static", "static_t", "dynamic")
+VARIANTS = ("residual", "static", "static_t", "dynamic", "long_skip", "hyper", "mhc")
 
 
 @pytest.mark.parametrize(
@@ -50,7 +50,7 @@ def test_losses_do_not_depend_on_the_mesh(variant, shapes):
 
 def check_shards(state, data, fsdp, tensor):
     """Large arrays of weights, EMA and moments are split over fsdp, and matrices inside the model over tensor."""
-    whole = re.compile("label|patch|timestep/dense_0|head/dense")
+    whole = re.compile("label|patch|timestep/dense_0|head/dense|skip/kernel|connection_")
     for tree in (state.params, state.ema, *moments(state)):
         large = [
             (jax.tree_util.keystr(path, simple=True, separator="/"), x) for path, x in jax.tree.leaves_with_path(tree)
