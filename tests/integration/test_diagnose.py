@@ -219,6 +219,7 @@ def test_report_fits_in_a_browser(diagnosed, tmp_path, width):
         ({"timesteps": [0.5, math.nan]}, "--timesteps = 0.5,nan must be"),
         ({"batch_size": 10}, "--batch_size = 10 must be divisible by the 4 devices"),
         ({"workdirs": ["residual"], "canonical": True}, "--canonical freezes routing weights"),
+        ({"workdirs": ["residual"], "ablations": True}, "--ablate removes sources of routing, and a residual model"),
         ({"eval_split": "trian"}, '"trian"'),
         ({"out": "/proc/nowhere"}, '--out = "/proc/nowhere/diagnosis.json" cannot be written'),
     ],
