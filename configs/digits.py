@@ -24,7 +24,7 @@ def get_config(variant=None):
     config.eval.update(every_steps=250, num_samples=512, final_samples=512, batch_size=256, loss_images=256)
     config.checkpoint.every_steps = 250
     repa = {"repa.target": "hog", "repa.block": 2, "repa.later_block": 4}
-    dmd = {**config_lib.DMD, "train.num_steps": 200, "train.log_every_steps": 20, "eval.every_steps": 50}
+    dmd = {**config_lib.DMD, "train.num_steps": 100, "train.log_every_steps": 20, "eval.every_steps": 50}
     dmd |= {"optimizer.learning_rate": 2e-4, "optimizer.ema_decay": 0.98, "dmd.fake_learning_rate": 4e-4}
     dmd |= {"dmd.fake_updates": 3, "checkpoint.every_steps": 50}
     return config_lib.route(config, variant, repa=repa, dmd=dmd)
