@@ -18,8 +18,9 @@ SIZES = {
     "XL": {"depth": 28, "hidden_size": 1152, "num_heads": 16},
 }
 
-RIVALS = ("long_skip", "hyper", "identity_hyper", "mhc")  # variants that are no DAR, to compare it with
-VARIANTS = ("residual", "uniform", "static", "static_t", "gated_t", "dynamic", *RIVALS)
+# Variants that are no DAR, to compare it with (docs/rivals.md).
+RIVALS = ("long_skip", "hyper", "identity_hyper", "mhc", "dense_former", "delta")
+VARIANTS = ("residual", "uniform", "shared", "static", "static_t", "gated_t", "dynamic", *RIVALS)
 
 # config.mesh by hardware (TPU slices, hosts of 8 GPUs), in any number: the fsdp that leaves room beside the 11 GB which
 # weights, EMA and optimizer of XL/2 take. All other devices are along the data axis.
@@ -103,8 +104,10 @@ def schema() -> ConfigDict:
     )
 
     model.routing = routing = ConfigDict()
-    routing.kind = "dar"  # residual | dar | long_skip | hyper | identity_hyper | mhc (docs/rivals.md)
-    routing.query = "static_t"  # uniform (nothing is learned) | static | static_t | gated_t | dynamic
+    # residual | dar | long_skip | hyper | identity_hyper | mhc | dense_former | delta (docs/rivals.md)
+    routing.kind = "dar"
+    # uniform (nothing is learned) | shared (one for all depths) | static | static_t | gated_t | dynamic
+    routing.query = "static_t"
     routing.chunk_size = Number(4, "[1, 2000]")  # sublayers per chunk, S: 1 (dense) or an even divisor of 2 * depth
     routing.summary = "last"  # a chunk's summary: last (the paper) | sum (Attention Residuals)
     routing.streams = "image"  # mmdit, which streams are routed: image | both; the other one stays residual
@@ -240,6 +243,8 @@ def route(config: ConfigDict, variant: str | None, **additions: dict[str, Any]) 
         config.mesh.update(MESHES[hardware])
     if variant in ("residual", *RIVALS):
         config.model.routing.kind = variant
+        if variant == "delta":
+            config.model.routing.update(query="static", summary="sum")
     else:
         config.model.routing.kind, config.model.routing.query = "dar", variant
     return config

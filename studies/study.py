@@ -51,6 +51,8 @@ class Study(NamedTuple):
         a learning rate is chosen, and p-values are of its differences.
       rates: learning rates at which every cell is trained; () takes that of the config. The tables show each cell at
         the rate whose mean over the seeds is best, and the whole sweep.
+      sweep_seeds: seeds at which all rates are tried, and by which one is chosen; the other seeds run at that rate
+        alone. () takes all seeds.
       targets: of the first metric, fixed beforehand: how many steps, and how much time, a run takes to reach them.
       baselines: cells that are no training to look at; the figure has a line at their last value.
       detail: cell whose samples the fine detail of all others is compared with, image by image (docs/detail.md). Its
@@ -65,6 +67,7 @@ class Study(NamedTuple):
     differences: Sequence[tuple[str, str]]
     metrics: Sequence[str] = ("val_loss", "fd_convnet")
     rates: Sequence[float] = ()
+    sweep_seeds: Sequence[int] = ()
     targets: Sequence[float] = ()
     baselines: Sequence[str] = ()
     detail: str = ""
@@ -72,6 +75,10 @@ class Study(NamedTuple):
     def names(self, cell: str) -> list[str]:
         """What the runs of a cell are called, but for the seed: one name for each rate."""
         return [f"{cell}@{rate:g}" for rate in self.rates] or [cell]
+
+    def sweeps(self, seed: int | str) -> bool:
+        """Whether the runs of a seed have a say in which rate is best."""
+        return not self.sweep_seeds or int(seed) in self.sweep_seeds
 
 
 def main(study: Study) -> None:
@@ -100,28 +107,42 @@ def main(study: Study) -> None:
 def train(study: Study, root: pathlib.Path, jobs: int = 1) -> list[str]:
     """Trains all runs, seed by seed, so that whole pairs come first. A finished run takes seconds.
 
+    Rates are tried first, with the seeds of the sweep.
+
     Returns the names of the runs that failed.
     """
     root.mkdir(parents=True, exist_ok=True)
     cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
     stopped = threading.Event()
+    shares, failed = {seed: cores[i % jobs :: jobs] for i, seed in enumerate(study.seeds)}, []
     with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
-        shares = [cores[i % jobs :: jobs] for i in range(len(study.seeds))]
-        seeds = zip(study.seeds, shares, strict=True)
-        jobs_of_seeds = [pool.submit(_train_seed, study, root, seed, share, stopped) for seed, share in seeds]
         try:
-            return [name for job in jobs_of_seeds for name in job.result()]
+            for is_sweep in (True, False):
+                curves = {} if is_sweep else collect(study, root)["curves"]
+                seeds = [seed for seed in study.seeds if study.sweeps(seed) == is_sweep]
+                cells = {c: study.names(c) if is_sweep else [best_name(study, curves, c)] for c in study.cells}
+                running = [pool.submit(_train_seed, study, cells, root, s, shares[s], stopped) for s in seeds]
+                failed += [name for job in running for name in job.result()]
+            return failed
         finally:  # Ctrl-C reaches the runs too, which save and end
             stopped.set()
 
 
 def _train_seed(
-    study: Study, root: pathlib.Path, seed: int, cores: Sequence[int], stopped: threading.Event
+    study: Study,
+    cells: Mapping[str, Sequence[str]],
+    root: pathlib.Path,
+    seed: int,
+    cores: Sequence[int],
+    stopped: threading.Event,
 ) -> list[str]:
+    """Trains those runs of a seed that `cells` names, and returns the names of those that failed."""
     failed, network = [], root / "convnet.npz"  # of fd_convnet: it depends on the data alone
     for cell, (variant, *own) in study.cells.items():
         own = [flag.format(root=root, seed=seed) for flag in own]
         for name, rate in zip(study.names(cell), study.rates or (None,), strict=True):
+            if name not in cells[cell]:
+                continue
             if stopped.is_set():
                 return failed
             workdir = root / f"{name}_{seed}"
@@ -213,9 +234,14 @@ def finals(curves: Mapping, name: str, metric: str) -> dict[str, float]:
     return {seed: values[metric] for seed, values in at_last.items() if metric in values}
 
 
+def swept(study: Study, curves: Mapping, name: str) -> list[float]:
+    """The first metric at the last step, of the seeds by which rates are chosen."""
+    return [value for seed, value in finals(curves, name, study.metrics[0]).items() if study.sweeps(seed)]
+
+
 def best_name(study: Study, curves: Mapping, cell: str) -> str:
-    """The runs of a cell at its best rate: by the mean of the first metric over the seeds, at the last step."""
-    means = {name: list(finals(curves, name, study.metrics[0]).values()) for name in study.names(cell)}
+    """The runs of a cell at its best rate: by the mean of the first metric over the sweep's seeds, at the last step."""
+    means = {name: swept(study, curves, name) for name in study.names(cell)}
     return min(means, key=lambda name: np.mean(means[name]) if means[name] else np.inf)
 
 
@@ -226,7 +252,7 @@ def _paired(study: Study, curves: Mapping, a: str, b: str, metric: str) -> list[
 
 def _with_interval(values: Sequence[float], sign: str = "") -> str:
     mean, half = interval(values)
-    return f"{mean:{sign}.4g} ± {half:.2g}"
+    return f"{mean:{sign}.4g} ± {half:.2g}" if len(values) > 1 else f"{mean:{sign}.4g}"
 
 
 def table(study: Study, curves: Mapping) -> str:
@@ -258,10 +284,10 @@ def p_table(study: Study, curves: Mapping) -> str:
 
 
 def rate_table(study: Study, curves: Mapping) -> str:
-    """The first metric at every learning rate, mean and interval over the seeds, as Markdown."""
+    """The first metric at every learning rate, mean and interval over the seeds of the sweep, as Markdown."""
     rows = ["| cell | " + " | ".join(f"{rate:g}" for rate in study.rates) + " |", "|---" * (1 + len(study.rates)) + "|"]
     for cell in study.cells:
-        found = [list(finals(curves, name, study.metrics[0]).values()) for name in study.names(cell)]
+        found = [swept(study, curves, name) for name in study.names(cell)]
         cells = [_with_interval(values) if values else "failed" for values in found]
         rows.append(f"| `{cell}` | " + " | ".join(cells) + " |")
     return "\n".join(rows)

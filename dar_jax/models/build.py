@@ -18,6 +18,7 @@ MODELS = {"sit": SiT, "mmdit": MMDiT}
 
 # How sublayers read what others wrote: over the residual stream, as a layout says, or as one of the rivals does.
 ROUTINGS = ("residual", "dar", *RIVALS)
+ROUTED = ("dar", "delta")  # as a layout says
 
 
 def build(model: ConfigDict, *, plain: bool = False) -> SiT | MMDiT:
@@ -27,12 +28,13 @@ def build(model: ConfigDict, *, plain: bool = False) -> SiT | MMDiT:
     plain autodiff (plain_stack.py).
     """
     routing = model.routing
-    layout = Layout(model.depth, routing.chunk_size, routing.summary, routing.final) if routing.kind == "dar" else None
+    is_routed, structure = routing.kind in ROUTED, (routing.chunk_size, routing.summary, routing.final)
+    layout = Layout(model.depth, *structure, routing.kind == "delta") if is_routed else None
     fields = {
         **model,
         "dtype": jnp.dtype(model.dtype),
         "layout": layout,
-        "rival": Rival(routing.kind, routing.lanes) if routing.kind in RIVALS else None,
+        "rival": None if is_routed or routing.kind == "residual" else Rival(routing.kind, routing.lanes),
         "query": QUERIES[routing.query],
         "streams": routing.streams,
         "num_words": EMPTY + 1 + len(model.words),

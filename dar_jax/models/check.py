@@ -4,7 +4,7 @@ from ml_collections import ConfigDict
 
 from dar_jax.config import RIVALS
 from dar_jax.errors import check_choice, require
-from dar_jax.models.build import MODELS, ROUTINGS
+from dar_jax.models.build import MODELS, ROUTED, ROUTINGS
 from dar_jax.models.two_streams import STREAMS
 from dar_jax.routing import FINALS, IMPLEMENTATIONS, QUERIES, SUMMARIES
 
@@ -49,6 +49,10 @@ def check(model: ConfigDict) -> None:
         f"config.model.depth = {model.depth} must be even with config.model.routing.kind = long_skip, which joins the "
         "blocks in pairs.",
     )
+    require(
+        model.family == "sit" or model.routing.query != "shared",
+        "config.model.routing.query = shared is of config.model.family = sit alone; set it to static.",
+    )
 
 
 def _check_mmdit(model: ConfigDict) -> None:
@@ -75,7 +79,12 @@ def _check_routing(routing: ConfigDict, sublayers: int) -> None:
     check_choice("config.model.routing.implementation", routing.implementation, IMPLEMENTATIONS)
     divisors = [1] + [s for s in range(2, sublayers + 1, 2) if sublayers % s == 0]
     require(
-        routing.kind != "dar" or routing.chunk_size in divisors,
+        routing.kind not in ROUTED or routing.chunk_size in divisors,
         f"config.model.routing.chunk_size = {routing.chunk_size} must be 1 or an even divisor of 2 * depth = "
         f"{sublayers}: one of {divisors}.",
+    )
+    require(
+        routing.kind != "delta" or routing.chunk_size == 1 or SUMMARIES[routing.summary].is_complete,
+        f"config.model.routing.summary = {routing.summary} leaves outputs out of the residual stream of "
+        "config.model.routing.kind = delta; set it to sum.",
     )

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from dar_jax.models.layers import constrain, modulated_norm, scan_steps
+from dar_jax.models.layers import constrain, logical, modulated_norm, scan_steps
 from dar_jax.routing import Layout, Query, inverse_rms
 
 
@@ -114,7 +114,8 @@ class PlainRoutedStep(nn.Module):
                 newest = recent[-1] if recent else rows[count - 1]
                 u = self.query(name=f"query_{j}")(e_t, newest)
                 given = None if fixed is None else fixed[j]
-                h, weights = aggregate(layout, u, rows, count, recent, index, given, self.removed)
+                own = make_gate(self, layout, f"gate_{j}")
+                h, weights = aggregate(layout, u, rows, count, recent, index, given, self.removed, own)
                 states.append(h)
                 recent += (constrain(branch(modulated_norm(show(self, j, h), shift, scale), gate)),)
                 self.sow("intermediates", "outputs", recent[-1])
@@ -144,6 +145,7 @@ class PlainRoutedStack(nn.Module):
         self, v_0: Array, condition: Array, e_t: Array, shift: Array, scale: Array, hidden_at: tuple[int, ...] = ()
     ) -> tuple[Array, tuple[Array, ...]]:
         layout, steps = self.layout, plain_steps(self, emits=bool(hidden_at), removed=self.removed)
+        e_t = self.query.given(self, e_t)
         start, indices, _ = first_inputs(layout, v_0)
         fixed, last_fixed = None, None
         if self.frozen_weights is not None:
@@ -155,7 +157,8 @@ class PlainRoutedStack(nn.Module):
         recent = recent if layout.final_set.sees_outputs else ()
         u = final_query(self, steps)(e_t, recent[-1] if recent else rows[-1])
         filled, index = layout.num_final_rows, layout.num_steps - 1
-        h, weights = aggregate(layout, u, rows, filled, recent, index, last_fixed, self.removed)
+        gate = make_gate(self, layout, "final_gate")
+        h, weights = aggregate(layout, u, rows, filled, recent, index, last_fixed, self.removed, gate)
         self.sow("intermediates", "outputs", v_0)
         self.sow("intermediates", "weights", weights)
         x = modulated_norm(show(self, 0, h), shift, scale)
@@ -176,6 +179,11 @@ def first_inputs(layout: Layout, v_0: Array) -> tuple:
     return (rows, layout.sublayers_per_step * (jnp.zeros_like(v_0),)), jnp.arange(layout.num_steps), None
 
 
+def make_gate(module: nn.Module, layout: Layout, name: str) -> Array | None:
+    """The gate of an additive reader, a scalar that is zero in a fresh model; None: the reader is not additive."""
+    return module.param(name, logical(nn.initializers.zeros, ()), ()) if layout.is_additive else None
+
+
 def final_query(stack: nn.Module, steps: nn.Module) -> Callable[[Array, Array], Array]:
     """The query of the head's aggregator: one of its own, or that of the last sublayer of the scanned `steps`."""
     if stack.layout.final_set.has_query:
@@ -186,7 +194,8 @@ def final_query(stack: nn.Module, steps: nn.Module) -> Callable[[Array, Array], 
 def sublayer_query(stack: nn.Module, steps: nn.Module, sublayer: int) -> Callable[[Array, Array], Array]:
     """The query of a sublayer's aggregator (0-based)."""
     step, position = divmod(sublayer, stack.layout.sublayers_per_step)
-    params = jax.tree.map(lambda p: p[step], nn.meta.unbox(steps.variables["params"][f"query_{position}"]))
+    params = nn.meta.unbox(steps.variables["params"].get(f"query_{position}", {}))
+    params = jax.tree.map(lambda p: p[step], params)
     return stack.query(parent=None).bind({"params": params})
 
 
@@ -199,12 +208,13 @@ def aggregate(
     index: Array,
     fixed: Array | None,
     removed: Array | None = None,
+    gate: Array | None = None,
 ) -> tuple[Array, Array]:
     """Softmax over the first `count` rows of the history and the recent outputs of step `index` (paper Eq. 5).
 
     The position of a source is the number of the sublayer that made it, 0 for v_0; a summary is at the position of its
     chunk's last sublayer. `fixed`, `[A, B or 1]` by position, stands in place of the softmax. `removed` is that of
-    `PlainRoutedStack`.
+    `PlainRoutedStack`. With a `gate` the state is the sum of the sources plus gate times what the weights make of them.
 
     Returns the state `[B, T, D]` and the weights by position, `[A, B, T]`, zero where there is no source.
     """
@@ -222,7 +232,8 @@ def aggregate(
     else:
         fixed = jnp.where(is_source[:, None, None], fixed[position][..., None], 0)
         alpha = jnp.broadcast_to(fixed, sources.shape[:-1])
-    return weighted(sources, alpha), jnp.zeros((2 * layout.depth + 1, *alpha.shape[1:]), alpha.dtype).at[position].add(
+    read = alpha if gate is None else is_source[:, None, None] + gate * alpha
+    return weighted(sources, read), jnp.zeros((2 * layout.depth + 1, *alpha.shape[1:]), alpha.dtype).at[position].add(
         alpha
     )
 

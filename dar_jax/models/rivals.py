@@ -1,4 +1,4 @@
-"""Other ways across depth, to compare DAR with: long skips and hyper-connections. Scans with plain autodiff.
+"""Other ways across depth, to compare DAR with: long skips, hyper-connections, DenseFormer. Scans, plain autodiff.
 
 A stack of this file takes the place of `plain_stack.ResidualStack`: the same arguments, results and parameters of
 blocks, and it shows the same of its readers. It has parameters of its own beside them.
@@ -11,6 +11,7 @@ from typing import NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 from dar_jax.models.layers import Dense, constrain, logical, modulated_norm, ones, scan_steps
@@ -216,8 +217,60 @@ class HyperStack(nn.Module):
         return 2 * depth * size * (2 * lanes + mixed + lanes * outputs)
 
 
+class DenseFormerStep(nn.Module):
+    """A block, and then the weighted sum of all streams so far, rows of `[L + 1, B, T, D]`."""
+
+    block: Callable[..., nn.Module]
+    hidden_at: tuple[int, ...]
+
+    @nn.compact
+    def __call__(self, carry: tuple, index: Array, weights: Array, condition: Array) -> tuple:
+        h, kept, streams = carry
+        h, _ = run_block(self, self.block(name="block_0"), h, (), (), index, condition)
+        streams = jax.lax.dynamic_update_slice_in_dim(streams, h[None], index + 1, axis=0)
+        h = constrain(jnp.sum(weights[:, None, None, None] * streams, axis=0).astype(h.dtype))
+        kept = tuple(jnp.where(index == k - 1, h, old) for k, old in zip(self.hidden_at, kept, strict=True))
+        return (h, kept, streams), None
+
+
+class DenseFormerStack(nn.Module):
+    """Weighted averages over depth (DenseFormer, arXiv 2402.02622): a block reads a sum of v_0 and all streams so far.
+
+    The weights are numbers, whatever the input: i + 1 of them after block i, 434 in all for 28 blocks. A fresh model
+    reads the latest stream alone, so it is the residual one. Arguments and results as of `ResidualStack`.
+    """
+
+    block: Callable[..., nn.Module]
+    depth: int
+    remat: str
+
+    @nn.compact
+    def __call__(
+        self, v_0: Array, condition: Array, e_t: Array, shift: Array, scale: Array, hidden_at: tuple[int, ...] = ()
+    ) -> tuple[Array, tuple[Array, ...]]:
+        rows, columns = np.tril_indices(self.depth, 1, self.depth + 1)
+
+        def latest(key, shape, dtype=jnp.float32):
+            return jnp.asarray(columns == rows + 1, dtype)
+
+        numbers = self.param("weights", logical(latest, (None,)), rows.shape)
+        weights = jnp.zeros((self.depth, self.depth + 1), numbers.dtype).at[rows, columns].set(numbers)
+        streams = jnp.zeros((self.depth + 1, *v_0.shape), v_0.dtype).at[0].set(v_0)
+        steps = scan_steps(rematerialised(DenseFormerStep, self.remat), self.depth, (0, 0, nn.broadcast))
+        start = v_0, tuple(jnp.zeros_like(v_0) for _ in hidden_at), streams
+        steps = steps(self.block, hidden_at, name="steps")
+        (h, kept, _), _ = steps(start, jnp.arange(self.depth), weights, condition)
+        self.sow("intermediates", "outputs", v_0)
+        return modulated_norm(show(self, 0, h), shift, scale), kept
+
+    @staticmethod
+    def multiply_adds(depth: int, size: int) -> int:
+        """Of the sums, per token."""
+        return depth * (depth + 3) // 2 * size
+
+
 class Rival(NamedTuple):
-    """A routing that is not DAR: one of `config.RIVALS`, and the number of lanes of those that have some."""
+    """A routing with a stack in this file: its name in configs, and the number of lanes of those that have some."""
 
     kind: str
     lanes: int
@@ -226,10 +279,14 @@ class Rival(NamedTuple):
         """The module of `depth` blocks."""
         if self.kind == "long_skip":
             return LongSkipStack(block, depth, remat, **named)
+        if self.kind == "dense_former":
+            return DenseFormerStack(block, depth, remat, **named)
         return HyperStack(block, depth, remat, self.lanes, self.kind, **named)
 
     def multiply_adds(self, depth: int, size: int) -> int:
         """Per token, beside those of the blocks."""
         if self.kind == "long_skip":
             return LongSkipStack.multiply_adds(depth, size)
+        if self.kind == "dense_former":
+            return DenseFormerStack.multiply_adds(depth, size)
         return HyperStack.multiply_adds(depth, size, self.lanes, self.kind)

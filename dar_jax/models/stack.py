@@ -189,7 +189,7 @@ class RoutedStack(nn.Module):
     def __call__(
         self, v_0: Array, condition: Array, e_t: Array, shift: Array, scale: Array, hidden_at: tuple[int, ...] = ()
     ) -> tuple[Array, tuple[Array, ...]]:
-        layout, steps = self.layout, plain_steps(self)
+        layout, steps, e_t = self.layout, plain_steps(self), self.query.given(self, e_t)
         places = [layout.sources_of(2 * k) for k in hidden_at]
         keeps = tuple(Keep(step, num_recent) for _, step, num_recent in places)
         if self.is_initializing():  # the plain steps make the parameters

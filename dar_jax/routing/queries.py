@@ -26,6 +26,11 @@ class Query(nn.Module):
     reads_newest = False
     adds_time = False
 
+    @classmethod
+    def given(cls, stack: nn.Module, time_embedding: Array) -> Array:
+        """What the aggregators of a stack get in place of e(t): e(t), unless they share more than that."""
+        return time_embedding
+
     @staticmethod
     def multiply_adds(size: int) -> int:
         """Multiply-adds per token that make q from its arguments, with D = `size`."""
@@ -47,6 +52,19 @@ class Static(Query):
     def __call__(self, time_embedding: Array, newest: Array) -> Array:
         samples, size = time_embedding.shape
         return jnp.broadcast_to(self.weight(size) * self.scale(size), (samples, 1, size))
+
+
+class Shared(Query):
+    """q = w, with the same w and g in all aggregators of a stack, which has them (SANA-Video 2.0, arXiv 2607.21553)."""
+
+    @classmethod
+    def given(cls, stack: nn.Module, time_embedding: Array) -> Array:
+        query = Static(parent=stack, name="shared_query")(time_embedding, time_embedding[:, None])
+        return query[:, 0]
+
+    @nn.compact
+    def __call__(self, time_embedding: Array, newest: Array) -> Array:
+        return time_embedding[:, None]
 
 
 class StaticT(Query):
@@ -98,4 +116,11 @@ class Uniform(Static):
         return jnp.zeros_like(super().__call__(time_embedding, newest))
 
 
-QUERIES = {"uniform": Uniform, "static": Static, "static_t": StaticT, "gated_t": GatedT, "dynamic": Dynamic}
+QUERIES = {
+    "uniform": Uniform,
+    "shared": Shared,
+    "static": Static,
+    "static_t": StaticT,
+    "gated_t": GatedT,
+    "dynamic": Dynamic,
+}

@@ -57,16 +57,21 @@ class Layout:
       chunk_size: S sublayers per chunk; 1 (dense: every output is its own summary) or an even divisor of L.
       summary: one of `SUMMARIES`: a chunk is summarised by its last output or by the sum of its outputs.
       final: one of `FINALS`: the sources of the head's aggregator.
+      is_additive: whether a reader reads the sum of its sources plus a gate times what routing makes of them, which is
+        the residual stream and a correction; of a plain stack alone. Its sources then hold every output.
     """
 
     depth: int
     chunk_size: int
     summary: str = "last"
     final: str = "dedicated"
+    is_additive: bool = False
 
     def __post_init__(self):
         if self.chunk_size != 1 and (self.chunk_size % 2 or 2 * self.depth % self.chunk_size):
             raise ValueError(f"chunk_size = {self.chunk_size} is neither 1 nor an even divisor of {2 * self.depth}")
+        if self.is_additive and not self.keeps_outputs:
+            raise ValueError(f"summary = {self.summary} leaves outputs out of the sum")
 
     @property
     def final_set(self) -> Final:

@@ -113,6 +113,39 @@ def long_skip_stack(params, depth, num_heads, h, condition):
     return h, streams
 
 
+def dense_former_stack(params, depth, num_heads, h, condition):
+    """What the head reads, and what is handed on after the blocks."""
+    streams, handed_on, weights = [h], [], list(params["weights"])
+    for i in range(depth):
+        for l in (1, 2):
+            h = h + sublayer(index(params["steps"]["block_0"], i), h, condition, num_heads, l)
+        streams.append(h)
+        h = sum(weights.pop(0) * stream for stream in streams)
+        handed_on.append(h)
+    return h, handed_on
+
+
+def delta_stack(params, layout, query, num_heads, v_0, condition, e_t):
+    """The residual stream plus a gated correction that routing makes: what the head reads."""
+    values, stream = {("c", 0): v_0}, v_0
+    per_step = sum(name.startswith("query_") for name in params["steps"])
+    for l, names in enumerate(source_sets(layout.depth, layout.chunk_size, layout.final), start=1):
+        step, position = divmod(l - 1, per_step)
+        if l > 2 * layout.depth:
+            own = params["final_query"], params["final_gate"]
+        else:
+            own = (index(params["steps"][f"{name}_{position}"], step) for name in ("query", "gate"))
+        p_query, gate = own
+        h = stream + gate * attend([values[name] for name in names], p_query, query, e_t)[0]
+        if l > 2 * layout.depth:
+            return h
+        block = index(params["steps"][f"block_{position // 2}"], step)
+        values["v", l] = sublayer(block, h, condition, num_heads, l)
+        stream = stream + values["v", l]
+        if l % layout.chunk_size == 0:
+            values["c", l // layout.chunk_size] = sum(values["v", i] for i in range(l - layout.chunk_size + 1, l + 1))
+
+
 def hyper_stack(params, depth, num_heads, lanes, kind, v_0, condition):
     """Hyper-connections with n lanes: what the head reads, and the means of the lanes after the blocks."""
     streams, means = v_0[:, :, None].repeat(1, 1, lanes, 1), []  # [B, T, n, D]
