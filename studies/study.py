@@ -6,10 +6,13 @@ time, and goes on with the same command:
     python studies/repa.py --root=runs/repa             # trains what is missing, then collects and draws
     python studies/repa.py --root=runs/repa --jobs=2    # two seeds at a time, each on half of the cores
     python studies/repa.py --root=runs/repa --train=0   # collects and draws what is there
+    python studies/repa.py --pace=10                    # times the steps of all cells, which take turns
 
 Seeds are paired: runs of one seed see the same data in the same order. Intervals are of Student's t over the seeds.
-A run that fails is listed, and the others go on. Curves of all runs are kept in studies/<name>.json, from which tables
-and figure can be made again; with --root a page with all of them is written there, <name>.html.
+A run that fails is listed, and the others go on. Loss at equal time needs --pace, on a machine that does nothing else:
+the logs of runs also tell how long a step took, but not what else the machine did. Curves of all runs are kept in
+studies/<name>.json, from which tables and figure can be made again; with --root a page with all of them is written
+there, <name>.html.
 """
 
 import base64
@@ -22,6 +25,7 @@ import shutil
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
@@ -31,6 +35,7 @@ from scipy import stats
 
 ROOT = flags.DEFINE_string("root", None, "Where the runs are; without it the curves of studies/<name>.json are used")
 TRAIN = flags.DEFINE_bool("train", True, "Train what is missing")
+PACE = flags.DEFINE_integer("pace", 0, "Rounds in which the cells take turns for ten steps each, and are timed", 0)
 JOBS = flags.DEFINE_integer("jobs", 1, "Seeds at a time, each on its share of the cores", lower_bound=1)
 STUDIES = pathlib.Path(__file__).parent
 DETAIL_SAMPLES = 1024
@@ -89,7 +94,9 @@ def main(study: Study) -> None:
         if ROOT.value:
             root = pathlib.Path(ROOT.value)
             failed = train(study, root, JOBS.value) if TRAIN.value else []
-            path.write_text(json.dumps(collect(study, root, failed), indent=1) + "\n")
+            path.write_text(json.dumps(_kept(path, "pace") | collect(study, root, failed), indent=1) + "\n")
+        if PACE.value:
+            path.write_text(json.dumps(_kept(path) | {"pace": pace(study, PACE.value)}, indent=1) + "\n")
         kept = json.loads(path.read_text())
         tables = all_tables(study, kept)
         print("\n\n".join(tables))
@@ -102,6 +109,12 @@ def main(study: Study) -> None:
             sys.exit(f"error: {len(failed)} runs failed; see the log.txt of {', '.join(failed)} in {root}.")
 
     app.run(run)
+
+
+def _kept(path: pathlib.Path, *names: str) -> dict:
+    """What is kept of a study, or those parts of it."""
+    kept = json.loads(path.read_text()) if path.exists() else {}
+    return {name: value for name, value in kept.items() if name in names or not names}
 
 
 def train(study: Study, root: pathlib.Path, jobs: int = 1) -> list[str]:
@@ -211,6 +224,40 @@ def collect(study: Study, root: pathlib.Path, failed: Sequence[str] = ()) -> dic
     return kept | {"seconds": seconds, "curves": curves}
 
 
+def pace(study: Study, rounds: int, steps: int = 10) -> dict[str, list[float]]:
+    """Seconds of a train step of every cell, by rounds in which the cells take turns, after one to warm up.
+
+    The batch is of noise. Initial weights cannot matter, and `init_from` and `teacher` are left out.
+    """
+    import jax
+    from ml_collections import config_flags
+
+    from dar_jax import sharding
+    from dar_jax.config import micro_batch
+    from dar_jax.training.setup import build_algorithm, set_up
+
+    cases, found = {}, {cell: [] for cell in study.cells}
+    for cell, (variant, *own) in study.cells.items():
+        values = flags.FlagValues()
+        config_flags.DEFINE_config_file("config", flag_values=values)
+        values(["study", f"--config={study.config}:{variant}", *study.shared, *own])
+        config = values.config
+        size, count = config.model.input_size, micro_batch(config)
+        x1 = jax.random.normal(jax.random.key(0), (count, size, size, config.model.channels))
+        batch = {"x1": x1, "condition": {"label": jax.numpy.arange(count) % config.model.num_classes}}
+        run = set_up(config, build_algorithm(config), sharding.make_mesh(config.mesh))
+        cases[cell] = [run.step, run.init(), batch]
+    for i in range(rounds + 1):
+        for cell, case in cases.items():
+            start = time.monotonic()
+            for _ in range(steps):
+                case[1], _ = case[0](case[1], (), case[2])
+            jax.block_until_ready(case[1])
+            found[cell] += [round((time.monotonic() - start) / steps, 5)] if i else []
+        print(f"pace: round {i} of {rounds}", flush=True)
+    return found
+
+
 def interval(values: Sequence[float]) -> tuple[float, float]:
     """Mean and half of the 95 % interval of the mean, NaN of a single value."""
     count = len(values)
@@ -314,17 +361,51 @@ def target_table(study: Study, kept: Mapping) -> str:
     rows.append(f"| cell | s per step | {' | '.join(f'{study.metrics[0]} {target:g}' for target in study.targets)} |")
     rows.append("|---" * (2 + len(study.targets)) + "|")
     for cell in study.cells:
-        name = best_name(study, curves, cell)
-        pace, cells = float(np.median(list(kept["seconds"].get(name, {}).values()) or [np.nan])), []
+        name, cells = best_name(study, curves, cell), []
+        seconds = kept["pace"][cell] if "pace" in kept else list(kept["seconds"].get(name, {}).values())
+        median = float(np.median(seconds or [np.nan]))
         for target in study.targets:
             found = [first_step(steps, study.metrics[0], target) for steps in curves.get(name, {}).values()]
             reached = [steps for steps in found if np.isfinite(steps)]
             if found and len(reached) == len(found):
                 mean, half = interval(reached)
-                cells.append(f"{mean:.0f} ± {half:.0f} steps, {mean * pace / 60:.1f} min")
+                cells.append(f"{mean:.0f} ± {half:.0f} steps, {mean * median / 60:.1f} min")
             else:
                 cells.append(f"{len(reached)} of {len(found)} runs")
-        rows.append(f"| `{name}` | {pace:.3g} | " + " | ".join(cells) + " |")
+        rows.append(f"| `{name}` | {median:.3g} | " + " | ".join(cells) + " |")
+    return "\n".join(rows)
+
+
+def time_table(study: Study, kept: Mapping) -> str:
+    """The first metric at equal steps and at equal time, as Markdown.
+
+    The time is that which the quickest cell takes for all of its steps. What the others had reached by then lies on a
+    line between two evaluations, which is fair only if the learning rate is constant. Differences are to the first
+    cell, at equal time.
+    """
+    curves, metric, reference = kept["curves"], study.metrics[0], next(iter(study.cells))
+    seconds = {cell: float(np.median(kept["pace"][cell])) for cell in study.cells}
+    names = {cell: best_name(study, curves, cell) for cell in study.cells}
+    last = {cell: max(max(map(int, steps)) for steps in curves[name].values()) for cell, name in names.items()}
+    budget = min(last[cell] * seconds[cell] for cell in study.cells)
+
+    def at(cell: str, step: float) -> dict[str, float]:
+        reached = {}
+        for seed, steps in curves[names[cell]].items():
+            points = sorted((int(s), values[metric]) for s, values in steps.items() if metric in values)
+            if points[-1][0] == last[cell]:
+                reached[seed] = float(np.interp(step, *zip(*points, strict=True)))
+        return reached
+
+    rows = [f"| cell | ms per step | ratio | {metric} at step {last[reference]} | after {budget:.0f} s | difference |"]
+    rows.append("|---" * 6 + "|")
+    first = at(reference, budget / seconds[reference])
+    for cell in study.cells:
+        then = at(cell, budget / seconds[cell])
+        difference = [then[seed] - first[seed] for seed in then if seed in first]
+        found = _with_interval(list(at(cell, last[cell]).values())), _with_interval(list(then.values()))
+        ratio = f"{1e3 * seconds[cell]:.0f} | {seconds[cell] / seconds[reference]:.2f}"
+        rows.append(f"| `{cell}` | {ratio} | {' | '.join(found)} | {_with_interval(difference, '+')} |")
     return "\n".join(rows)
 
 
@@ -337,6 +418,8 @@ def all_tables(study: Study, kept: Mapping) -> list[str]:
         found.append(rate_table(study, kept["curves"]))
     if study.targets:
         found.append(target_table(study, kept))
+    if "pace" in kept:
+        found.append(time_table(study, kept))
     if kept.get("failed"):
         found.append(f"Failed: {', '.join(kept['failed'])}")
     return found
