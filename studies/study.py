@@ -28,6 +28,7 @@ import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
+from unittest import mock
 
 import numpy as np
 from absl import app, flags
@@ -238,9 +239,10 @@ def pace(study: Study, rounds: int, steps: int = 10) -> dict[str, list[float]]:
 
     cases, found = {}, {cell: [] for cell in study.cells}
     for cell, (variant, *own) in study.cells.items():
-        values = flags.FlagValues()
+        values, argv = flags.FlagValues(), ["study", f"--config={study.config}:{variant}", *study.shared, *own]
         config_flags.DEFINE_config_file("config", flag_values=values)
-        values(["study", f"--config={study.config}:{variant}", *study.shared, *own])
+        with mock.patch.object(sys, "argv", argv):  # where config_flags looks for the fields that are set
+            values(argv)
         config = values.config
         size, count = config.model.input_size, micro_batch(config)
         x1 = jax.random.normal(jax.random.key(0), (count, size, size, config.model.channels))
