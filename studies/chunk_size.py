@@ -17,6 +17,7 @@ STUDY = Study(
     cells={f"chunk_{size}": ("static_t", f"--config.model.routing.chunk_size={size}") for size in SIZES},
     shared=(*SHARED, "--config.optimizer.learning_rate=0.008"),
     seeds=(0, 1, 2),
+    metrics=("val_loss",),
     differences=[(f"chunk_{size}", "chunk_4") for size in SIZES if size != 4],
 )
 

@@ -12,7 +12,7 @@ them a hundred times that of the others.
 from study import Study, main
 
 SMALL = ("--config.model.depth=8", "--config.model.hidden_size=64", "--config.model.patch_size=4")
-FAST_QUERIES = "--config.optimizer.groups=((r'.*query.*', {'learning_rate': 2e-2}),)"
+FAST_QUERIES = "--config.optimizer.groups=((r'.*query.*', {{'learning_rate': 2e-2}}),)"
 TEACHER = ("--config.train.num_steps=1500", "--config.optimizer.warmup_steps=100", "--config.optimizer.ema_decay=0.99")
 
 

@@ -16,6 +16,8 @@ from study import Study, main
 
 VARIANTS, PREDICTIONS, PATCHES = ("residual", "static_t", "mhc"), ("velocity", "x"), (7, 14)
 
+SCORED = ("--config.eval.every_steps=200", "--config.eval.num_samples=1000")
+
 
 def cell(variant: str, prediction: str, patch: int) -> tuple[str, ...]:
     return variant, f"--config.diffusion.prediction={prediction}", f"--config.model.patch_size={patch}"
@@ -26,7 +28,7 @@ STUDY = Study(
     name="prediction",
     config="configs/fashion_mnist.py",
     cells={f"{v}_{p}_{n}": cell(v, p, n) for (p, n) in SETTINGS for v in VARIANTS},
-    shared=(*SHARED, "--config.optimizer.learning_rate=0.004"),
+    shared=(*SHARED, *SCORED, "--config.optimizer.learning_rate=0.004"),
     seeds=(0, 1, 2),
     differences=[(f"{v}_{p}_{n}", f"residual_{p}_{n}") for (p, n) in SETTINGS for v in VARIANTS if v != "residual"],
     metrics=("fd_convnet", "val_loss"),

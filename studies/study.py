@@ -337,7 +337,7 @@ def rate_table(study: Study, curves: Mapping) -> str:
     rows = ["| cell | " + " | ".join(f"{rate:g}" for rate in study.rates) + " |", "|---" * (1 + len(study.rates)) + "|"]
     for cell in study.cells:
         found = [swept(study, curves, name) for name in study.names(cell)]
-        cells = [_with_interval(values) if values else "failed" for values in found]
+        cells = [_with_interval(values) if values else "-" for values in found]
         rows.append(f"| `{cell}` | " + " | ".join(cells) + " |")
     return "\n".join(rows)
 

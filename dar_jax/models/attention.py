@@ -15,14 +15,14 @@ from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
 
-from dar_jax.models import attention_gpu, attention_tpu
+from dar_jax.models import attention_gpu, attention_short, attention_tpu
 
 # Above so many keys the scores of all queries are never held at once: 24 heads of 4,608 tokens take 2 GB a sample.
 MOST_KEYS_AT_ONCE = 2048
 # From so many keys on kernels are faster by the planner's estimate: at 1,024 a gradient takes a quarter of plain XLA's.
 LEAST_KEYS_OF_KERNELS = 1024
 QUERIES_PER_BLOCK = 512
-KEPT = "attention"  # the name of what the backward pass needs of the forward pass, for policies of `jax.checkpoint`
+KEPT = "kept"  # the name of what the backward pass needs of the forward pass, for policies of `jax.checkpoint`
 
 
 def attention(q: Array, k: Array, v: Array, key_mask: Array | None = None) -> Array:
@@ -40,6 +40,47 @@ def attention(q: Array, k: Array, v: Array, key_mask: Array | None = None) -> Ar
     if k.shape[1] < LEAST_KEYS_OF_KERNELS or not has_kernel:
         return by_autodiff(q, k, v, key_mask)
     return _by_kernels(q, k, v, key_mask)
+
+
+def self_attention(qkv: Array, heads: int, key_mask: Array | None = None, attend=attention) -> Array:
+    """Attention of tokens to each other, `[B, T, 3, heads * d]` -> `[B, T, heads * d]`.
+
+    By `attend`, `attention` or `by_autodiff`, with its key mask. Of few tokens `attention` takes kernels on TPUs that
+    read queries, keys and values from one array (attention_short.py); what they need for the backward pass is qkv.
+    """
+    d = qkv.shape[-1] // heads
+    is_short = qkv.shape[1] < LEAST_KEYS_OF_KERNELS and attention_short.supports(qkv, d)
+    if attend is attention and is_short:
+        return _of_few_tokens(d, qkv, key_mask)
+    return _of_parts(attend, d, qkv, key_mask)
+
+
+def _of_parts(attend, d: int, qkv: Array, key_mask: Array | None) -> Array:
+    b, tokens, _, size = qkv.shape
+    q, k, v = (x.reshape(b, tokens, size // d, d) for x in jnp.split(qkv, 3, axis=2))
+    return attend(q, k, v, key_mask).reshape(b, tokens, size)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _of_few_tokens(d: int, qkv: Array, key_mask: Array | None) -> Array:
+    return _of_few_tokens_forward(d, qkv, key_mask)[0]
+
+
+def _of_few_tokens_forward(d, qkv, key_mask):
+    passes, heads = {"tpu": functools.partial(attention_short.forward, d)}, qkv.shape[-1] // d
+    elsewhere = functools.partial(_of_parts, by_autodiff, d)
+    return _choose(passes, elsewhere, (qkv, key_mask), (PARTS, SAMPLES), JOINED, heads), (qkv, key_mask)
+
+
+def _of_few_tokens_backward(d, residuals, g):
+    def elsewhere(qkv, key_mask, g):
+        return jax.vjp(lambda qkv: _of_parts(by_autodiff, d, qkv, key_mask), qkv)[1](g)[0]
+
+    passes = {"tpu": functools.partial(attention_short.backward, d)}
+    return _choose(passes, elsewhere, (*residuals, g), (PARTS, SAMPLES, JOINED), PARTS, g.shape[-1] // d), None
+
+
+_of_few_tokens.defvjp(_of_few_tokens_forward, _of_few_tokens_backward)
 
 
 def by_autodiff(q: Array, k: Array, v: Array, key_mask: Array | None = None) -> Array:
@@ -84,30 +125,38 @@ def _by_kernels_backward(residuals, g):
 
 _by_kernels.defvjp(_by_kernels_forward, _by_kernels_backward)
 
+
 # Axes of what passes take and return, `[B, T, heads, d]`, `[B, heads, T]` and `[B, K]`, as linen's logical names.
 TOKENS, HEADS, SAMPLES = ("batch", None, "heads"), ("batch", "heads"), ("batch",)
+PARTS, JOINED = ("batch", None, None, "heads"), ("batch", None, "heads")  # [B, T, 3, heads * d], [B, T, heads * d]
 
 
 def _run(name: str, args: tuple, arg_axes: tuple, result_axes: tuple) -> tuple[Array, ...]:
-    """A pass, "forward" or "backward", on every device that holds a part of the samples and of the heads.
-
-    The compiler cannot split a kernel by itself. What a mesh axis does not divide is whole on every device.
-    """
+    """A pass for many keys, "forward" or "backward", by kernels where they take the head's size."""
     q, k = args[:2]
     passes = {
         platform: getattr(kernels if kernels.supports(q, k) else _Blockwise, name)
         for platform, kernels in (("tpu", attention_tpu), ("cuda", attention_gpu))
     }
-    choose = functools.partial(jax.lax.platform_dependent, **passes, default=getattr(_Blockwise, name))
+    return _choose(passes, getattr(_Blockwise, name), args, arg_axes, result_axes, q.shape[2])
 
+
+def _choose(passes: dict, default, args: tuple, arg_axes: tuple, result_axes: tuple, heads: int):
+    """The pass of the platform on every device that holds a part of the samples and of the heads.
+
+    The compiler cannot split a kernel by itself. What a mesh axis does not divide is whole on every device.
+    """
+    choose = functools.partial(jax.lax.platform_dependent, **passes, default=default)
     mesh, split = jax.sharding.get_abstract_mesh(), {None: None}
     if mesh.empty:
         return choose(*args)
-    for axis, size in (("batch", q.shape[0]), ("heads", q.shape[2])):
+    for axis, size in (("batch", len(args[0])), ("heads", heads)):
         (names,) = nn.logical_to_mesh_axes((axis,))
         names = (names,) if isinstance(names, str) else names or ()
         split[axis] = names if size % math.prod(mesh.shape[name] for name in names) == 0 else ()
-    in_specs, out_specs = (tuple(P(*(split[a] for a in axes)) for axes in of) for of in (arg_axes, result_axes))
+    spec = lambda axes: P(*(split[a] for a in axes))  # noqa: E731
+    in_specs = tuple(map(spec, arg_axes))
+    out_specs = tuple(map(spec, result_axes)) if isinstance(result_axes[0], tuple) else spec(result_axes)
     return jax.shard_map(choose, in_specs=in_specs, out_specs=out_specs, check_vma=False)(*args)
 
 

@@ -8,8 +8,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.ad_checkpoint import checkpoint_name
 
 from dar_jax.models import numerics
+from dar_jax.models.attention import self_attention
 from dar_jax.models.numerics import Arithmetic
 
 logical = nn.with_logical_partitioning
@@ -107,7 +109,7 @@ class Dense(nn.Module):
             adapter = (self.get_variable("params", f"lora_{name}") for name in ("a", "b", "scale"))
             a, b, scale = nn.dtypes.promote_dtype(*adapter, dtype=dtype)
             y += matmul(scale * matmul(x, a), b)
-        return y
+        return checkpoint_name(y, numerics.KEPT)
 
 
 class TimestepEmbedder(nn.Module):
@@ -154,13 +156,11 @@ class Attention(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array, key_mask: Array | None = None) -> Array:
-        b, tokens, size = x.shape
+        size = x.shape[-1]
         # The kernel keeps q, k and v on an axis of their own, so that heads can be split over devices.
         qkv = Dense((3, size), ("embed", "qkv", "heads"), self.arithmetic, name="qkv")(x)
-        qkv = qkv.reshape(b, tokens, 3, self.num_heads, size // self.num_heads)
-        q, k, v = (jnp.squeeze(x, 2) for x in jnp.split(qkv, 3, axis=2))
-        out = self.arithmetic.attention(q, k, v, key_mask)
-        return Dense((size,), ("heads", "embed"), self.arithmetic, name="out")(out.reshape(b, tokens, size))
+        out = self_attention(qkv, self.num_heads, key_mask, self.arithmetic.attention)
+        return Dense((size,), ("heads", "embed"), self.arithmetic, name="out")(out)
 
 
 class Mlp(nn.Module):

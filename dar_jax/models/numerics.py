@@ -10,12 +10,10 @@ from jax import Array
 
 from dar_jax.models.attention import KEPT, attention, by_autodiff
 
-# For `jax.checkpoint`: the backward pass keeps the outputs of dense layers and recomputes all else, that is LayerNorm,
-# modulation, GELU and the attention weights. On a CPU, to write and read these takes longer than to compute them again.
-# Of attention by kernels it keeps the outputs too, so that no kernel runs twice.
-keep_dense_outputs = jax.checkpoint_policies.save_from_both_policies(
-    jax.checkpoint_policies.dots_with_no_batch_dims_saveable, jax.checkpoint_policies.save_only_these_names(KEPT)
-)
+# For `jax.checkpoint`: the backward pass keeps the outputs of dense layers, their biases included, and recomputes all
+# else, that is LayerNorm, modulation, GELU and the attention weights. On a CPU, to write and read these takes longer
+# than to compute them again. Of attention by kernels it keeps the outputs too, so that no kernel runs twice.
+keep_dense_outputs = jax.checkpoint_policies.save_only_these_names(KEPT)
 
 
 @jax.custom_vjp

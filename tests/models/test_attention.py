@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 
 from dar_jax import config as config_lib
 from dar_jax import sharding
-from dar_jax.models import attention, attention_gpu, attention_tpu, layers, numerics
+from dar_jax.models import attention, attention_gpu, attention_short, attention_tpu, layers, numerics
 from dar_jax.planning.schedule import CHIPS, count_flops, read_schedule
 from tests.libtpu import needs_libtpu, printed_with_libtpu
 
@@ -91,6 +91,36 @@ def test_kernels_of_gpus_take_heads_of_64(monkeypatch):
     gradients = attention_gpu.backward(*arguments, out, log_sum, g, interpret=True)
     expected = jax.vjp(lambda q, k, v: attention.plain(q, k, v, arguments[3]), *arguments[:3])[1](g)
     assert max(map(relative, gradients, expected)) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("tokens", "heads", "size", "dtype", "masked"),
+    [(64, 3, 72, jnp.float32, False), (32, 4, 24, jnp.float32, True), (48, 2, 72, jnp.bfloat16, True)],
+)
+def test_kernels_of_few_tokens_equal_the_plain_form(tokens, heads, size, dtype, masked):
+    """Heads of 72 features lie across the lanes of a tile; a head of 24 shares its tile with others."""
+    rng = np.random.default_rng(0)
+    qkv = jnp.asarray(2 * rng.normal(size=(2, tokens, 3, heads * size)), dtype)
+    g = jnp.asarray(rng.normal(size=(2, tokens, heads * size)), dtype)
+    key_mask = jnp.asarray(rng.random((2, tokens)) < 0.7) if masked else None
+    assert attention_short.supports(qkv, size)
+    wide = lambda x: x.astype(jnp.float32)  # noqa: E731
+    expected, vjp = jax.vjp(
+        lambda qkv: attention.self_attention(qkv, heads, key_mask, attention.by_autodiff), wide(qkv)
+    )
+    tolerance = 1e-5 if dtype == jnp.float32 else 2e-2
+    assert relative(attention_short.forward(size, qkv, key_mask, interpret=True), expected) < tolerance
+    gradient = attention_short.backward(size, qkv, key_mask, g, interpret=True)
+    assert gradient.dtype == dtype and relative(gradient, vjp(wide(g))[0]) < tolerance
+
+
+def test_few_tokens_take_their_kernels_on_a_tpu_alone():
+    """One kernel forward and one backward; a GPU and a CPU keep what XLA makes of them."""
+    qkv = jax.ShapeDtypeStruct((2, 256, 3, 144), jnp.bfloat16)
+    function = jax.value_and_grad(lambda qkv: jnp.sum(attention.self_attention(qkv, 2).astype(jnp.float32)))
+    for platform, calls in (("tpu", 2), ("cuda", 0), ("cpu", 0)):
+        text = jax.jit(function).trace(qkv).lower(lowering_platforms=(platform,)).as_text()
+        assert text.count("custom_call @tpu_custom_call") == calls and "triton" not in text
 
 
 def test_sharded_attention_equals_that_of_one_device(monkeypatch):
@@ -190,7 +220,8 @@ def test_blocks_waste_little(monkeypatch):
 @needs_libtpu
 def test_kernels_compile_for_a_tpu_and_declare_their_cost():
     printed = printed_with_libtpu("tests.models.test_attention", timeout=300)
-    assert printed == ["6", "0"]  # three steps of a loop, forward and backward
+    # Three steps of a loop, forward and backward; and once of few tokens, whose heads cross the lanes of a tile.
+    assert printed == ["6", "0", "2", "0"]
 
 
 def compile_for_v5e():
@@ -201,10 +232,15 @@ def compile_for_v5e():
     function, x = gradient_of_attention(policy=numerics.keep_dense_outputs)
     spec = jax.sharding.PartitionSpec(("data", "fsdp"), None, "tensor")
     x = jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=jax.NamedSharding(mesh, spec))
+    parts = jax.NamedSharding(mesh, jax.sharding.PartitionSpec(("data", "fsdp"), None, None, "tensor"))
     with sharding.use(mesh):
         compiled = jax.jit(function).lower(x).compile()
-    schedule = read_schedule(compiled.as_text(), CHIPS["v5e"])
-    print(schedule.kernel_calls, schedule.undeclared_kernels)
+        few = jax.ShapeDtypeStruct((8, 256, 3, 1152), x.dtype, sharding=parts)
+        loss = lambda qkv: jnp.sum(attention.self_attention(qkv, 16).astype(jnp.float32))  # noqa: E731
+        compiled_few = jax.jit(jax.grad(loss)).lower(few).compile()
+    for one in (compiled, compiled_few):
+        schedule = read_schedule(one.as_text(), CHIPS["v5e"])
+        print(schedule.kernel_calls, schedule.undeclared_kernels)
 
 
 if __name__ == "__main__":
