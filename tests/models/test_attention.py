@@ -237,7 +237,7 @@ def compile_for_v5e():
         compiled = jax.jit(function).lower(x).compile()
         few = jax.ShapeDtypeStruct((8, 256, 3, 1152), x.dtype, sharding=parts)
         loss = lambda qkv: jnp.sum(attention.self_attention(qkv, 16).astype(jnp.float32))  # noqa: E731
-        compiled_few = jax.jit(jax.grad(loss)).lower(few).compile()
+        compiled_few = jax.jit(jax.value_and_grad(loss)).lower(few).compile()
     for one in (compiled, compiled_few):
         schedule = read_schedule(one.as_text(), CHIPS["v5e"])
         print(schedule.kernel_calls, schedule.undeclared_kernels)
