@@ -1,4 +1,5 @@
-"""Packaging of dar_jax: `pip install -e .`, with extras `test`, `tpu`, `gpu`, `gcs`, `emoji`, `t2i` and `plan`."""
+"""Packaging of dar_jax: `pip install -e .`, with extras `test`, `tpu`, `gpu`, `gcs`, `emoji`, `t2i`, `plan`
+and `plan_gpu`."""
 
 from setuptools import find_packages, setup
 
@@ -55,5 +56,6 @@ setup(
         "t2i": ["torch", "transformers"],
         "gpu": ["jax[cuda13]"],
         "plan": ["libtpu"],
+        "plan_gpu": ["jax[cuda13-local]", "nvidia-cuda-nvcc"],
     },
 )

@@ -294,3 +294,23 @@ def compile_for_v5e():
 
 if __name__ == "__main__":
     compile_for_v5e()
+
+
+def test_queries_in_groups_on_a_gpu_give_the_same(monkeypatch):
+    """Three queries in groups of two, for each pass over the history. Vectors of 200 features have an end of zeros."""
+    rng = np.random.default_rng(0)
+    random = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)  # noqa: E731
+    u, g = tuple(random(2, 1, 200) for _ in range(3)), tuple(random(2, 3, 200) for _ in range(3))
+    sources, l, count = random(5, 2, 3, 200), random(3, 2, 3), jnp.int32(4)
+    inv_rms = inverse_rms(sources)
+
+    def run():
+        made, log_sum = gpu.forward(u, sources, inv_rms, count, interpret=True)
+        found = gpu.query_cotangent(u, sources, inv_rms, count, made, log_sum, g, l, interpret=True)
+        last = gpu.add_source_cotangent(None, u, sources, inv_rms, count, log_sum, g, found[1], interpret=True)
+        return made, log_sum, found, last
+
+    together = run()
+    monkeypatch.setattr(gpu, "queries_at_once", lambda size: 2)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), run(), together)
+    assert gpu.parts_of(1152) == [(0, 1024), (1024, 128)] and gpu.parts_of(200) == [(0, 256)]

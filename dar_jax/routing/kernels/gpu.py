@@ -1,12 +1,14 @@
 """The passes over the history as fused kernels for GPUs (Pallas, Triton). Arguments and results as in tpu.py.
 
 A program owns one token, whose vectors it holds in registers, and loops over the filled rows; so all statistics are
-scalars. Vectors are padded to a power of two and masked, because Triton knows no other size. In `query_cotangent` with
-one query for all tokens of a sample, a program walks over a few tokens and the partial sums are added outside, in a
-fixed order: no atomic additions, so results repeat.
+scalars. Triton's vectors are of powers of two, so a token's are held in parts, 1152 = 1024 + 128. How many warps share
+them follows from how many there are, and long chunks take their queries in groups: on sm_90 no kernel spills registers.
+In `query_cotangent` with one query for all tokens of a sample, a program walks over a few tokens and the partial sums
+are added outside, in a fixed order: no atomic additions, so results repeat.
 """
 
 import functools
+import operator
 
 import jax
 import jax.numpy as jnp
@@ -17,13 +19,80 @@ from jax.experimental.pallas import triton
 from dar_jax.routing.kernels.xla import EPS
 
 TOKENS_PER_PARTIAL_SUM = 8
+LEAST_PART = 128  # features of the smallest part of a vector
+# Numbers of its vectors that a thread holds. With these, kernels do not spill on sm_90, where a thread may have 255
+# registers among 4 warps and 128 among 16 (tests/routing/test_gpu_compiler.py compiles them).
+MOST_NUMBERS, NUMBERS_OF_QUERIES = 92, 64
+
+
+@jax.tree_util.register_pytree_node_class
+class Vector:
+    """A token's features in float32, in parts of powers of two, the last of which may end in zeros."""
+
+    def __init__(self, *parts: Array):
+        self.parts = parts
+
+    def tree_flatten(self):
+        return self.parts, None
+
+    @classmethod
+    def tree_unflatten(cls, _, parts):
+        return cls(*parts)
+
+    def _with(self, other, operation) -> "Vector":
+        others = other.parts if isinstance(other, Vector) else len(self.parts) * (other,)
+        return Vector(*map(operation, self.parts, others))
+
+    def __add__(self, other):
+        return self._with(other, operator.add)
+
+    def __sub__(self, other):
+        return self._with(other, operator.sub)
+
+    def __mul__(self, other):
+        return self._with(other, operator.mul)
+
+    __radd__, __rmul__ = __add__, __mul__
+
+    def __truediv__(self, other):
+        return self._with(other, operator.truediv)
+
+    def sum(self) -> Array:
+        return functools.reduce(operator.add, map(jnp.sum, self.parts))
+
+    @classmethod
+    def zeros(cls, size: int) -> "Vector":
+        return cls(*(jnp.zeros(n, jnp.float32) for _, n in parts_of(size)))
+
+
+def parts_of(size: int) -> list[tuple[int, int]]:
+    """First feature and length of every part of a vector of so many features: 1152 -> [(0, 1024), (1024, 128)]."""
+    first, left, found = 0, -(-size // LEAST_PART) * LEAST_PART, []
+    while left:
+        found.append((first, 1 << left.bit_length() - 1))
+        first, left = first + found[-1][1], left - found[-1][1]
+    return found
+
+
+def warps_for(vectors: int, size: int) -> int:
+    """How many warps share so many vectors of so many features that a program holds."""
+    return next((warps for warps in (4, 8) if vectors * size <= 32 * warps * MOST_NUMBERS), 16)
+
+
+def queries_at_once(size: int) -> int:
+    """How many queries a program takes: it holds up to three vectors for each, and one more."""
+    return max(1, min(8, (NUMBERS_OF_QUERIES * 32 * 16 // size - 1) // 3))
 
 
 def forward(u, sources, inv_rms, count, *, interpret=False) -> tuple[tuple[Array, ...], Array]:
     """See tpu.forward."""
+    if len(u) > queries_at_once(sources.shape[3]):
+        parts = [forward(group, sources, inv_rms, count, interpret=interpret) for group in _groups(u, sources)]
+        return sum((aggregates for aggregates, _ in parts), ()), jnp.concatenate([log_sum for _, log_sum in parts])
     _, b, t, d = sources.shape
     out_shape = len(u) * (jax.ShapeDtypeStruct((b, t, d), sources.dtype),), _scalars(len(u), b, t)
-    return _call(_forward, (b, t), out_shape, interpret)(u, sources, inv_rms, count.reshape(1))
+    call = _call(_forward, (b, t), out_shape, interpret, vectors=2 * len(u) + 1, size=d)
+    return call(u, sources, inv_rms, count.reshape(1))
 
 
 def _forward(u, sources, inv_rms, count, aggregates, log_sum):
@@ -34,13 +103,13 @@ def _forward(u, sources, inv_rms, count, aggregates, log_sum):
         v, r = _load(sources, k, b, t), inv_rms[k, b, t]
         result = []
         for query, (total, maximum, denominator) in zip(queries, carry, strict=True):
-            score = jnp.sum(query * v) * r
+            score = (query * v).sum() * r
             new_maximum = jnp.maximum(maximum, score)
             weight, kept = jnp.exp(score - new_maximum), jnp.exp(maximum - new_maximum)
             result.append((kept * total + weight * v, new_maximum, kept * denominator + weight))
         return result
 
-    start = jnp.zeros_like(queries[0]), jnp.float32(-jnp.inf), jnp.float32(0)
+    start = Vector.zeros(sources.shape[3]), jnp.float32(-jnp.inf), jnp.float32(0)
     sums = jax.lax.fori_loop(0, count[0], add_row, len(u) * [start])
     for q, (total, maximum, denominator) in enumerate(sums):
         _store(aggregates[q], total / denominator, b, t)
@@ -51,6 +120,13 @@ def query_cotangent(
     u, sources, inv_rms, count, aggregates, log_sum, g, l, *, interpret=False
 ) -> tuple[tuple[Array, ...], Array]:
     """See tpu.query_cotangent."""
+    if len(u) > queries_at_once(sources.shape[3]):
+        split = zip(*(_groups(x, sources) for x in (u, aggregates, log_sum, g, l)), strict=True)
+        parts = [
+            query_cotangent(us, sources, inv_rms, count, made, sums, gs, ls, interpret=interpret)
+            for us, made, sums, gs, ls in split
+        ]
+        return sum((d_u for d_u, _ in parts), ()), jnp.concatenate([new_l for _, new_l in parts])
     _, b, t, d = sources.shape
     tokens = 1 if u[0].shape[1] > 1 else TOKENS_PER_PARTIAL_SUM
     programs = pl.cdiv(t, tokens)
@@ -58,7 +134,7 @@ def query_cotangent(
     out_shape = len(u) * (jax.ShapeDtypeStruct((b, programs, d), dtype),), _scalars(len(u), b, t)
     kernel = functools.partial(_query_cotangent, tokens)
     arguments = u, sources, inv_rms, count.reshape(1), aggregates, log_sum, g, l
-    d_u, l = _call(kernel, (b, programs), out_shape, interpret)(*arguments)
+    d_u, l = _call(kernel, (b, programs), out_shape, interpret, vectors=3 * len(u) + 1, size=d)(*arguments)
     return d_u if tokens == 1 else tuple(jnp.sum(x, axis=1, keepdims=True) for x in d_u), l
 
 
@@ -69,22 +145,22 @@ def _query_cotangent(tokens, u, sources, inv_rms, count, aggregates, log_sum, g,
         queries, cotangents = [_load(x, b, t) for x in u], [_load(x, b, t) for x in g]
         shifted = []
         for q, aggregate in enumerate(aggregates):
-            shifted.append(l[q, b, t] - jnp.sum(cotangents[q] * _load(aggregate, b, t)))
+            shifted.append(l[q, b, t] - (cotangents[q] * _load(aggregate, b, t)).sum())
             new_l[q, b, t] = shifted[q]
 
         def add_row(k, totals):
             v, r = _load(sources, k, b, t), inv_rms[k, b, t]
             result = []
             for q, total in enumerate(totals):
-                alpha = jnp.exp(jnp.sum(queries[q] * v) * r - log_sum[q, b, t])
-                result.append(total + alpha * (jnp.sum(cotangents[q] * v) + shifted[q]) * r * v)
+                alpha = jnp.exp((queries[q] * v).sum() * r - log_sum[q, b, t])
+                result.append(total + alpha * ((cotangents[q] * v).sum() + shifted[q]) * r * v)
             return result
 
         return jax.lax.fori_loop(0, count[0], add_row, totals)
 
     start, end = program * tokens, jnp.minimum((program + 1) * tokens, sources.shape[2])
-    zero = jnp.zeros(pl.next_power_of_2(sources.shape[3]), jnp.float32)
-    for q, total in enumerate(jax.lax.fori_loop(start, end, add_token, len(u) * [zero])):
+    zeros = [Vector.zeros(sources.shape[3]) for _ in u]
+    for q, total in enumerate(jax.lax.fori_loop(start, end, add_token, zeros)):
         _store(d_u[q], total, b, program)
 
 
@@ -92,9 +168,18 @@ def add_source_cotangent(
     d_sources, u, sources, inv_rms, count, log_sum, g, l, *, interpret=False
 ) -> Array:  # fmt: skip
     """See tpu.add_source_cotangent."""
+    if len(u) > queries_at_once(sources.shape[3]):
+        for us, sums, gs, ls in zip(*(_groups(x, sources) for x in (u, log_sum, g, l)), strict=True):
+            d_sources = add_source_cotangent(
+                d_sources, us, sources, inv_rms, count, sums, gs, ls, interpret=interpret
+            )  # fmt: skip
+        return d_sources
     before = () if d_sources is None else (d_sources,)
     out_shape, aliases = jax.ShapeDtypeStruct(sources.shape, sources.dtype), {0: 0} if before else {}
-    call = _call(_add_source_cotangent, sources.shape[1:3], out_shape, interpret, input_output_aliases=aliases)
+    held = {"vectors": 2 * len(u) + 2, "size": sources.shape[3]}
+    call = _call(
+        _add_source_cotangent, sources.shape[1:3], out_shape, interpret, input_output_aliases=aliases, **held
+    )  # fmt: skip
     return call(before, u, sources, inv_rms, count.reshape(1), log_sum, g, l)
 
 
@@ -104,17 +189,17 @@ def _add_source_cotangent(before, u, sources, inv_rms, count, log_sum, g, l, d_s
 
     def add_to_row(k, carry):
         v, r = _load(sources, k, b, t), inv_rms[k, b, t]
-        total = sum((_load(x, k, b, t) for x in before), jnp.zeros_like(v))
+        total = sum((_load(x, k, b, t) for x in before), Vector.zeros(sources.shape[3]))
         for q, (query, cotangent) in enumerate(zip(queries, cotangents, strict=True)):
-            score = jnp.sum(query * v) * r
+            score = (query * v).sum() * r
             alpha = jnp.exp(score - log_sum[q, b, t])
-            s_r = alpha * (jnp.sum(cotangent * v) + l[q, b, t]) * r
+            s_r = alpha * ((cotangent * v).sum() + l[q, b, t]) * r
             total += alpha * cotangent + s_r * query - s_r * score * r / sources.shape[3] * v
         _store(d_sources, total, k, b, t)
         return carry
 
     def clear_row(k, carry):
-        _store(d_sources, jnp.zeros_like(queries[0]), k, b, t)
+        _store(d_sources, Vector.zeros(sources.shape[3]), k, b, t)
         return carry
 
     jax.lax.fori_loop(0, count[0], add_to_row, 0)
@@ -124,9 +209,10 @@ def _add_source_cotangent(before, u, sources, inv_rms, count, log_sum, g, l, d_s
 
 def sublayer_input(u, values, columns, modulation, *, interpret=False) -> tuple[Array]:
     """See tpu.sublayer_input."""
-    b, t, _ = values[0].shape
+    b, t, d = values[0].shape
     out_shape = (jax.ShapeDtypeStruct(values[0].shape, values[0].dtype),)
-    return tuple(_call(_sublayer_input, (b, t), out_shape, interpret)(u, values, columns, modulation))
+    call = _call(_sublayer_input, (b, t), out_shape, interpret, vectors=len(values) + 2, size=d)
+    return tuple(call(u, values, columns, modulation))
 
 
 def _sublayer_input(u, values, columns, modulation, x):
@@ -147,7 +233,10 @@ def sublayer_input_cotangents(
     d_values = tuple(jax.ShapeDtypeStruct(v.shape, v.dtype) for v in values)
     out_shape = d_u, d_values, (jax.ShapeDtypeStruct((b, t), jnp.float32),), 2 * (partial_sums,)
     aliases = {len(u) + len(values) + len(columns) + 3 + r: len(u) + 1 + r for r in range(len(d_recent))}
-    call = _call(_sublayer_input_cotangents, (b, programs), out_shape, interpret, input_output_aliases=aliases)
+    held = {"vectors": 2 * len(values) + 5, "size": d}
+    call = _call(
+        _sublayer_input_cotangents, (b, programs), out_shape, interpret, input_output_aliases=aliases, **held
+    )  # fmt: skip
     d_u, d_values, d_log_sum, d_modulation = call(u, values, columns, modulation, g, d_recent)
     d_u = tuple(d if x.shape[1] > 1 else jnp.sum(d, axis=1, keepdims=True) for d, x in zip(d_u, u, strict=True))
     return d_u, d_values, d_log_sum, tuple(jnp.sum(d, axis=1, keepdims=True) for d in d_modulation)
@@ -166,14 +255,14 @@ def _sublayer_input_cotangents(
         cotangent = _load(g[0], b, t)
         g_normal = cotangent * (1 + scale)
         size = values[0].shape[-1]
-        g_h = g_normal - jnp.sum(g_normal) / size - normal * (jnp.sum(g_normal * normal) / size)
-        g_h *= inverse_deviation
-        dots = [jnp.sum(g_h * v) for v in loaded]
+        g_h = g_normal - g_normal.sum() / size - normal * ((g_normal * normal).sum() / size)
+        g_h = g_h * inverse_deviation
+        dots = [(g_h * v).sum() for v in loaded]
         along_h = sum(a * dot for a, dot in zip(alpha, dots, strict=True))
         d_scores = [a * (dot - along_h) for a, dot in zip(alpha, dots, strict=True)]
         d_log_sum[0][b, t] = d_scores[0]
         _store(d_values[0], alpha[0] * g_h, b, t)
-        d_query = jnp.zeros_like(g_h)
+        d_query = Vector.zeros(size)
         for k in range(1, len(values)):
             r = columns[k][b, t]
             d_score = d_scores[k] * r
@@ -187,7 +276,7 @@ def _sublayer_input_cotangents(
         return [total + term for total, term in zip(sums, terms, strict=True)]
 
     start, end = program * TOKENS_PER_PARTIAL_SUM, jnp.minimum((program + 1) * TOKENS_PER_PARTIAL_SUM, tokens)
-    sums = jax.lax.fori_loop(start, end, add_token, (2 + is_shared) * [jnp.zeros_like(scale)])
+    sums = jax.lax.fori_loop(start, end, add_token, [Vector.zeros(values[0].shape[-1]) for _ in range(2 + is_shared)])
     for ref, total in zip([*d_modulation, *(d_u if is_shared else ())], sums, strict=True):
         _store(ref, total, b, program)
 
@@ -197,37 +286,51 @@ def _merge(u, values, columns, b, t):
     size = values[0].shape[-1]
     query = _load(u[0], b, t) if u else None
     loaded = [_load(v, b, t) for v in values]
-    scores = [columns[0][b, t]] + [jnp.sum(query * v) * r[b, t] for v, r in zip(loaded[1:], columns[1:], strict=True)]
+    scores = [columns[0][b, t]] + [(query * v).sum() * r[b, t] for v, r in zip(loaded[1:], columns[1:], strict=True)]
     largest = functools.reduce(jnp.maximum, scores)
     weights = [jnp.exp(score - largest) for score in scores]
     alpha = [w / sum(weights) for w in weights]
     h = sum(a * v for a, v in zip(alpha, loaded, strict=True))
-    inside = jnp.arange(len(h)) < size
-    centred = jnp.where(inside, h - jnp.sum(h) / size, 0.0)
-    inverse_deviation = jax.lax.rsqrt(jnp.sum(centred * centred) / size + EPS)
+    mean = h.sum() / size
+    places = [first + jnp.arange(n) for first, n in parts_of(size)]
+    parts = (jnp.where(i < size, part - mean, 0.0) for i, part in zip(places, h.parts, strict=True))
+    centred = Vector(*parts) if size % LEAST_PART else h - mean
+    inverse_deviation = jax.lax.rsqrt((centred * centred).sum() / size + EPS)
     return query, loaded, scores, alpha, centred * inverse_deviation, inverse_deviation
 
 
-def _call(kernel, grid, out_shape, interpret, **options):
-    params = triton.CompilerParams(num_warps=4)
+def _call(kernel, grid, out_shape, interpret, *, vectors: int, size: int, **options):
+    """The call of a kernel whose programs hold so many vectors of so many features at a time."""
+    params = triton.CompilerParams(num_warps=warps_for(vectors, size))
     return pl.pallas_call(
         kernel, grid=grid, out_shape=out_shape, interpret=interpret, compiler_params=params, **options
     )  # fmt: skip
+
+
+def _groups(x, sources) -> list:
+    """What belongs to the queries, a tuple of arrays or an array `[Q, ...]`, in groups that a program takes."""
+    size = queries_at_once(sources.shape[3])
+    return [x[i : i + size] for i in range(0, len(x), size)]
 
 
 def _scalars(queries: int, batch: int, tokens: int) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct((queries, batch, tokens), jnp.float32)
 
 
-def _load(ref, *index) -> Array:
-    """The vector at `index`, padded with zeros, in float32; an axis of one entry is shared by all tokens."""
+def _load(ref, *index) -> Vector:
+    """The vector at `index`; an axis of one entry is shared by all tokens."""
     index = tuple(jnp.int32(0) if size == 1 else i for i, size in zip(index, ref.shape, strict=False))
+    size, parts = ref.shape[-1], []
+    for first, length in parts_of(size):
+        at = ref.at[(*index, pl.ds(first, length))]
+        is_whole = first + length <= size
+        mask = None if is_whole else first + jnp.arange(length) < size
+        parts.append(triton.load(at, mask=mask, other=None if is_whole else 0.0).astype(jnp.float32))
+    return Vector(*parts)
+
+
+def _store(ref, vector: Vector, *index) -> None:
     size = ref.shape[-1]
-    padded = pl.next_power_of_2(size)
-    inside = jnp.arange(padded) < size
-    return triton.load(ref.at[(*index, pl.ds(0, padded))], mask=inside, other=0.0).astype(jnp.float32)
-
-
-def _store(ref, vector: Array, *index) -> None:
-    inside = jnp.arange(len(vector)) < ref.shape[-1]
-    triton.store(ref.at[(*index, pl.ds(0, len(vector)))], vector.astype(ref.dtype), mask=inside)
+    for (first, length), part in zip(parts_of(size), vector.parts, strict=True):
+        mask = None if first + length <= size else first + jnp.arange(length) < size
+        triton.store(ref.at[(*index, pl.ds(first, length))], part.astype(ref.dtype), mask=mask)
