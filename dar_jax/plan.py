@@ -2,6 +2,7 @@
 
 Compiles the train step for hardware that need not be here, and prints the memory it takes, whether it fits, and the
 compiler's estimate of its time. A TPU topology needs libtpu (pip install -e ".[plan]") and minutes; cpu:8 does not.
+GPUs, h100:8, need XLA's compiler for them (pip install -e ".[plan_gpu]") and get no estimate of time.
 """
 
 import dataclasses
@@ -15,12 +16,14 @@ from dar_jax import cli, files
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "Experiment, and its variant: configs/digits.py:static_t")
 TOPOLOGY = flags.DEFINE_list(
-    "topology", None, "v5e:4x4, v6e:4x4, v4:4x4x4, v5p:2x4x4, v5e:16x16*2 (two slices) or cpu:8, in other sizes too. "
+    "topology", None, "v5e:4x4, v6e:4x4, v4:4x4x4, v5p:2x4x4, v5e:16x16*2 (two slices), h100:8, h200:8, a100:8, "
+    "h100:8*4 (four hosts) or cpu:8, in other sizes too. "
     "Several are compared in a table, each with as many microbatches as the step needs to fit"
 )  # fmt: skip
 JSON = flags.DEFINE_string("json", None, "Also write the plan, or the list of plans, to this file")
 FIT = flags.DEFINE_bool("fit", False, "Take as many microbatches as the step needs to fit, as of several topologies")
 PLOT = flags.DEFINE_string("plot", None, "Of several topologies: draw speed and memory to this .png")
+GPU_FLAGS = pathlib.Path(__file__).with_name("planning") / "gpu_xla_flags.txt"
 TPU_FLAGS = pathlib.Path(__file__).with_name("planning") / "tpu_xla_flags.txt"
 
 
@@ -68,6 +71,11 @@ def _set_environment(topologies: list[str]) -> None:
     os.environ["TPU_WORKER_HOSTNAMES"] = "localhost"
     os.environ["TPU_WORKER_ID"] = "0"
     os.environ["TPU_ACCELERATOR_TYPE"] = "v5litepod-16"
+    from dar_jax.planning import gpus
+
+    if any(name.partition(":")[0] in gpus.GPUS for name in topologies):  # XLA reads its flags when jax first compiles
+        gpu_flags = [line for line in GPU_FLAGS.read_text().splitlines() if line.startswith("--")]
+        os.environ["XLA_FLAGS"] = " ".join([*gpu_flags, *gpus.flags(), os.environ.get("XLA_FLAGS", "")]).strip()
 
 
 if __name__ == "__main__":

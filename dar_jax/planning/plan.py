@@ -16,6 +16,7 @@ from dar_jax.config import micro_batch
 from dar_jax.data.feed import abstract_batch
 from dar_jax.errors import UserError
 from dar_jax.models.flops import forward_flops
+from dar_jax.planning import gpus
 from dar_jax.planning.schedule import CHIPS, RESERVED_HBM, count_flops, read_schedule
 from dar_jax.training.setup import build_algorithm, set_up
 
@@ -25,7 +26,7 @@ MAX_HOST_DEVICES = 512  # more take minutes to start
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """One train step on one topology; None is "not known" (host devices have no estimate, nor has what does not fit).
+    """One train step on one topology; None is "not known": no time of GPUs and host devices, nor of what does not fit.
 
     Attributes:
       devices: chips of the topology.
@@ -35,11 +36,11 @@ class Plan:
       hbm_argument_bytes: per chip: parameters, EMA, optimizer state, batch.
       hbm_temp_bytes: per chip: activations, gradients and everything else a step needs meanwhile.
       hbm_total_bytes: both, and outputs and program where they take room of their own.
-      hbm_capacity_bytes: per chip; of host devices, their share of this machine's memory.
+      hbm_capacity_bytes: per chip; of GPUs, what jax takes; of host devices, their share of this machine's memory.
       memory_bytes: the same by kind, per chip: "params", "ema", "optimizer" (all else of the state), "frozen" (networks
         that a step uses and does not change, if there are any), "batch", "history" (the sources of routing and their
         cotangents) and "activations", which is all else: also gradients and the program.
-      fits: whether the compiler accepts it; on host devices, whether total is at most capacity.
+      fits: whether the compiler accepts it; on GPUs and host devices, whether total is at most capacity.
       flops_per_step: matmul FLOPs that are executed, over all devices, recomputation included.
       model_flops_per_step: what MFU counts: those of the forward pass, times three or what the algorithm takes.
       estimated_step_ms: the compiler's estimate, kernels included, time between chips not.
@@ -78,18 +79,23 @@ class Plan:
 
 
 def parse_topology(topology: str) -> tuple[str, tuple[int, ...], int]:
-    """ "v5e:4x4" -> ("v5e", (4, 4), 1), "v5e:4x4*2" (slices) -> ("v5e", (4, 4), 2), "cpu:8" -> ("cpu", (8,), 1).
+    """Kind, size and number of slices or hosts.
+
+    "v5e:4x4" -> ("v5e", (4, 4), 1), "v5e:4x4*2" (slices) -> ("v5e", (4, 4), 2), "h100:8*4" (hosts) -> ("h100", (8,),
+    4), "cpu:8" -> ("cpu", (8,), 1).
 
     Raises UserError for anything else, and for more devices than anybody has.
     """
     kind, _, size = topology.partition(":")
     size, _, slices = size.partition("*") if kind != "cpu" else (size, "", "")
     axes = CHIPS[kind].axes if kind in CHIPS else 1
+    kinds = ("cpu", *CHIPS, *gpus.GPUS)
     form = "x".join([r"[1-9]\d*"] * axes)
-    if kind not in ("cpu", *CHIPS) or not re.fullmatch(form, size) or not re.fullmatch(r"([1-9]\d*)?", slices):
+    if kind not in kinds or not re.fullmatch(form, size) or not re.fullmatch(r"([1-9]\d*)?", slices):
         raise UserError(
             f'--topology = "{topology}" is not understood; valid forms, in any size the hardware has, are '
-            "v5e:4x4, v6e:4x4, v4:4x4x4, v5p:2x4x4, v5e:16x16*2 (slices) and cpu:8."
+            "v5e:4x4, v6e:4x4, v4:4x4x4, v5p:2x4x4, v5e:16x16*2 (slices), h100:8, h200:8, a100:8, h100:8*4 (hosts) "
+            "and cpu:8."
         )
     shape, slices = tuple(int(n) for n in size.split("x")), int(slices or 1)
     if math.prod(shape) * slices > (MAX_HOST_DEVICES if kind == "cpu" else MAX_CHIPS):
@@ -109,6 +115,8 @@ def _devices(topology: str):
                 f'--topology = "{topology}" needs {size[0]} host devices, but jax started with {len(devices)}.'
             )
         return devices[: size[0]]
+    if kind in gpus.GPUS:
+        return gpus.devices(kind, size[0], slices)
     try:
         import libtpu  # noqa: F401
     except ImportError as error:
@@ -122,10 +130,10 @@ def _devices(topology: str):
 
 
 def make_plan(config: ConfigDict, topology: str) -> Plan:
-    """Compiles the train step of `config` for `topology`, "v5e:4x4" or "cpu:8".
+    """Compiles the train step of `config` for `topology`, "v5e:4x4", "h100:8" or "cpu:8".
 
     `config` has passed `validate`. Raises UserError for a config that could not be trained there, an unknown topology,
-    or a missing libtpu.
+    or a missing compiler.
     """
     devices = _devices(topology)
     mesh = sharding.make_mesh(config.mesh, devices)
@@ -156,9 +164,14 @@ def make_plan(config: ConfigDict, topology: str) -> Plan:
         outputs = memory.output_size_in_bytes - memory.alias_size_in_bytes
         total = arguments + temporaries + outputs + memory.generated_code_size_in_bytes
 
-    chip = CHIPS.get(parse_topology(topology)[0])
-    capacity = chip.hbm_bytes if chip else os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // len(devices)
-    usable = capacity - RESERVED_HBM if chip else capacity
+    kind = parse_topology(topology)[0]
+    chip, gpu = CHIPS.get(kind), gpus.GPUS.get(kind)
+    if chip:
+        capacity, usable = chip.hbm_bytes, chip.hbm_bytes - RESERVED_HBM
+    elif gpu:
+        capacity = usable = int(gpus.USABLE * gpu.memory)
+    else:
+        capacity = usable = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // len(devices)
     schedule = read_schedule(compiled.as_text(), chip or CHIPS["v5e"]) if compiled else None
     kernel_seconds = schedule.kernel_seconds if chip and compiled else None
     seconds = schedule.cycles / chip.clock + kernel_seconds if chip and compiled else None
@@ -190,11 +203,11 @@ def make_plan(config: ConfigDict, topology: str) -> Plan:
         hbm_capacity_bytes=capacity,
         memory_bytes=memory_bytes,
         fits=compiled is not None and total <= capacity,
-        flops_per_step=count_flops(traced.jaxpr.jaxpr, "tpu" if chip else "cpu"),
+        flops_per_step=count_flops(traced.jaxpr.jaxpr, "tpu" if chip else "cuda" if gpu else "cpu"),
         model_flops_per_step=model_flops,
         estimated_step_ms=seconds and 1e3 * seconds,
         estimated_kernel_ms=None if kernel_seconds is None else 1e3 * kernel_seconds,
-        traffic_ms=1e3 * traffic / chip.ici_bandwidth if chip and compiled else None,
+        traffic_ms=1e3 * traffic / (chip.ici_bandwidth if chip else gpu.links) if (chip or gpu) and compiled else None,
         mfu=seconds and model_flops / (len(devices) * seconds * chip.peak_flops),
         kernel_calls=schedule and schedule.kernel_calls,
         undeclared_kernels=schedule and schedule.undeclared_kernels,

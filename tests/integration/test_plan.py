@@ -15,6 +15,8 @@ import pytest
 from dar_jax import config as config_lib
 from dar_jax import planning
 from dar_jax.errors import UserError
+from dar_jax.planning import gpus
+from tests.gpu_compiler import needs_gpu_compiler
 from tests.libtpu import needs_libtpu
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -355,7 +357,9 @@ def test_door_compares_topologies(tmp_path):
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
-@pytest.mark.parametrize("topology", ["v5e", "v5e:4x4x4", "v4:4x4", "cpu:0", "v9:4x4", "v5e:4x4*0", "cpu:8*2", ""])
+@pytest.mark.parametrize(
+    "topology", ["v5e", "v5e:4x4x4", "v4:4x4", "cpu:0", "v9:4x4", "v5e:4x4*0", "cpu:8*2", "h100", "h100:4x4", ""]
+)
 def test_unknown_topology_names_the_forms(topology):
     with pytest.raises(UserError, match=r"valid forms.*v5e:4x4.*v4:4x4x4.*cpu:8"):
         planning.make_plan(tiny(), topology)
@@ -378,6 +382,27 @@ def test_missing_libtpu_names_the_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "libtpu", None)
     with pytest.raises(UserError, match=r'pip install -e "\.\[plan\]"'):
         planning.make_plan(tiny(), "v5e:4x4")
+
+
+def test_missing_compiler_of_gpus_names_the_extra(monkeypatch):
+    monkeypatch.setattr(gpus, "compiler", lambda: None)
+    assert planning.parse_topology("h100:8*4") == ("h100", (8,), 4)
+    with pytest.raises(UserError, match=r'pip install -e "\.\[plan_gpu\]"'):
+        planning.make_plan(tiny(), "h100:8")
+
+
+@needs_gpu_compiler
+def test_plan_of_gpus(tmp_path):
+    """Memory and collectives are known, a time is not. Flags as the launch scripts set them compile."""
+    out = tmp_path / "plan.json"
+    command = [sys.executable, "-m", "dar_jax.plan", f"--config={ROOT}/configs/digits.py:static_t", f"--json={out}"]
+    command += ["--topology=h100:2,h100:1*2", "--config.model.dtype=bfloat16", "--config.model.depth=2"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    for plan in json.loads(out.read_text()):
+        assert plan["devices"] == 2 and plan["fits"] and plan["estimated_step_ms"] is None and plan["mfu"] is None
+        assert plan["hbm_capacity_bytes"] == int(0.75 * 84_942_979_072)
+        assert plan["collectives"]["all-reduce"]["bytes"] > plan["memory_bytes"]["params"] / 2
 
 
 @pytest.mark.slow
