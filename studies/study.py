@@ -199,16 +199,22 @@ def _detail_command(workdir: pathlib.Path, teacher: pathlib.Path) -> list[str]:
 def collect(study: Study, root: pathlib.Path, failed: Sequence[str] = ()) -> dict:
     """What is kept of a study.
 
-    {"commit", "shared", "failed", "curves": {name: {seed: {step: {metric: value}}}}, "seconds": {name: {seed: of a
-    step}}}, the seconds without evaluations and with what else the machine did.
+    {"commit", "shared", "failed", "unfinished": runs that have begun and are left out, "curves": {name: {seed: {step:
+    {metric: value}}}}, "seconds": {name: {seed: of a step}}}, the seconds without evaluations and with what else the
+    machine did.
     """
+    from dar_jax.checkpoint import load_config
     from dar_jax.logs import read_metrics
 
     curves: dict = {}
     seconds: dict = {}
+    unfinished = []
     for name, seed in ((name, seed) for cell in study.cells for name in study.names(cell) for seed in study.seeds):
         workdir = root / f"{name}_{seed}"
         lines = read_metrics(str(workdir))
+        if lines and max(line["step"] for line in lines) < load_config(str(workdir)).train.num_steps:
+            unfinished.append(workdir.name)
+            continue
         for line in lines:
             if found := {metric: round(line[metric], 5) for metric in study.metrics if metric in line}:
                 steps = curves.setdefault(name, {}).setdefault(str(seed), {})
@@ -221,7 +227,7 @@ def collect(study: Study, root: pathlib.Path, failed: Sequence[str] = ()) -> dic
             found = {metric: round(scores[metric], 5) for metric in study.metrics if metric in scores}
             steps[max(steps, key=int)].update(found)
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
-    kept = {"commit": commit, "shared": list(study.shared), "failed": list(failed)}
+    kept = {"commit": commit, "shared": list(study.shared), "failed": list(failed), "unfinished": unfinished}
     return kept | {"seconds": seconds, "curves": curves}
 
 
@@ -422,8 +428,9 @@ def all_tables(study: Study, kept: Mapping) -> list[str]:
         found.append(target_table(study, kept))
     if "pace" in kept:
         found.append(time_table(study, kept))
-    if kept.get("failed"):
-        found.append(f"Failed: {', '.join(kept['failed'])}")
+    for which in ("failed", "unfinished"):
+        if kept.get(which):
+            found.append(f"{which.capitalize()}: {', '.join(kept[which])}")
     return found
 
 

@@ -142,7 +142,7 @@ def test_every_config_is_valid_in_every_variant(path, variant):
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     config = module.get_config(variant)
-    if config.model.family == "mmdit" and variant in RIVALS:
+    if config.model.family == "mmdit" and variant in (*RIVALS, "shared"):
         with pytest.raises(UserError, match=r"is of config\.model\.family = sit alone"):
             validate(config)
     else:
