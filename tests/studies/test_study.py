@@ -68,6 +68,30 @@ def test_steps_to_a_target_are_censored_and_interpolated():
     assert "| 12 ± 32 steps, 1.2 min | 1 of 2 runs |" in study.target_table(declared, kept)
 
 
+def test_at_equal_time_a_slow_cell_has_made_fewer_steps():
+    """b takes twice the time of a, so it is at step 5 when a ends; there it has 3, and a has 2."""
+    curves = {
+        name: {seed: {"5": {"m": m + 2}, "10": {"m": m}} for seed in "01"} for name, m in (("a", 2.0), ("b", 1.0))
+    }
+    declared = study.Study("x", "", {"a": (), "b": ()}, (), (0, 1), [], ("m",))
+    table = study.time_table(declared, {"curves": curves, "pace": {"a": [1.0, 9.0, 0.5], "b": [2.0]}}).splitlines()
+    assert "m at step 10 | after 10 s" in table[0]
+    assert table[2:] == [
+        "| `a` | 1000 | 1.00 | 2 ± 0 | 2 ± 0 | +0 ± 0 |",
+        "| `b` | 2000 | 2.00 | 1 ± 0 | 3 ± 0 | +1 ± 0 |",
+    ]
+
+
+def test_other_seeds_have_no_say_in_the_rate():
+    """The sweep is of seed 0 alone, where a rate of 2 is better."""
+    found = {"0": {"9": {"m": 1.0}}, "1": {"9": {"m": 8.0}}}
+    curves = {"a@1": {"0": {"9": {"m": 2.0}}}, "a@2": found}
+    swept = study.Study("x", "", {"a": ()}, (), (0, 1), [], ("m",), rates=(1, 2), sweep_seeds=(0,))
+    assert study.best_name(swept, curves, "a") == "a@2"
+    assert study.rate_table(swept, curves).splitlines()[-1] == "| `a` | 2 | 1 |"
+    assert study.table(swept, curves).splitlines()[2].startswith("| `a@2` | 2 | 4.5 ")
+
+
 CONFIG_FILE = """
 from dar_jax import config as config_lib
 from tests.training import tiny
