@@ -15,8 +15,10 @@ from scipy import stats
 ROOT = pathlib.Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "studies"))
 
+import chunk_size  # noqa: E402
 import distil  # noqa: E402
 import distil_emoji  # noqa: E402
+import does_it_help  # noqa: E402
 import repa  # noqa: E402
 import study  # noqa: E402
 import text_to_image  # noqa: E402
@@ -132,6 +134,8 @@ PAGES = (
     (text_to_image.STUDY, "text_to_image"),
     (distil.STUDY, "distil"),
     (distil_emoji.STUDY, "distil"),
+    (does_it_help.STUDY, "does_it_help"),
+    (chunk_size.STUDY, "does_it_help"),
 )
 
 
