@@ -125,7 +125,6 @@ def _by_kernels_backward(residuals, g):
 
 _by_kernels.defvjp(_by_kernels_forward, _by_kernels_backward)
 
-
 # Axes of what passes take and return, `[B, T, heads, d]`, `[B, heads, T]` and `[B, K]`, as linen's logical names.
 TOKENS, HEADS, SAMPLES = ("batch", None, "heads"), ("batch", "heads"), ("batch",)
 PARTS, JOINED = ("batch", None, None, "heads"), ("batch", None, "heads")  # [B, T, 3, heads * d], [B, T, heads * d]

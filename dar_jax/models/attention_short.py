@@ -15,10 +15,9 @@ from jax import Array
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-LANES, SUBLANES = 128, 16
-MASKED = -1e30  # finite, as exp of it is 0
-LOG2_E = math.log2(math.e)
-VMEM_LIMIT = 64 * 2**20
+from dar_jax.models.attention_tpu import LANES, LOG2_E, MASKED, VMEM_LIMIT, dot
+
+SUBLANES = 16  # of a tile in bfloat16
 # Seven blocks of a sample in bfloat16, twice because the next ones are fetched meanwhile, and three sums in float32.
 MOST_BYTES = 40 * 2**20
 
@@ -53,7 +52,7 @@ def _forward(d: int, qkv, bias, out, total):
     total[...] = jnp.zeros_like(total)
     for window, inside in _heads(out.shape, d):
         weights = _weights(jnp.where(inside, qkv[0, :, window], 0), qkv[1, :, window], bias, d)
-        found = _dot(weights.astype(qkv.dtype), qkv[2, :, window], 0, 0)
+        found = dot(weights.astype(qkv.dtype), qkv[2, :, window], 0, 0)
         total[0, :, window] += jnp.where(inside, found, 0)
     out[...] = total[0].astype(out.dtype)
 
@@ -65,12 +64,12 @@ def _backward(d: int, qkv, g, bias, d_qkv, total):
         queries, gradients = jnp.where(inside, qkv[0, :, window], 0), jnp.where(inside, g[:, window], 0)
         keys, values = qkv[1, :, window], qkv[2, :, window]
         weights = _weights(queries, keys, bias, d)
-        d_weights = _dot(values, gradients, 1, 1)
+        d_weights = dot(values, gradients, 1, 1)
         along_out = jnp.sum(weights * d_weights, axis=0, keepdims=True)
         d_scores = (weights * (d_weights - along_out) * d**-0.5).astype(g.dtype)
-        total[0, :, window] += jnp.where(inside, _dot(d_scores, keys, 0, 0), 0)
-        total[1, :, window] += _dot(d_scores, queries, 1, 0)
-        total[2, :, window] += _dot(weights.astype(g.dtype), gradients, 1, 0)
+        total[0, :, window] += jnp.where(inside, dot(d_scores, keys, 0, 0), 0)
+        total[1, :, window] += dot(d_scores, queries, 1, 0)
+        total[2, :, window] += dot(weights.astype(g.dtype), gradients, 1, 0)
     d_qkv[...] = total[...].astype(d_qkv.dtype)
 
 
@@ -85,15 +84,10 @@ def _heads(shape: tuple[int, int], d: int):
 
 def _weights(queries: Array, keys: Array, bias, d: int) -> Array:
     """Softmax over the keys of one head, keys by queries, float32."""
-    scores = _dot(keys, queries, 1, 1) * (d**-0.5 * LOG2_E)
+    scores = dot(keys, queries, 1, 1) * (d**-0.5 * LOG2_E)
     scores = scores + bias[0][...] if bias else scores
     weights = jnp.exp2(scores - jnp.max(scores, axis=0, keepdims=True))
     return weights / jnp.sum(weights, axis=0, keepdims=True)
-
-
-def _dot(a: Array, b: Array, axis_a: int, axis_b: int) -> Array:
-    """The product of two matrices over these axes, in float32."""
-    return jax.lax.dot_general(a, b, (((axis_a,), (axis_b,)), ((), ())), preferred_element_type=jnp.float32)
 
 
 def _call(kernel, d: int, matmuls: int, qkv: Array, g: tuple, key_mask: Array | None, out_shape, sums, interpret):

@@ -89,7 +89,7 @@ def _forward(scale, q, k, v, bias, out, log_sum, total, maximum, denominator):
     weights, kept = jnp.exp2(scores - new_maximum), jnp.exp2(maximum[...] - new_maximum)
     maximum[...] = new_maximum
     denominator[...] = kept * denominator[...] + jnp.sum(weights, axis=0, keepdims=True)
-    total[...] = kept * total[...] + _dot(v[...], weights.astype(v.dtype), 0, 0)
+    total[...] = kept * total[...] + dot(v[...], weights.astype(v.dtype), 0, 0)
 
     @pl.when(j == pl.num_programs(3) - 1)
     def _():
@@ -151,10 +151,10 @@ def _backward(scale, q, k, v, bias, g, log_sum, along_out, d_q, d_k, d_v, total_
         total_q[rows, :] = jnp.zeros(q.shape, jnp.float32)
 
     weights = jnp.exp2(_scores(scale * LOG2_E, q, k, bias) - log_sum[...] * LOG2_E)
-    total_v[...] += _dot(weights.astype(g.dtype), g[...], 1, 0)
-    d_scores = (weights * (_dot(v[...], g[...], 1, 1) - along_out[...])).astype(q.dtype)
-    total_k[...] += _dot(d_scores, q[...], 1, 0)
-    total_q[rows, :] += _dot(d_scores, k[...], 0, 0)
+    total_v[...] += dot(weights.astype(g.dtype), g[...], 1, 0)
+    d_scores = (weights * (dot(v[...], g[...], 1, 1) - along_out[...])).astype(q.dtype)
+    total_k[...] += dot(d_scores, q[...], 1, 0)
+    total_q[rows, :] += dot(d_scores, k[...], 0, 0)
 
     @pl.when(i == pl.num_programs(3) - 1)
     def _():
@@ -168,11 +168,11 @@ def _backward(scale, q, k, v, bias, g, log_sum, along_out, d_q, d_k, d_v, total_
 
 def _scores(scale: float, q, k, bias) -> Array:
     """Scores in units of log 2, keys by queries."""
-    scores = _dot(k[...], q[...], 1, 1) * scale
+    scores = dot(k[...], q[...], 1, 1) * scale
     return scores + bias[0][...] if bias else scores
 
 
-def _dot(a: Array, b: Array, axis_a: int, axis_b: int) -> Array:
+def dot(a: Array, b: Array, axis_a: int, axis_b: int) -> Array:
     """The product of two matrices over these axes, in float32."""
     return jax.lax.dot_general(a, b, (((axis_a,), (axis_b,)), ((), ())), preferred_element_type=jnp.float32)
 

@@ -1,9 +1,10 @@
 """What a train step needs on hardware that is not here: compiled ahead of time, read from the compiler's own report.
 
-libtpu compiles for a TPU topology on any x86-64 machine. Memory is the compiler's assignment. Time is its estimate,
-never a timing: the scheduled module names `estimated_cycles` for every operation, which are summed over the call
-tree, loop bodies times their trip count. Two things carry no estimate: Pallas kernels, which count as their declared
-cost, and traffic between chips, which is counted in bytes and left out of the time.
+libtpu compiles for a TPU topology on any x86-64 machine, and XLA for GPUs (gpus.py), of which only memory and
+collectives are known. Memory is the compiler's assignment. Time is its estimate, never a timing: the scheduled module
+names `estimated_cycles` for every operation, which are summed over the call tree, loop bodies times their trip count.
+Two things carry no estimate: Pallas kernels, which count as their declared cost, and traffic between chips, which is
+counted in bytes and left out of the time.
 """
 
 from dar_jax.planning.plan import Plan, make_fitting_plan, make_plan, parse_topology, suggest_batch_size

@@ -15,7 +15,6 @@ from dar_jax.errors import UserError
 # On a machine without a GPU nothing can be tuned, and the default flags then find no tile sizes for some matmuls.
 UNTUNED = "--xla_gpu_experimental_cost_model_gemm_tiling_options=top=1"
 USABLE = 0.75  # of the memory, which jax takes unless XLA_CLIENT_MEM_FRACTION says otherwise
-LINKS = 450e9  # bytes/s that a GPU receives over NVLink 4; A100's NVLink 3 has 300e9
 
 
 class Gpu(NamedTuple):
@@ -24,7 +23,6 @@ class Gpu(NamedTuple):
     name: str
     memory: int  # bytes
     bandwidth: float  # bytes/s
-    links: float  # bytes/s that it receives from the other GPUs of its host
     major: int  # compute capability, major.0
     cores: int
     shared: int  # bytes of shared memory per core
@@ -34,12 +32,12 @@ class Gpu(NamedTuple):
     clock: float  # GHz
 
 
-_HOPPER = {"links": LINKS, "major": 9, "cores": 132, "shared": 233472, "shared_optin": 232448}
+_HOPPER = {"major": 9, "cores": 132, "shared": 233472, "shared_optin": 232448}
 _HOPPER |= {"fpus": 128, "l2": 50 * 2**20, "clock": 1.98}
 GPUS = {
     "h100": Gpu("NVIDIA H100 80GB HBM3", 84_942_979_072, 3352.32e9, **_HOPPER),
     "h200": Gpu("NVIDIA H200", 150_754_820_096, 4800e9, **_HOPPER),
-    "a100": Gpu("NVIDIA A100-SXM4-80GB", 84_987_740_160, 2039e9, 300e9, 8, 108, 167936, 166912, 64, 40 * 2**20, 1.41),
+    "a100": Gpu("NVIDIA A100-SXM4-80GB", 84_987_740_160, 2039e9, 8, 108, 167936, 166912, 64, 40 * 2**20, 1.41),
 }
 
 

@@ -207,7 +207,7 @@ def make_plan(config: ConfigDict, topology: str) -> Plan:
         model_flops_per_step=model_flops,
         estimated_step_ms=seconds and 1e3 * seconds,
         estimated_kernel_ms=None if kernel_seconds is None else 1e3 * kernel_seconds,
-        traffic_ms=1e3 * traffic / (chip.ici_bandwidth if chip else gpu.links) if (chip or gpu) and compiled else None,
+        traffic_ms=1e3 * traffic / chip.ici_bandwidth if chip and compiled else None,
         mfu=seconds and model_flops / (len(devices) * seconds * chip.peak_flops),
         kernel_calls=schedule and schedule.kernel_calls,
         undeclared_kernels=schedule and schedule.undeclared_kernels,

@@ -23,9 +23,9 @@ from tests.models.test_stack import (
     HEADS,
     SIZE,
     assert_close,
+    check_stack,
     make,
     routed,
-    torch_value_and_gradients,
     value_and_gradients,
 )
 from tests.parity import torch_stack
@@ -55,12 +55,7 @@ def test_stacks_equal_unrolled_references(kind, lanes, remat):
             read, _ = torch_stack.hyper_stack(params, DEPTH, HEADS, lanes, kind, v_0, condition)
         return torch_stack.modulated_norm(read, shift, scale)
 
-    stack = stack_of(kind, lanes, remat)
-    with jax.enable_x64(True):
-        params, inputs = make(stack, jnp.float64)
-        probe = np.random.default_rng(7).normal(size=inputs[0].shape)
-        actual = value_and_gradients(stack, params, inputs, probe)
-        assert_close(actual, torch_value_and_gradients(reference, params, inputs, probe), 1e-10)
+    check_stack(stack_of(kind, lanes, remat), reference, jnp.float64)
 
 
 @pytest.mark.parametrize("kind", ["long_skip", "mhc", "dense_former"])
@@ -91,11 +86,7 @@ def test_delta_equals_the_stream_and_a_correction(chunk_size, query):
         read = torch_stack.delta_stack(params, layout, query, HEADS, v_0, condition, e_t)
         return torch_stack.modulated_norm(read, shift, scale)
 
-    with jax.enable_x64(True):
-        params, inputs = make(stack, jnp.float64)
-        probe = np.random.default_rng(7).normal(size=inputs[0].shape)
-        actual = value_and_gradients(stack, params, inputs, probe)
-        assert_close(actual, torch_value_and_gradients(reference, params, inputs, probe), 1e-10)
+    check_stack(stack, reference, jnp.float64)
 
 
 @pytest.mark.parametrize("final", ["dedicated", "shared", "summaries"])

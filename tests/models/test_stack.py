@@ -56,7 +56,7 @@ def torch_value_and_gradients(forward, params, inputs, probe):
 def assert_close(actual, expected, tolerance):
     def check(path, a, b):
         # With one source a query has no effect: its gradient is zero, up to rounding of terms of order one.
-        error = np.linalg.norm(np.asarray(a) - b) / max(np.linalg.norm(b), 1e-3)
+        error = np.linalg.norm(np.asarray(a) - b) / max(np.linalg.norm(b), 2e-3)
         assert error < tolerance, f"{jax.tree_util.keystr(path)}: relative error {error:.2e}"
 
     jax.tree_util.tree_map_with_path(check, actual, expected)
@@ -68,7 +68,7 @@ def check_stack(stack, reference, dtype):
         probe = np.random.default_rng(7).normal(size=inputs[0].shape).astype(dtype)
         actual = value_and_gradients(stack, params, inputs, probe)
         expected = torch_value_and_gradients(reference, params, inputs, probe)
-        assert_close(actual, expected, 1e-5 if dtype == jnp.float32 else 1e-11)
+        assert_close(actual, expected, 1e-5 if dtype == jnp.float32 else 1e-12)
 
 
 LEARNED = ("static", "static_t", "dynamic")

@@ -292,10 +292,6 @@ def compile_for_v5e():
         print(compiled.as_text().count('custom_call_target="tpu_custom_call"'))
 
 
-if __name__ == "__main__":
-    compile_for_v5e()
-
-
 def test_queries_in_groups_on_a_gpu_give_the_same(monkeypatch):
     """Three queries in groups of two, for each pass over the history. Vectors of 200 features have an end of zeros."""
     rng = np.random.default_rng(0)
@@ -314,3 +310,7 @@ def test_queries_in_groups_on_a_gpu_give_the_same(monkeypatch):
     monkeypatch.setattr(gpu, "queries_at_once", lambda size: 2)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), run(), together)
     assert gpu.parts_of(1152) == [(0, 1024), (1024, 128)] and gpu.parts_of(200) == [(0, 256)]
+
+
+if __name__ == "__main__":
+    compile_for_v5e()
