@@ -98,6 +98,8 @@ def main(study: Study) -> None:
             path.write_text(json.dumps(_kept(path, "pace") | collect(study, root, failed), indent=1) + "\n")
         if PACE.value:
             path.write_text(json.dumps(_kept(path) | {"pace": pace(study, PACE.value)}, indent=1) + "\n")
+        if not path.exists():
+            sys.exit(f"error: {path} is not there; name the directory of the runs with --root.")
         kept = json.loads(path.read_text())
         tables = all_tables(study, kept)
         print("\n\n".join(tables))
@@ -234,7 +236,7 @@ def collect(study: Study, root: pathlib.Path, failed: Sequence[str] = ()) -> dic
 def pace(study: Study, rounds: int, steps: int = 10) -> dict[str, list[float]]:
     """Seconds of a train step of every cell, by rounds in which the cells take turns, after one to warm up.
 
-    The batch is of noise. Initial weights cannot matter, and `init_from` and `teacher` are left out.
+    The batch is of noise, and initial weights do not matter. Of class-conditional models without a teacher.
     """
     import jax
     from ml_collections import config_flags
@@ -250,6 +252,8 @@ def pace(study: Study, rounds: int, steps: int = 10) -> dict[str, list[float]]:
         with mock.patch.object(sys, "argv", argv):  # where config_flags looks for the fields that are set
             values(argv)
         config = values.config
+        if config.algorithm != "flow" or config.model.family != "sit":
+            sys.exit(f"error: --pace times runs of algorithm flow and family sit; {cell} is another one.")
         size, count = config.model.input_size, micro_batch(config)
         x1 = jax.random.normal(jax.random.key(0), (count, size, size, config.model.channels))
         batch = {"x1": x1, "condition": {"label": jax.numpy.arange(count) % config.model.num_classes}}
@@ -377,7 +381,8 @@ def target_table(study: Study, kept: Mapping) -> str:
             reached = [steps for steps in found if np.isfinite(steps)]
             if found and len(reached) == len(found):
                 mean, half = interval(reached)
-                cells.append(f"{mean:.0f} ± {half:.0f} steps, {mean * median / 60:.1f} min")
+                spread = f" ± {half:.0f}" if len(reached) > 1 else ""
+                cells.append(f"{mean:.0f}{spread} steps, {mean * median / 60:.1f} min")
             else:
                 cells.append(f"{len(reached)} of {len(found)} runs")
         rows.append(f"| `{name}` | {median:.3g} | " + " | ".join(cells) + " |")
@@ -394,8 +399,9 @@ def time_table(study: Study, kept: Mapping) -> str:
     curves, metric, reference = kept["curves"], study.metrics[0], next(iter(study.cells))
     seconds = {cell: float(np.median(kept["pace"][cell])) for cell in study.cells}
     names = {cell: best_name(study, curves, cell) for cell in study.cells}
+    names = {cell: name for cell, name in names.items() if name in curves}
     last = {cell: max(max(map(int, steps)) for steps in curves[name].values()) for cell, name in names.items()}
-    budget = min(last[cell] * seconds[cell] for cell in study.cells)
+    budget = min(last[cell] * seconds[cell] for cell in names)
 
     def at(cell: str, step: float) -> dict[str, float]:
         reached = {}
@@ -408,7 +414,7 @@ def time_table(study: Study, kept: Mapping) -> str:
     rows = [f"| cell | ms per step | ratio | {metric} at step {last[reference]} | after {budget:.0f} s | difference |"]
     rows.append("|---" * 6 + "|")
     first = at(reference, budget / seconds[reference])
-    for cell in study.cells:
+    for cell in names:
         then = at(cell, budget / seconds[cell])
         difference = [then[seed] - first[seed] for seed in then if seed in first]
         found = _with_interval(list(at(cell, last[cell]).values())), _with_interval(list(then.values()))

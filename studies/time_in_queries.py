@@ -62,6 +62,8 @@ def table(kept: dict) -> str:
 def main(_):
     if ROOT.value:
         KEPT.write_text(json.dumps(measure(pathlib.Path(ROOT.value)), indent=1) + "\n")
+    if not KEPT.exists():
+        sys.exit(f"error: {KEPT} is not there; name the directory of the runs with --root.")
     print(table(json.loads(KEPT.read_text())))
 
 
