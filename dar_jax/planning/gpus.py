@@ -4,12 +4,12 @@ Memory and collectives are the compiler's. It gives no time that could be truste
 """
 
 import importlib.util
-import pathlib
 from typing import NamedTuple
 
 import jax
 from jax.experimental import topologies
 
+from dar_jax import files
 from dar_jax.errors import UserError
 
 # On a machine without a GPU nothing can be tuned, and the default flags then find no tile sizes for some matmuls.
@@ -41,10 +41,10 @@ GPUS = {
 }
 
 
-def compiler() -> pathlib.Path | None:
+def compiler() -> files.Path | None:
     """The folder of ptxas and libdevice; None: it is not installed."""
     found = importlib.util.find_spec("nvidia")
-    places = [pathlib.Path(place) / "cu13" for place in (found.submodule_search_locations if found else ())]
+    places = [files.path(place) / "cu13" for place in (found.submodule_search_locations if found else ())]
     return next((place for place in places if (place / "bin" / "ptxas").exists()), None)
 
 
