@@ -36,8 +36,8 @@ def attention(q: Array, k: Array, v: Array, key_mask: Array | None = None) -> Ar
     Returns:
       `[B, Q, heads, d]` in the dtype of `v`.
     """
-    has_kernel = q.dtype != jnp.float64 and (attention_tpu.supports(q, k) or attention_gpu.supports(q, k))
-    if k.shape[1] < LEAST_KEYS_OF_KERNELS or not has_kernel:
+    has_kernel = attention_tpu.supports(q, k) or attention_gpu.supports(q.shape[-1], q.dtype)
+    if k.shape[1] < LEAST_KEYS_OF_KERNELS or q.dtype == jnp.float64 or not has_kernel:
         return by_autodiff(q, k, v, key_mask)
     return _by_kernels(q, k, v, key_mask)
 
@@ -45,14 +45,24 @@ def attention(q: Array, k: Array, v: Array, key_mask: Array | None = None) -> Ar
 def self_attention(qkv: Array, heads: int, key_mask: Array | None = None, attend=attention) -> Array:
     """Attention of tokens to each other, `[B, T, 3, heads * d]` -> `[B, T, heads * d]`.
 
-    By `attend`, `attention` or `by_autodiff`, with its key mask. Of few tokens `attention` takes kernels on TPUs that
-    read queries, keys and values from one array (attention_short.py); what they need for the backward pass is qkv.
+    By `attend`, `attention` or `by_autodiff`, with its key mask. Of few tokens `attention` takes kernels that read
+    queries, keys and values from one array: on TPUs attention_short.py, on GPUs those of attention_gpu.py.
     """
     d = qkv.shape[-1] // heads
-    is_short = qkv.shape[1] < LEAST_KEYS_OF_KERNELS and attention_short.supports(qkv, d)
-    if attend is attention and is_short:
+    is_short = qkv.shape[1] < LEAST_KEYS_OF_KERNELS
+    if attend is attention and is_short and _kernels_of_few_tokens(d, qkv):
         return _of_few_tokens(d, qkv, key_mask)
     return _of_parts(attend, d, qkv, key_mask)
+
+
+def _kernels_of_few_tokens(d: int, qkv: Array) -> dict:
+    """By platform the forward and the backward pass, where they take qkv."""
+    found = {}
+    if attention_short.supports(qkv, d):
+        found["tpu"] = attention_short.forward, attention_short.backward
+    if attention_gpu.supports(d, qkv.dtype):
+        found["cuda"] = attention_gpu.forward_of_parts, attention_gpu.backward_of_parts
+    return found
 
 
 def _of_parts(attend, d: int, qkv: Array, key_mask: Array | None) -> Array:
@@ -67,17 +77,22 @@ def _of_few_tokens(d: int, qkv: Array, key_mask: Array | None) -> Array:
 
 
 def _of_few_tokens_forward(d, qkv, key_mask):
-    passes, heads = {"tpu": functools.partial(attention_short.forward, d)}, qkv.shape[-1] // d
-    elsewhere = functools.partial(_of_parts, by_autodiff, d)
-    return _choose(passes, elsewhere, (qkv, key_mask), (PARTS, SAMPLES), JOINED, heads), (qkv, key_mask)
+    def elsewhere(qkv, key_mask):
+        b, tokens, _, size = qkv.shape
+        return _of_parts(by_autodiff, d, qkv, key_mask), jnp.zeros((b, size // d, tokens), jnp.float32)
+
+    passes = {name: functools.partial(one, d) for name, (one, _) in _kernels_of_few_tokens(d, qkv).items()}
+    out, log_sum = _choose(passes, elsewhere, (qkv, key_mask), (PARTS, SAMPLES), (JOINED, HEADS), qkv.shape[-1] // d)
+    return out, (qkv, key_mask, out, log_sum)
 
 
 def _of_few_tokens_backward(d, residuals, g):
-    def elsewhere(qkv, key_mask, g):
+    def elsewhere(qkv, key_mask, out, log_sum, g):
         return jax.vjp(lambda qkv: _of_parts(by_autodiff, d, qkv, key_mask), qkv)[1](g)[0]
 
-    passes = {"tpu": functools.partial(attention_short.backward, d)}
-    return _choose(passes, elsewhere, (*residuals, g), (PARTS, SAMPLES, JOINED), PARTS, g.shape[-1] // d), None
+    passes = {name: functools.partial(one, d) for name, (_, one) in _kernels_of_few_tokens(d, residuals[0]).items()}
+    axes = PARTS, SAMPLES, JOINED, HEADS, JOINED
+    return _choose(passes, elsewhere, (*residuals, g), axes, PARTS, g.shape[-1] // d), None
 
 
 _of_few_tokens.defvjp(_of_few_tokens_forward, _of_few_tokens_backward)
@@ -133,10 +148,9 @@ PARTS, JOINED = ("batch", None, None, "heads"), ("batch", None, "heads")  # [B, 
 def _run(name: str, args: tuple, arg_axes: tuple, result_axes: tuple) -> tuple[Array, ...]:
     """A pass for many keys, "forward" or "backward", by kernels where they take the head's size."""
     q, k = args[:2]
-    passes = {
-        platform: getattr(kernels if kernels.supports(q, k) else _Blockwise, name)
-        for platform, kernels in (("tpu", attention_tpu), ("cuda", attention_gpu))
-    }
+    on_tpu = attention_tpu if attention_tpu.supports(q, k) else _Blockwise
+    on_gpu = attention_gpu if attention_gpu.supports(q.shape[-1], q.dtype) else _Blockwise
+    passes = {"tpu": getattr(on_tpu, name), "cuda": getattr(on_gpu, name)}
     return _choose(passes, getattr(_Blockwise, name), args, arg_axes, result_axes, q.shape[2])
 
 

@@ -4,11 +4,16 @@ A program owns a block of queries (or, for the gradients of keys and values, of 
 chip, and loops over blocks of the other side. The forward pass is an online softmax. The backward pass computes scores
 twice, once for the gradient of queries and once for those of keys and values: no atomic additions, so results repeat.
 
+Heads of any multiple of 8 features up to 128 are loaded as the next power of two, zeros beyond their end. Of tokens
+that attend to each other the kernels read queries, keys and values from one array, `[B, T, 3, heads, d]`, and write its
+gradient as one.
+
 Not cuDNN's attention (`jax.nn.dot_product_attention`): it looks for cuDNN when it is traced, also for a TPU or a CPU,
 and it takes lengths of sequences or a bias for every pair of tokens, but no mask of keys.
 """
 
 import math
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,16 +27,71 @@ LOG2_E = math.log2(math.e)
 OWNED, LOADED = 128, 64
 
 
-def supports(q: Array, k: Array) -> bool:
-    """Whether the kernels take queries and keys of these shapes, `[B, T, heads, d]`, and dtypes."""
-    return q.shape[-1] in (64, 128) and q.dtype in (jnp.bfloat16, jnp.float16)
+def supports(d: int, dtype) -> bool:
+    """Whether the kernels take heads of d features of this dtype."""
+    return d % 8 == 0 and d <= 128 and dtype in (jnp.bfloat16, jnp.float16)
 
 
 def forward(q: Array, k: Array, v: Array, key_mask: Array | None, *, interpret: bool = False) -> tuple[Array, Array]:
     """See `attention_tpu.forward`."""
-    out_shape = jax.ShapeDtypeStruct(q.shape, v.dtype), _per_query(q)
-    call = _call(_forward, q, q, k, out_shape, 2, interpret)
-    return tuple(call(q, k, v, _masks(key_mask)))
+    out_shape = jax.ShapeDtypeStruct(q.shape, v.dtype), _per_query(q.shape)
+    return tuple(_call(_forward, q.shape, k.shape[1], 2, (q, k, v, _masks(key_mask)), out_shape, interpret))
+
+
+def forward_of_parts(d: int, qkv: Array, key_mask: Array | None, *, interpret: bool = False) -> tuple[Array, Array]:
+    """Attention of tokens to each other: qkv `[B, T, 3, heads * d]` -> outputs and logs of denominators.
+
+    Outputs are `[B, T, heads * d]`, logs float32 `[B, heads, T]`.
+    """
+    b, tokens, _, size = qkv.shape
+    parts, owner = qkv.reshape(b, tokens, 3, -1, d), (b, tokens, size // d, d)
+    out_shape = jax.ShapeDtypeStruct(owner, qkv.dtype), _per_query(owner)
+    out, log_sum = _call(_forward_of_parts, owner, tokens, 2, (parts, _masks(key_mask)), out_shape, interpret)
+    return out.reshape(b, tokens, size), log_sum
+
+
+def backward_of_parts(
+    d: int, qkv: Array, key_mask: Array | None, out: Array, log_sum: Array, g: Array, *, interpret: bool = False
+) -> Array:
+    """The gradient of qkv, in its shape and dtype, from that of the outputs, `[B, T, heads * d]`."""
+    b, tokens, _, size = qkv.shape
+    owner = b, tokens, size // d, d
+    parts, out, g = qkv.reshape(b, tokens, 3, -1, d), out.reshape(owner), g.reshape(owner)
+    args, out_shape = (
+        (parts, _masks(key_mask), g, log_sum, _along(out, g)),
+        jax.ShapeDtypeStruct(parts.shape, qkv.dtype),
+    )
+    return _call(_backward_of_parts, owner, tokens, 7, args, out_shape, interpret).reshape(qkv.shape)
+
+
+class _Part(NamedTuple):
+    """Queries, keys or values in an array `[B, T, 3, heads, d]`."""
+
+    ref: object
+    index: int
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        b, tokens, _, *head = self.ref.shape
+        return b, tokens, *head
+
+    @property
+    def dtype(self):
+        return self.ref.dtype
+
+
+def _parts(ref) -> tuple[_Part, ...]:
+    return tuple(_Part(ref, i) for i in range(3))
+
+
+def _forward_of_parts(qkv, key_mask, out, log_sum):
+    _forward(*_parts(qkv), key_mask, out, log_sum)
+
+
+def _backward_of_parts(qkv, key_mask, g, log_sum, along_out, d_qkv):
+    (q, k, v), (d_q, d_k, d_v) = _parts(qkv), _parts(d_qkv)
+    _backward_queries(q, k, v, key_mask, g, log_sum, along_out, d_q)
+    _backward_keys(q, k, v, key_mask, g, log_sum, along_out, d_k, d_v)
 
 
 def _forward(q, k, v, key_mask, out, log_sum):
@@ -59,12 +119,16 @@ def backward(
     interpret: bool = False,
 ) -> tuple[Array, Array, Array]:  # fmt: skip
     """See `attention_tpu.backward`."""
-    along_out = jnp.einsum("bthd,bthd->bht", out, g, preferred_element_type=jnp.float32)
-    args = q, k, v, _masks(key_mask), g, log_sum, along_out
+    args = q, k, v, _masks(key_mask), g, log_sum, _along(out, g)
     shape = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype)  # noqa: E731
-    d_q = _call(_backward_queries, q, q, k, shape(q), 3, interpret)(*args)
-    d_k, d_v = _call(_backward_keys, k, q, k, (shape(k), shape(v)), 4, interpret)(*args)
+    d_q = _call(_backward_queries, q.shape, k.shape[1], 3, args, shape(q), interpret)
+    d_k, d_v = _call(_backward_keys, k.shape, q.shape[1], 4, args, (shape(k), shape(v)), interpret)
     return d_q, d_k, d_v
+
+
+def _along(out: Array, g: Array) -> Array:
+    """Of every query the product of its output and the output's gradient, float32 `[B, heads, T]`."""
+    return jnp.einsum("bthd,bthd->bht", out, g, preferred_element_type=jnp.float32)
 
 
 def _backward_queries(q, k, v, key_mask, g, log_sum, along_out, d_q):
@@ -105,12 +169,17 @@ def _backward_keys(q, k, v, key_mask, g, log_sum, along_out, d_k, d_v):
     _store(d_v, total_v, b, h, first)
 
 
-def _call(kernel, owner: Array, q: Array, k: Array, out_shape, matmuls: int, interpret: bool):
-    """The call of a kernel whose programs own blocks of `owner`, q or k; `matmuls` of all queries with all keys."""
-    b, tokens, heads, d = owner.shape
-    pairs = b * heads * q.shape[1] * k.shape[1]
+def _call(kernel, owner: tuple[int, ...], others: int, matmuls: int, args: tuple, out_shape, interpret: bool):
+    """Runs a kernel whose programs own blocks of an array of shape `owner`, `[B, T, heads, d]`, and loop over `others`.
+
+    Declares so many products of all queries with all keys, and that every array crosses the memory once.
+    """
+    b, tokens, heads, d = owner
+    pairs = b * heads * tokens * others
     cost = pl.CostEstimate(
-        flops=2 * matmuls * pairs * d, transcendentals=pairs, bytes_accessed=4 * (q.size + k.size) * q.dtype.itemsize
+        flops=2 * matmuls * pairs * d,
+        transcendentals=pairs,
+        bytes_accessed=sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves((args, out_shape))),
     )
     return pl.pallas_call(
         kernel,
@@ -119,15 +188,15 @@ def _call(kernel, owner: Array, q: Array, k: Array, out_shape, matmuls: int, int
         cost_estimate=cost,
         compiler_params=triton.CompilerParams(num_warps=8, num_stages=3),
         interpret=interpret,
-    )
+    )(*args)
 
 
 def _masks(key_mask: Array | None) -> tuple[Array, ...]:
     return () if key_mask is None else (key_mask.astype(jnp.int8),)
 
 
-def _per_query(q: Array) -> jax.ShapeDtypeStruct:
-    b, tokens, heads, _ = q.shape
+def _per_query(shape: tuple[int, ...]) -> jax.ShapeDtypeStruct:
+    b, tokens, heads, _ = shape
     return jax.ShapeDtypeStruct((b, heads, tokens), jnp.float32)
 
 
@@ -152,15 +221,28 @@ def _is_read(key_mask: tuple, k, b, first, size: int) -> Array:
     return triton.load(key_mask[0].at[b, pl.ds(first, size)], mask=exists, other=0) != 0
 
 
-def _load(ref, b, h, first, size: int) -> Array:
-    """Tokens from `first` on of a head, `[size, d]`; zeros beyond the last."""
-    exists = (_places(first, size) < ref.shape[1])[:, None]
-    return triton.load(ref.at[b, pl.ds(first, size), h, :], mask=exists, other=0)
+def _load(x, b, h, first, size: int) -> Array:
+    """Tokens from `first` on of a head, `[size, d]`, d a power of two; zeros beyond the last and beyond the head."""
+    ref, mask = _head(x, b, h, first, size)
+    return triton.load(ref, mask=mask, other=0)
 
 
-def _store(ref, x: Array, b, h, first) -> None:
-    exists = (_places(first, len(x)) < ref.shape[1])[:, None]
-    triton.store(ref.at[b, pl.ds(first, len(x)), h, :], x.astype(ref.dtype), mask=exists)
+def _store(x, value: Array, b, h, first) -> None:
+    ref, mask = _head(x, b, h, first, len(value))
+    triton.store(ref, value.astype(x.dtype), mask=mask)
+
+
+def _head(x, b, h, first, size: int):
+    """The tokens from `first` on of a head of a ref or a `_Part`, `[size, d or more]`, and which of them exist."""
+    d = x.shape[-1]
+    padded = max(16, pl.next_power_of_2(d))  # 16: the least that a product sums over
+    rows, exists = pl.ds(first, size), (_places(first, size) < x.shape[1])[:, None]
+    lanes = slice(None)
+    if padded > d:  # a slice may not reach beyond the head, indices may
+        rows, lanes = _places(first, size)[:, None], jnp.arange(padded)[None]
+        exists = exists & (lanes < d)
+    ref, part = (x.ref, (x.index,)) if isinstance(x, _Part) else (x, ())
+    return ref.at[(b, rows, *part, h, lanes)], exists
 
 
 def _load_row(ref, b, h, first, size: int) -> Array:

@@ -29,15 +29,18 @@ def supports(qkv: Array, d: int) -> bool:
     return tokens % SUBLANES == 0 and d % 8 == 0 and held <= MOST_BYTES and qkv.dtype != jnp.float64
 
 
-def forward(d: int, qkv: Array, key_mask: Array | None, *, interpret: bool = False) -> Array:
-    """See `attention.self_attention`, with heads of d features."""
+def forward(d: int, qkv: Array, key_mask: Array | None, *, interpret: bool = False) -> tuple[Array, Array]:
+    """See `attention_gpu.forward_of_parts`, but that the logs of denominators are zeros: `backward` needs none."""
     b, tokens, _, size = qkv.shape
     out_shape = jax.ShapeDtypeStruct((b, tokens, size), qkv.dtype)
-    return _call(_forward, d, 2, _parts_first(qkv), (), key_mask, out_shape, 1, interpret)
+    out = _call(_forward, d, 2, _parts_first(qkv), (), key_mask, out_shape, 1, interpret)
+    return out, jnp.zeros((b, size // d, tokens), jnp.float32)
 
 
-def backward(d: int, qkv: Array, key_mask: Array | None, g: Array, *, interpret: bool = False) -> Array:
-    """The gradient of qkv, in its shape and dtype, from that of the outputs, `[B, T, heads * d]`."""
+def backward(
+    d: int, qkv: Array, key_mask: Array | None, out: Array, log_sum: Array, g: Array, *, interpret: bool = False
+) -> Array:
+    """The gradient of qkv, in its shape and dtype, from that of the outputs, `[B, T, heads * d]`. Reads no outputs."""
     parts = _parts_first(qkv)
     out_shape = jax.ShapeDtypeStruct(parts.shape, parts.dtype)
     return jnp.moveaxis(_call(_backward, d, 5, parts, (g,), key_mask, out_shape, 3, interpret), 1, 2)

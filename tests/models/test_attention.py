@@ -84,8 +84,9 @@ def test_kernels_equal_the_plain_form(flavour, case, monkeypatch):
     check(arguments, g, attention.attention, 1e-5 if dtype == jnp.float32 else 2e-2)
 
 
-def test_kernels_of_gpus_take_heads_of_64(monkeypatch):
-    arguments, g = arrays(1, 130, 140, 2, size=64)
+@pytest.mark.parametrize("size", [64, 72])
+def test_kernels_of_gpus_take_other_heads(size):
+    arguments, g = arrays(1, 130, 140, 2, size=size)
     out, log_sum = attention_gpu.forward(*arguments, interpret=True)
     assert relative(out, attention.plain(*arguments)) < 1e-5
     gradients = attention_gpu.backward(*arguments, out, log_sum, g, interpret=True)
@@ -95,7 +96,12 @@ def test_kernels_of_gpus_take_heads_of_64(monkeypatch):
 
 @pytest.mark.parametrize(
     ("tokens", "heads", "size", "dtype", "masked"),
-    [(64, 3, 72, jnp.float32, False), (32, 4, 24, jnp.float32, True), (48, 2, 72, jnp.bfloat16, True)],
+    [
+        (64, 3, 72, jnp.float32, False),
+        (32, 4, 24, jnp.float32, True),
+        (48, 2, 72, jnp.bfloat16, True),
+        (144, 2, 8, jnp.float32, True),
+    ],
 )
 def test_kernels_of_few_tokens_equal_the_plain_form(tokens, heads, size, dtype, masked):
     """Heads of 72 features lie across the lanes of a tile; a head of 24 shares its tile with others."""
@@ -109,18 +115,26 @@ def test_kernels_of_few_tokens_equal_the_plain_form(tokens, heads, size, dtype, 
         lambda qkv: attention.self_attention(qkv, heads, key_mask, attention.by_autodiff), wide(qkv)
     )
     tolerance = 1e-5 if dtype == jnp.float32 else 2e-2
-    assert relative(attention_short.forward(size, qkv, key_mask, interpret=True), expected) < tolerance
-    gradient = attention_short.backward(size, qkv, key_mask, g, interpret=True)
-    assert gradient.dtype == dtype and relative(gradient, vjp(wide(g))[0]) < tolerance
+    for forward, backward in (
+        (attention_short.forward, attention_short.backward),
+        (attention_gpu.forward_of_parts, attention_gpu.backward_of_parts),
+    ):
+        out, log_sum = forward(size, qkv, key_mask, interpret=True)
+        assert relative(out, expected) < tolerance
+        gradient = backward(size, qkv, key_mask, out, log_sum, g, interpret=True)
+        assert gradient.dtype == dtype and relative(gradient, vjp(wide(g))[0]) < tolerance
 
 
-def test_few_tokens_take_their_kernels_on_a_tpu_alone():
-    """One kernel forward and one backward; a GPU and a CPU keep what XLA makes of them."""
-    qkv = jax.ShapeDtypeStruct((2, 256, 3, 144), jnp.bfloat16)
+@pytest.mark.parametrize("dtype, calls", [(jnp.bfloat16, (2, 2, 0)), (jnp.float32, (2, 0, 0))], ids=str)
+def test_few_tokens_take_the_kernels_of_the_platform(dtype, calls):
+    """One kernel forward and one backward; a CPU, and a GPU in float32, keep what XLA makes of them."""
+    qkv = jax.ShapeDtypeStruct((2, 256, 3, 144), dtype)
     function = jax.value_and_grad(lambda qkv: jnp.sum(attention.self_attention(qkv, 2).astype(jnp.float32)))
-    for platform, calls in (("tpu", 2), ("cuda", 0), ("cpu", 0)):
+    for platform, count in zip(("tpu", "cuda", "cpu"), calls, strict=True):
         text = jax.jit(function).trace(qkv).lower(lowering_platforms=(platform,)).as_text()
-        assert text.count("custom_call @tpu_custom_call") == calls and "triton" not in text
+        found = {name: text.count(f"custom_call @{name}") for name in ("tpu_custom_call", "__gpu$xla.gpu.triton")}
+        assert found.pop("__gpu$xla.gpu.triton" if platform == "cuda" else "tpu_custom_call") == count
+        assert not sum(found.values())
 
 
 def test_sharded_attention_equals_that_of_one_device(monkeypatch):
@@ -174,10 +188,10 @@ def test_a_policy_that_keeps_dense_outputs_runs_no_kernel_twice(platform, word, 
 
 
 @pytest.mark.parametrize(
-    "tokens, size, dtype", [(1023, 128, "bfloat16"), (2304, 72, "bfloat16"), (2304, 128, "float64")]
+    "tokens, size, dtype", [(1023, 128, "bfloat16"), (2304, 72, "float32"), (2304, 128, "float64")]
 )
 def test_elsewhere_attention_is_that_of_xla(tokens, size, dtype):
-    """For few tokens, for heads of other sizes, and in float64."""
+    """For few keys, for heads that are no whole lanes of a TPU, for float32 on GPUs, and in float64."""
     with jax.enable_x64(dtype == "float64"):
         x = jax.ShapeDtypeStruct((1, tokens, 2, size), dtype)
         function = jax.grad(lambda x: jnp.sum(attention.attention(x, x, x).astype(jnp.float32)))

@@ -21,7 +21,7 @@ from dar_jax.routing.kernels.xla import EPS
 TOKENS_PER_PARTIAL_SUM = 8
 LEAST_PART = 128  # features of the smallest part of a vector
 # Numbers of its vectors that a thread holds. With these, kernels do not spill on sm_90, where a thread may have 255
-# registers among 4 warps and 128 among 16 (tests/routing/test_gpu_compiler.py compiles them).
+# registers among 4 warps and 128 among 16 (tests/test_gpu_kernels.py compiles them).
 MOST_NUMBERS, NUMBERS_OF_QUERIES = 92, 64
 
 

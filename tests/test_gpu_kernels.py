@@ -1,5 +1,6 @@
 """The kernels of GPUs as ptxas makes them for an H100, which need not be there: spills and registers."""
 
+import functools
 import glob
 import os
 import pathlib
@@ -10,18 +11,19 @@ import sys
 from dar_jax.planning import gpus
 from tests.gpu_compiler import needs_gpu_compiler
 
-ROOT = pathlib.Path(__file__).parents[2]
+ROOT = pathlib.Path(__file__).parents[1]
 # Of the passes over the history, queries and features; of the input of a sublayer, recent sources and features.
 HISTORY = ((1, 1152), (4, 768), (4, 1152), (8, 1152), (14, 1152), (4, 2304), (8, 2304), (4, 3072), (8, 3072))
 INPUTS = ((0, 1152), (1, 1152), (3, 1152), (7, 1152), (13, 1152), (3, 2304), (3, 3072))
 SPILLED = {"cotangents_13_1152": 76}  # bytes of a thread: a chunk of 14 has more outputs than registers hold
-KERNELS = 3 * len(HISTORY) + 2 * len(INPUTS)
+HEADS = (64, 72, 128)  # features of a head
+KERNELS = 3 * len(HISTORY) + 2 * len(INPUTS) + 4 * len(HEADS)
 
 
 @needs_gpu_compiler
 def test_kernels_do_not_spill_on_an_h100(tmp_path):
     """But one. Nor does any take more registers than two blocks of four warps, or one of 16, may have."""
-    command = [sys.executable, "-m", "tests.routing.test_gpu_compiler", str(tmp_path)]
+    command = [sys.executable, "-m", "tests.test_gpu_kernels", str(tmp_path)]
     environment = {
         **os.environ,
         "JAX_PLATFORMS": "cpu",
@@ -42,6 +44,7 @@ def compile_all(folder: str) -> None:
     import jax.numpy as jnp
     from jax.experimental import topologies
 
+    from dar_jax.models import attention_gpu
     from dar_jax.routing.kernels import gpu
 
     topology = topologies.get_topology_desc(
@@ -53,7 +56,7 @@ def compile_all(folder: str) -> None:
     def array(*shape, dtype=jnp.bfloat16):
         return jax.ShapeDtypeStruct(shape, dtype, sharding=one)
 
-    def report(name, function, *args):
+    def report(name, function, *args, entries=()):
         for path in glob.glob(f"{folder}/*"):
             os.remove(path)
         jax.jit(function).lower(*args).compile()
@@ -64,9 +67,9 @@ def compile_all(folder: str) -> None:
             said = subprocess.run(made, capture_output=True, text=True, check=True).stderr
             pattern = r"entry function '(\w+)'.*?(\d+) bytes spill stores.*?Used (\d+) registers"
             for entry, spilled, registers in re.findall(pattern, said, re.S):
-                if function.__name__ in entry:
+                if any(one in entry for one in entries or (function.__name__,)):
                     threads = re.search(rf"{entry}\(.*?\.reqntid (\d+)", pathlib.Path(path).read_text(), re.S)[1]
-                    print(name, registers, spilled, threads, flush=True)
+                    print(name if not entries else f"{name}{entry}", registers, spilled, threads, flush=True)
 
     scalars, count = array(k, b, t, dtype=jnp.float32), array(dtype=jnp.int32)
     for q, d in HISTORY:
@@ -81,6 +84,24 @@ def compile_all(folder: str) -> None:
         args = u, values, columns, modulation
         report(f"input_{recent}_{d}", gpu.sublayer_input, *args)
         report(f"cotangents_{recent}_{d}", gpu.sublayer_input_cotangents, *args, (array(b, t, d),), values[1:])
+    for d in HEADS:
+        tokens, row = array(b, 1024, 2, d), array(b, 2, 1024, dtype=jnp.float32)
+        qkv, joined, mask = array(b, 256, 3, 2 * d), array(b, 256, 2 * d), array(b, 256, dtype=bool)
+        few = array(b, 2, 256, dtype=jnp.float32)
+        entries = "_forward", "_backward_queries", "_backward_keys", "_backward_of_parts"
+        report(f"{d}", lambda *args: attention_gpu.backward(*args[:3], None, *args[3:]), *4 * (tokens,), row, tokens,
+               entries=entries)  # fmt: skip
+        report(f"{d}", functools.partial(attention_gpu.forward_of_parts, d), qkv, mask, entries=entries)
+        report(
+            f"{d}",
+            functools.partial(attention_gpu.backward_of_parts, d),
+            qkv,
+            mask,
+            joined,
+            few,
+            joined,
+            entries=entries,
+        )
 
 
 if __name__ == "__main__":
