@@ -1,6 +1,7 @@
 """GPUs that need not be here: XLA's own compiler takes a description of them, and needs neither a GPU nor a driver.
 
-Memory and collectives are the compiler's. It gives no time that could be trusted, so a plan for GPUs has none.
+Memory and collectives are the compiler's, and so is the time of fusions that hold no matmul. Of matmuls and kernels the
+planner takes a roofline.
 """
 
 import importlib.util
@@ -14,6 +15,7 @@ from dar_jax.errors import UserError
 
 # On a machine without a GPU nothing can be tuned, and the default flags then find no tile sizes for some matmuls.
 UNTUNED = "--xla_gpu_experimental_cost_model_gemm_tiling_options=top=1"
+ESTIMATES = "--xla_gpu_collect_cost_model_stats=true"
 USABLE = 0.75  # of the memory, which jax takes unless XLA_CLIENT_MEM_FRACTION says otherwise
 
 
@@ -50,7 +52,7 @@ def compiler() -> files.Path | None:
 
 def flags() -> list[str]:
     """What XLA_FLAGS must hold before jax starts."""
-    return [UNTUNED, *([f"--xla_gpu_cuda_data_dir={compiler()}"] if compiler() else [])]
+    return [UNTUNED, ESTIMATES, *([f"--xla_gpu_cuda_data_dir={compiler()}"] if compiler() else [])]
 
 
 def specification(kind: str) -> str:

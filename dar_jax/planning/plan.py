@@ -15,9 +15,9 @@ from dar_jax import models, sharding
 from dar_jax.config import micro_batch
 from dar_jax.data.feed import abstract_batch
 from dar_jax.errors import UserError
-from dar_jax.models.flops import forward_flops
+from dar_jax.models.flops import forward_flops, peak_flops
 from dar_jax.planning import gpus
-from dar_jax.planning.schedule import CHIPS, RESERVED_HBM, count_flops, read_schedule
+from dar_jax.planning.schedule import CHIPS, RESERVED_HBM, count_flops, count_kernel_seconds, read_schedule
 from dar_jax.training.setup import build_algorithm, set_up
 
 MAX_CHIPS = 65_536  # nobody has more
@@ -26,7 +26,7 @@ MAX_HOST_DEVICES = 512  # more take minutes to start
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """One train step on one topology; None is "not known": no time of GPUs and host devices, nor of what does not fit.
+    """One train step on one topology; None is "not known": no time of host devices, nor of what does not fit.
 
     Attributes:
       devices: chips of the topology.
@@ -43,10 +43,11 @@ class Plan:
       fits: whether the compiler accepts it; on GPUs and host devices, whether total is at most capacity.
       flops_per_step: matmul FLOPs that are executed, over all devices, recomputation included.
       model_flops_per_step: what MFU counts: those of the forward pass, times three or what the algorithm takes.
-      estimated_step_ms: the compiler's estimate, kernels included, time between chips not.
+      estimated_step_ms: the compiler's estimate, kernels included, time between chips not; on GPUs a roofline, which is
+        a lower bound (`Schedule.seconds`).
       estimated_kernel_ms: the part of Pallas kernels, by declared cost.
       traffic_ms: what the bytes of the collectives take at the full bandwidth of a chip's links to its neighbours, a
-        lower bound, of which the compiler hides what it can behind the step.
+        lower bound, of which the compiler hides what it can behind the step; None on GPUs.
       mfu: model_flops_per_step over what the chips could do in estimated_step_ms.
       kernel_calls, undeclared_kernels, unknown_loops, collectives: of `Schedule`, per chip and step.
       compile_seconds: on this machine, without tracing.
@@ -172,9 +173,15 @@ def make_plan(config: ConfigDict, topology: str) -> Plan:
         capacity = usable = int(gpus.USABLE * gpu.memory)
     else:
         capacity = usable = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // len(devices)
-    schedule = read_schedule(compiled.as_text(), chip or CHIPS["v5e"]) if compiled else None
-    kernel_seconds = schedule.kernel_seconds if chip and compiled else None
-    seconds = schedule.cycles / chip.clock + kernel_seconds if chip and compiled else None
+    schedule = read_schedule(compiled.as_text(), chip or gpu or CHIPS["v5e"]) if compiled else None
+    peak, platform = None, "tpu" if chip else "cuda" if gpu else "cpu"
+    kernel_seconds = seconds = None
+    if compiled and (chip or gpu):
+        peak, kernel_seconds = chip.peak_flops if chip else peak_flops(gpu.name), schedule.kernel_seconds
+        if gpu:
+            declared = count_kernel_seconds(traced.jaxpr.jaxpr, platform, peak, gpu.bandwidth)
+            kernel_seconds = declared / len(devices)
+        seconds = schedule.seconds + kernel_seconds
     fields = {field.name: _bytes_per_device(getattr(run.state, field.name)) for field in dataclasses.fields(run.state)}
     params, ema = fields.pop("params"), fields.pop("ema")
     passes = run.algorithm.forward_passes
@@ -203,12 +210,12 @@ def make_plan(config: ConfigDict, topology: str) -> Plan:
         hbm_capacity_bytes=capacity,
         memory_bytes=memory_bytes,
         fits=compiled is not None and total <= capacity,
-        flops_per_step=count_flops(traced.jaxpr.jaxpr, "tpu" if chip else "cuda" if gpu else "cpu"),
+        flops_per_step=count_flops(traced.jaxpr.jaxpr, platform),
         model_flops_per_step=model_flops,
         estimated_step_ms=seconds and 1e3 * seconds,
         estimated_kernel_ms=None if kernel_seconds is None else 1e3 * kernel_seconds,
         traffic_ms=1e3 * traffic / chip.ici_bandwidth if chip and compiled else None,
-        mfu=seconds and model_flops / (len(devices) * seconds * chip.peak_flops),
+        mfu=seconds and model_flops / (len(devices) * seconds * peak),
         kernel_calls=schedule and schedule.kernel_calls,
         undeclared_kernels=schedule and schedule.undeclared_kernels,
         unknown_loops=schedule and schedule.unknown_loops,

@@ -22,18 +22,18 @@ def report(plan: Plan) -> str:
         ),
     ]
     if plan.estimated_step_ms is not None:
+        is_gpu = plan.traffic_ms is None
+        source = "roofline" if is_gpu else "the compiler's cycles"
+        traffic = "not estimated" if is_gpu else f"{plan.traffic_ms:.2f} ms at full bandwidth, partly hidden"
         rest = plan.estimated_step_ms - plan.estimated_kernel_ms
         kernels = f"{plan.kernel_calls} Pallas calls" + (
             f", {plan.undeclared_kernels} without a declared cost" if plan.undeclared_kernels else ""
         )
         rows += [
-            (
-                "estimated step time",
-                f"{plan.estimated_step_ms:.2f} ms  not a timing",
-            ),
-            ("  XLA", f"{rest:.2f} ms  the compiler's cycles"),
+            ("estimated step time", f"{plan.estimated_step_ms:.2f} ms  not a timing"),
+            ("  XLA", f"{rest:.2f} ms  {source}"),
             ("  kernels", f"{plan.estimated_kernel_ms:.2f} ms  {kernels}"),
-            ("traffic between chips", f"{plan.traffic_ms:.2f} ms at full bandwidth, partly hidden"),
+            ("traffic between chips", traffic),
             ("estimated MFU", f"{100 * plan.mfu:.1f}%"),
         ]
     for kind, entry in sorted((plan.collectives or {}).items()):
@@ -74,7 +74,8 @@ def table(plans: list[Plan]) -> str:
         kinds = (f"{size / 2**30:.2f}" for size in plan.memory_bytes.values())
         total = f"{plan.hbm_total_bytes / 2**30:.2f}" + ("" if plan.fits else " no")
         known = plan.estimated_step_ms is not None
-        times = (f"{plan.estimated_step_ms:.0f}", f"{plan.traffic_ms:.1f}", f"{plan.mfu:.0%}") if known else ("-",) * 3
+        traffic = "-" if plan.traffic_ms is None else f"{plan.traffic_ms:.1f}"
+        times = (f"{plan.estimated_step_ms:.0f}", traffic, f"{plan.mfu:.0%}") if known else ("-",) * 3
         capacity = f"{plan.hbm_capacity_bytes / 2**30:.0f}"
         lines.append((plan.topology, mesh, str(plan.accumulate_steps), *kinds, total, capacity, *times))
     widths = [max(len(line[i]) for line in lines) for i in range(len(heads))]

@@ -1,13 +1,15 @@
-"""What a scheduled TPU module costs, read from its text, and the FLOPs of a traced function."""
+"""What a scheduled module costs, read from its text, and the FLOPs and kernels of a traced function."""
 
 import dataclasses
 import math
 import re
+from collections.abc import Callable
 from typing import NamedTuple
 
 from jax.interpreters import partial_eval
 
-from dar_jax.models.flops import PEAK_FLOPS
+from dar_jax.models.flops import PEAK_FLOPS, peak_flops
+from dar_jax.planning.gpus import Gpu
 
 
 class Chip(NamedTuple):
@@ -38,14 +40,17 @@ class Schedule:
     """What one run of a scheduled module costs on one chip.
 
     Attributes:
-      cycles: the compiler's estimate, without kernels.
-      kernel_seconds: of Pallas kernels, each the larger of bytes / bandwidth and FLOPs / peak.
-      kernel_calls: how many run; undeclared_kernels of them declare no cost and count as their operands' bytes.
+      seconds: without kernels. On TPUs the compiler's estimate. On GPUs a roofline: of matmuls the larger of FLOPs /
+        peak and bytes / bandwidth, of all other fusions the compiler's estimate, of launching them nothing.
+      kernel_seconds: of Pallas kernels on TPUs, each the larger of bytes / bandwidth and FLOPs / peak. A module for
+        GPUs does not know what they declare: `count_kernel_seconds` does.
+      kernel_calls: how many run; undeclared_kernels of them, on TPUs, declare no cost and count as their operands'
+        bytes.
       collectives: kind -> {"count", "bytes"}, bytes those of the results.
       unknown_loops: loops whose trip count is not in the module; they count as one iteration.
     """
 
-    cycles: float = 0.0
+    seconds: float = 0.0
     kernel_seconds: float = 0.0
     kernel_calls: int = 0
     undeclared_kernels: int = 0
@@ -86,7 +91,15 @@ def _shape_bytes(shape: str) -> int:
     return total
 
 
-def read_schedule(text: str, chip: Chip) -> Schedule:
+def _operands(instruction: _Instruction) -> list[str]:
+    return re.findall(r"%([\w.\-]+)", instruction.rest.split(")")[0])
+
+
+def _dimensions(shape: str) -> list[int]:
+    return [int(n) for n in re.search(r"\[([\d,]*)\]", shape)[1].split(",") if n]
+
+
+def read_schedule(text: str, chip: Chip | Gpu) -> Schedule:
     """Sums a scheduled module (`compiled.as_text()`) over its call tree."""
     computations, entry = _parse(text)
     total = Schedule()
@@ -111,12 +124,35 @@ def read_schedule(text: str, chip: Chip) -> Schedule:
         steps = [value for name, value in integers(body).items() if added and f"%{name})" in added[0]]
         return -(-ends.popitem()[1] // (steps[0] if steps else 1))
 
+    def own_seconds(i: _Instruction, shapes: dict[str, str]) -> float | None:
+        """Of an instruction with what it calls; None: that of what it calls."""
+        if isinstance(chip, Chip):
+            cycles = re.search(r'"estimated_cycles":"?(\d+)', i.rest)
+            return int(cycles[1]) / chip.clock if cycles else None
+        if i.op == "fusion" and (flops := dots(_called("calls", i.rest))):
+            size = sum(_shape_bytes(shapes.get(operand, "")) for operand in _operands(i)) + _shape_bytes(i.shape)
+            return max(flops / peak_flops(chip.name), size / chip.bandwidth)
+        # Several models of the compiler give a time, and the last is that of what limits the fusion.
+        times = re.findall(r'"exec_time_us":([\d.e+-]+)', i.rest)
+        return float(times[-1]) / 1e6 if times else None
+
+    def dots(name: str) -> float:
+        """FLOPs of the matmuls of a fusion."""
+        shapes, flops = {i.name: i.shape for i in computations[name]}, 0.0
+        for i in computations[name]:
+            if i.op == "dot":
+                lhs = _dimensions(shapes[_operands(i)[0]])
+                contracted = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", i.rest)[1]
+                flops += 2.0 * math.prod(_dimensions(i.shape)) * math.prod(lhs[int(d)] for d in contracted.split(","))
+            elif called := _called("calls", i.rest):
+                flops += dots(called)
+        return flops
+
     def kernel(call: _Instruction, shapes: dict[str, str], times: int) -> None:
         cost = {k: float(v) for k, v in re.findall(r'"(flops|bytes_accessed)":"?(\d+)', call.rest)}
         if not any(cost.values()):
             total.undeclared_kernels += times
-            operands = re.findall(r"%([\w.\-]+)", call.rest.split(")")[0])
-            cost = {"bytes_accessed": sum(_shape_bytes(shapes.get(o, "")) for o in operands)}
+            cost = {"bytes_accessed": sum(_shape_bytes(shapes.get(o, "")) for o in _operands(call))}
             cost["bytes_accessed"] += _shape_bytes(call.shape)
         seconds = max(cost.get("flops", 0) / chip.peak_flops, cost.get("bytes_accessed", 0) / chip.hbm_bandwidth)
         total.kernel_calls += times
@@ -137,9 +173,9 @@ def read_schedule(text: str, chip: Chip) -> Schedule:
         instructions = computations[name]
         shapes = {i.name: i.shape for i in instructions}
         for i in instructions:
-            cycles = re.search(r'"estimated_cycles":"?(\d+)', i.rest)
-            if cycles and timed:
-                total.cycles += times * int(cycles[1])
+            seconds = own_seconds(i, shapes)
+            if seconds is not None and timed:
+                total.seconds += times * seconds
             if i.op == "while":
                 trips = trip_count(i)
                 total.unknown_loops += trips is None
@@ -152,11 +188,13 @@ def read_schedule(text: str, chip: Chip) -> Schedule:
                 ]  # fmt: skip
                 visit(max(names, key=weight), times, timed, set())
             elif i.op in ("fusion", "async-start"):
-                visit(_called("calls", i.rest), times, timed and not cycles, channels)
+                visit(_called("calls", i.rest), times, timed and seconds is None, channels)
             elif i.op == "call":
-                visit(_called("to_apply", i.rest), times, timed and not cycles, set())
+                visit(_called("to_apply", i.rest), times, timed and seconds is None, set())
             elif i.op == "custom-call" and 'custom_call_target="tpu_custom_call"' in i.rest:
                 kernel(i, shapes, times)
+            elif i.op == "custom-call" and 'custom_call_target="__gpu$xla.gpu.triton"' in i.rest:
+                total.kernel_calls += times
             elif i.op.removesuffix("-done") in _COLLECTIVES:
                 collective(i, name, times, channels)
 
@@ -165,7 +203,7 @@ def read_schedule(text: str, chip: Chip) -> Schedule:
         nonlocal total
         saved, total = total, Schedule()
         visit(name, 1, True, set())
-        seconds, total = total.cycles / chip.clock + total.kernel_seconds, saved
+        seconds, total = total.seconds + total.kernel_seconds, saved
         return seconds
 
     visit(entry, 1, True, set())
@@ -179,34 +217,60 @@ def count_flops(jaxpr, platform: str = "tpu") -> float:
     costliest, a loop of unknown length once. Of what a platform chooses, the branch of `platform` counts. What nothing
     uses is not counted, as XLA does not compute it: gradients of frozen weights, say.
     """
-    return _count_flops(partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars), instantiate=True)[0], platform)
 
-
-def _count_flops(jaxpr, platform: str) -> float:
-    total = 0.0
-    for eqn in jaxpr.eqns:
+    def own(eqn) -> float | None:
         kind, params = eqn.primitive.name, eqn.params
         if kind == "dot_general":
             (contracted, _), _ = params["dimension_numbers"]
             lhs = eqn.invars[0].aval.shape
-            total += 2.0 * math.prod(eqn.outvars[0].aval.shape) * math.prod(lhs[d] for d in contracted)
-        elif kind == "conv_general_dilated":
+            return 2.0 * math.prod(eqn.outvars[0].aval.shape) * math.prod(lhs[d] for d in contracted)
+        if kind == "conv_general_dilated":
             kernel, out_features = eqn.invars[1].aval.shape, params["dimension_numbers"].rhs_spec[0]
-            total += 2.0 * math.prod(eqn.outvars[0].aval.shape) * math.prod(kernel) / kernel[out_features]
-        elif kind == "pallas_call" and params["cost_estimate"] is not None:
-            total += params["cost_estimate"].flops
+            return 2.0 * math.prod(eqn.outvars[0].aval.shape) * math.prod(kernel) / kernel[out_features]
+        if kind == "pallas_call" and params["cost_estimate"] is not None:
+            return params["cost_estimate"].flops
+        return None
+
+    return _add_up(jaxpr, platform, own)
+
+
+def count_kernel_seconds(jaxpr, platform: str, flops: float, bandwidth: float) -> float:
+    """What the kernels of a traced function take on one device after the other, counted as FLOPs are.
+
+    Of each, the larger of the FLOPs that it declares over `flops`, per second, and the bytes over `bandwidth`.
+    """
+
+    def own(eqn) -> float | None:
+        if eqn.primitive.name != "pallas_call" or (cost := eqn.params["cost_estimate"]) is None:
+            return None
+        return max(cost.flops / flops, cost.bytes_accessed / bandwidth)
+
+    return _add_up(jaxpr, platform, own)
+
+
+def _add_up(jaxpr, platform: str, own: Callable) -> float:
+    """The sum of `own` over all equations; where it is None, over what they call."""
+    return _add_up_used(partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars), instantiate=True)[0], platform, own)
+
+
+def _add_up_used(jaxpr, platform: str, own: Callable) -> float:
+    total = 0.0
+    for eqn in jaxpr.eqns:
+        kind, params = eqn.primitive.name, eqn.params
+        if (value := own(eqn)) is not None:
+            total += value
+            continue
+        inner = [_add_up_used(j, platform, own) for j in _jaxprs(params)]
+        if kind == "scan":
+            total += params["length"] * sum(inner)
+        elif kind == "pallas_call":
+            total += math.prod(params["grid_mapping"].grid) * sum(inner)
+        elif kind == "shard_map":
+            total += math.prod(params["mesh"].shape[a] for a in params["newly_manual_axes"]) * sum(inner)
         else:
-            inner = [_count_flops(j, platform) for j in _jaxprs(params)]
-            if kind == "scan":
-                total += params["length"] * sum(inner)
-            elif kind == "pallas_call":
-                total += math.prod(params["grid_mapping"].grid) * sum(inner)
-            elif kind == "shard_map":
-                total += math.prod(params["mesh"].shape[a] for a in params["newly_manual_axes"]) * sum(inner)
-            else:
-                if chosen := params.get("branches_platforms"):  # None stands for all other platforms
-                    inner = [next(f for f, of in zip(inner, chosen, strict=True) if of is None or platform in of)]
-                total += max(inner, default=0.0) if kind == "cond" else sum(inner)
+            if chosen := params.get("branches_platforms"):  # None stands for all other platforms
+                inner = [next(f for f, of in zip(inner, chosen, strict=True) if of is None or platform in of)]
+            total += max(inner, default=0.0) if kind == "cond" else sum(inner)
     return total
 
 

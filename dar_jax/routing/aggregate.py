@@ -50,12 +50,12 @@ class Execution:
           args: arrays, tuples of them, or None.
           arg_axes, result_axes: `P` of the leading axes of each argument and result, which says what are "samples" and
             "tokens"; all arrays of a tuple are alike. A result without tokens is a sum over them.
-          declared: what only the cost of the TPU's pass depends on.
+          declared: what only the cost of the kernels depends on.
         """
         plain, on_tpu, on_gpu = passes
         if self.implementation == "xla" or jax.tree.leaves(args)[0].dtype == jnp.float64:
             return plain(*args)
-        on_tpu = functools.partial(on_tpu, **declared)
+        on_tpu, on_gpu = (functools.partial(kernel, **declared) for kernel in (on_tpu, on_gpu))
         elsewhere = plain if self.implementation == "auto" else functools.partial(on_tpu, interpret=True)
         choose = functools.partial(jax.lax.platform_dependent, tpu=on_tpu, cuda=on_gpu, default=elsewhere)
 

@@ -8,6 +8,7 @@ are added outside, in a fixed order: no atomic additions, so results repeat.
 """
 
 import functools
+import math
 import operator
 
 import jax
@@ -84,14 +85,17 @@ def queries_at_once(size: int) -> int:
     return max(1, min(8, (NUMBERS_OF_QUERIES * 32 * 16 // size - 1) // 3))
 
 
-def forward(u, sources, inv_rms, count, *, interpret=False) -> tuple[tuple[Array, ...], Array]:
+def forward(
+    u, sources, inv_rms, count, *, mean_count=None, interpret=False
+) -> tuple[tuple[Array, ...], Array]:  # fmt: skip
     """See tpu.forward."""
+    options = {"mean_count": mean_count, "interpret": interpret}
     if len(u) > queries_at_once(sources.shape[3]):
-        parts = [forward(group, sources, inv_rms, count, interpret=interpret) for group in _groups(u, sources)]
+        parts = [forward(group, sources, inv_rms, count, **options) for group in _groups(u, sources)]
         return sum((aggregates for aggregates, _ in parts), ()), jnp.concatenate([log_sum for _, log_sum in parts])
     _, b, t, d = sources.shape
     out_shape = len(u) * (jax.ShapeDtypeStruct((b, t, d), sources.dtype),), _scalars(len(u), b, t)
-    call = _call(_forward, (b, t), out_shape, interpret, vectors=2 * len(u) + 1, size=d)
+    call = _call(_forward, (b, t), out_shape, vectors=2 * len(u) + 1, size=d, **options)
     return call(u, sources, inv_rms, count.reshape(1))
 
 
@@ -117,13 +121,14 @@ def _forward(u, sources, inv_rms, count, aggregates, log_sum):
 
 
 def query_cotangent(
-    u, sources, inv_rms, count, aggregates, log_sum, g, l, *, interpret=False
+    u, sources, inv_rms, count, aggregates, log_sum, g, l, *, mean_count=None, interpret=False
 ) -> tuple[tuple[Array, ...], Array]:
     """See tpu.query_cotangent."""
+    options = {"mean_count": mean_count, "interpret": interpret}
     if len(u) > queries_at_once(sources.shape[3]):
         split = zip(*(_groups(x, sources) for x in (u, aggregates, log_sum, g, l)), strict=True)
         parts = [
-            query_cotangent(us, sources, inv_rms, count, made, sums, gs, ls, interpret=interpret)
+            query_cotangent(us, sources, inv_rms, count, made, sums, gs, ls, **options)
             for us, made, sums, gs, ls in split
         ]
         return sum((d_u for d_u, _ in parts), ()), jnp.concatenate([new_l for _, new_l in parts])
@@ -134,7 +139,7 @@ def query_cotangent(
     out_shape = len(u) * (jax.ShapeDtypeStruct((b, programs, d), dtype),), _scalars(len(u), b, t)
     kernel = functools.partial(_query_cotangent, tokens)
     arguments = u, sources, inv_rms, count.reshape(1), aggregates, log_sum, g, l
-    d_u, l = _call(kernel, (b, programs), out_shape, interpret, vectors=3 * len(u) + 1, size=d)(*arguments)
+    d_u, l = _call(kernel, (b, programs), out_shape, vectors=3 * len(u) + 1, size=d, **options)(*arguments)
     return d_u if tokens == 1 else tuple(jnp.sum(x, axis=1, keepdims=True) for x in d_u), l
 
 
@@ -165,21 +170,20 @@ def _query_cotangent(tokens, u, sources, inv_rms, count, aggregates, log_sum, g,
 
 
 def add_source_cotangent(
-    d_sources, u, sources, inv_rms, count, log_sum, g, l, *, interpret=False
-) -> Array:  # fmt: skip
+    d_sources, u, sources, inv_rms, count, log_sum, g, l, *, mean_count=None, interpret=False
+) -> Array:
     """See tpu.add_source_cotangent."""
+    options = {"mean_count": mean_count, "interpret": interpret}
     if len(u) > queries_at_once(sources.shape[3]):
         for us, sums, gs, ls in zip(*(_groups(x, sources) for x in (u, log_sum, g, l)), strict=True):
-            d_sources = add_source_cotangent(
-                d_sources, us, sources, inv_rms, count, sums, gs, ls, interpret=interpret
-            )  # fmt: skip
+            d_sources = add_source_cotangent(d_sources, us, sources, inv_rms, count, sums, gs, ls, **options)
         return d_sources
     before = () if d_sources is None else (d_sources,)
-    out_shape, aliases = jax.ShapeDtypeStruct(sources.shape, sources.dtype), {0: 0} if before else {}
-    held = {"vectors": 2 * len(u) + 2, "size": sources.shape[3]}
+    out_shape = jax.ShapeDtypeStruct(sources.shape, sources.dtype)
+    options |= {"input_output_aliases": {0: 0} if before else {}}
     call = _call(
-        _add_source_cotangent, sources.shape[1:3], out_shape, interpret, input_output_aliases=aliases, **held
-    )  # fmt: skip
+        _add_source_cotangent, sources.shape[1:3], out_shape, vectors=2 * len(u) + 2, size=sources.shape[3], **options
+    )
     return call(before, u, sources, inv_rms, count.reshape(1), log_sum, g, l)
 
 
@@ -211,7 +215,7 @@ def sublayer_input(u, values, columns, modulation, *, interpret=False) -> tuple[
     """See tpu.sublayer_input."""
     b, t, d = values[0].shape
     out_shape = (jax.ShapeDtypeStruct(values[0].shape, values[0].dtype),)
-    call = _call(_sublayer_input, (b, t), out_shape, interpret, vectors=len(values) + 2, size=d)
+    call = _call(_sublayer_input, (b, t), out_shape, vectors=len(values) + 2, size=d, interpret=interpret)
     return tuple(call(u, values, columns, modulation))
 
 
@@ -233,9 +237,9 @@ def sublayer_input_cotangents(
     d_values = tuple(jax.ShapeDtypeStruct(v.shape, v.dtype) for v in values)
     out_shape = d_u, d_values, (jax.ShapeDtypeStruct((b, t), jnp.float32),), 2 * (partial_sums,)
     aliases = {len(u) + len(values) + len(columns) + 3 + r: len(u) + 1 + r for r in range(len(d_recent))}
-    held = {"vectors": 2 * len(values) + 5, "size": d}
+    options = {"input_output_aliases": aliases, "interpret": interpret}
     call = _call(
-        _sublayer_input_cotangents, (b, programs), out_shape, interpret, input_output_aliases=aliases, **held
+        _sublayer_input_cotangents, (b, programs), out_shape, vectors=2 * len(values) + 5, size=d, **options
     )  # fmt: skip
     d_u, d_values, d_log_sum, d_modulation = call(u, values, columns, modulation, g, d_recent)
     d_u = tuple(d if x.shape[1] > 1 else jnp.sum(d, axis=1, keepdims=True) for d, x in zip(d_u, u, strict=True))
@@ -299,12 +303,27 @@ def _merge(u, values, columns, b, t):
     return query, loaded, scores, alpha, centred * inverse_deviation, inverse_deviation
 
 
-def _call(kernel, grid, out_shape, interpret, *, vectors: int, size: int, **options):
-    """The call of a kernel whose programs hold so many vectors of so many features at a time."""
+def _call(kernel, grid, out_shape, *, vectors: int, size: int, mean_count: float | None = None, **options):
+    """A function that runs a kernel whose programs hold so many vectors of so many features at a time.
+
+    It declares the bytes that cross the memory once: of the history, `[K, B, T, D]`, `mean_count` rows, None being all.
+    What the kernel computes is little beside them, and is declared as nothing.
+    """
     params = triton.CompilerParams(num_warps=warps_for(vectors, size))
-    return pl.pallas_call(
-        kernel, grid=grid, out_shape=out_shape, interpret=interpret, compiler_params=params, **options
-    )  # fmt: skip
+
+    def crossing(x) -> float:
+        rows = x.shape[0] if mean_count is None or len(x.shape) < 4 else mean_count
+        return rows * math.prod(x.shape[1:]) * x.dtype.itemsize
+
+    def run(*args):
+        cost = pl.CostEstimate(
+            flops=0, transcendentals=0, bytes_accessed=int(sum(map(crossing, jax.tree.leaves((args, out_shape)))))
+        )
+        return pl.pallas_call(
+            kernel, grid=grid, out_shape=out_shape, compiler_params=params, cost_estimate=cost, **options
+        )(*args)  # fmt: skip
+
+    return run
 
 
 def _groups(x, sources) -> list:
