@@ -18,9 +18,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import app, flags
-from jax import Array
+from cases import both_ways, lean, plain
 
-from dar_jax.routing import Execution, inverse_rms, read
+from dar_jax.routing import inverse_rms
 
 NUM_SOURCES = flags.DEFINE_list("num_sources", ["1", "2", "4", "8", "15", "29", "57"], "Numbers of sources, N")
 QUERY = flags.DEFINE_enum("query", "static_t", ["static_t", "dynamic"], "One query per sample, or one per token")
@@ -29,24 +29,6 @@ DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Type of 
 IMPLEMENTATION = flags.DEFINE_enum("implementation", "auto", ["auto", "xla", "pallas"], "As in config.model.routing")
 ROUNDS = flags.DEFINE_integer("rounds", 15, "Timed rounds, after one to warm up")
 JSON = flags.DEFINE_string("json", None, "Where to write the result")
-
-
-def plain(u: Array, sources: Array) -> Array:
-    """u `[B, 1 or T, D]`, sources `[N, B, T, D]` -> the aggregate `[B, T, D]`."""
-    wide = sources.astype(jnp.float32)
-    keys = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + 1e-6)
-    scores = jnp.einsum("btd,kbtd->kbt", jnp.broadcast_to(u, sources.shape[1:]), keys)
-    return jnp.einsum("kbt,kbtd->btd", jax.nn.softmax(scores, axis=0), wide).astype(sources.dtype)
-
-
-def lean(inv_rms: Array, u: Array, sources: Array) -> Array:
-    (aggregate,), _ = read(Execution(IMPLEMENTATION.value), (u,), sources, inv_rms, jnp.int32(len(sources)))
-    return aggregate
-
-
-def both_ways(form, u: Array, sources: Array, g: Array):
-    aggregate, vjp = jax.vjp(form, u, sources)
-    return aggregate, vjp(g)
 
 
 def main(_):
@@ -59,7 +41,10 @@ def main(_):
         sources = jax.random.normal(keys[1], (n, batch, tokens, size)).astype(DTYPE.value)
         g = jax.random.normal(keys[2], (batch, tokens, size)).astype(DTYPE.value)
         calls = {}
-        for name, form in (("plain", plain), ("ours", functools.partial(lean, inverse_rms(sources)))):
+        for name, form in (
+            ("plain", plain),
+            ("ours", functools.partial(lean, IMPLEMENTATION.value, inverse_rms(sources))),
+        ):
             calls[name, "forward"] = functools.partial(jax.jit(form), u, sources)
             calls[name, "both"] = functools.partial(jax.jit(functools.partial(both_ways, form)), u, sources, g)
         seconds = {key: [] for key in calls}

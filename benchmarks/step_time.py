@@ -10,13 +10,11 @@ import json
 import time
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from absl import app, flags
+from cases import make_case
 
 from dar_jax import config as config_lib
-from dar_jax import models, sharding
-from dar_jax.training.setup import build_algorithm, set_up
 
 SIZE = flags.DEFINE_enum("size", "S", [*config_lib.SIZES], "Published size, patch 2, latents 32x32x4")
 BATCH_SIZE = flags.DEFINE_integer("batch_size", 4, "Images per step")
@@ -34,34 +32,6 @@ CLOCK = flags.DEFINE_enum(
 JSON = flags.DEFINE_string("json", None, "Where to write the result")
 
 
-def make_case(case: str) -> dict:
-    variant, _, chunk_size = case.partition(":")
-    config = config_lib.route(config_lib.default(), variant)
-    config.model.update(
-        space="latents", input_size=32, channels=4, num_classes=1000, dtype=DTYPE.value, remat=REMAT.value
-    )
-    config.model.update(config_lib.SIZES[SIZE.value])
-    config.model.routing.chunk_size = int(chunk_size or 4)
-    model, run = models.build(config.model), set_up(config, build_algorithm(config), sharding.make_mesh(config.mesh))
-    state = run.init()
-    x = jax.random.normal(jax.random.key(0), (BATCH_SIZE.value, 32, 32, 4))
-    batch = {"x1": x, "condition": {"label": jnp.zeros(len(x), jnp.int32)}}
-    start = time.monotonic()
-    step = run.step.lower(state, (), batch).compile()
-    seconds = time.monotonic() - start
-    evaluate = jax.jit(lambda p, x, y: model.apply({"params": p}, x, jnp.full(len(x), 0.5), y).prediction)
-    return {
-        "step": step,
-        "evaluate": evaluate,
-        "state": state,
-        "batch": batch,
-        "compile_seconds": seconds,
-        "temp_bytes": step.memory_analysis().temp_size_in_bytes,
-        "step_seconds": [],
-        "evaluation_seconds": [],
-    }
-
-
 def run_once(case: dict) -> None:
     clock = getattr(time, CLOCK.value)
     start = clock()
@@ -74,7 +44,9 @@ def run_once(case: dict) -> None:
 
 
 def main(_):
-    cases = {name: make_case(name) for name in CASES.value}
+    cases = {
+        name: make_case(name, SIZE.value, BATCH_SIZE.value, DTYPE.value, REMAT.value) for name in CASES.value
+    }  # fmt: skip
     for _ in range(ROUNDS.value + 1):
         for case in cases.values():
             run_once(case)

@@ -21,7 +21,6 @@ from ml_collections import ConfigDict
 
 from dar_jax import conditions, files, sharding
 from dar_jax.data.buckets import parse_buckets
-from dar_jax.data.pipeline import train_iterator
 from dar_jax.data.sources import LATENT_SOURCES
 from dar_jax.errors import UserError, require
 from dar_jax.objectives.repa import needs_images
@@ -92,6 +91,8 @@ def open_batches(
     """
     encode = make_online_encoder(config, mesh) if encodes_online(config) else None
     rows = sharding.local_rows(mesh, batch_size)
+    from dar_jax.data.pipeline import train_iterator  # grain, without which a step can be planned and timed
+
     iterator = train_iterator(
         config.data,
         kind=conditions.build(config.model),

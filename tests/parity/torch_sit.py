@@ -34,7 +34,7 @@ class TimestepEmbedder(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(256, size), nn.SiLU(), nn.Linear(size, size))
 
     def forward(self, t):
-        angle = t[:, None] * 10000.0 ** (-torch.arange(128) / 128)
+        angle = t[:, None] * 10000.0 ** (-torch.arange(128, device=t.device) / 128)
         return self.mlp(torch.cat([angle.cos(), angle.sin()], dim=1))
 
 

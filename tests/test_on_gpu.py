@@ -1,0 +1,31 @@
+"""The script that is run where a GPU or TPU is, tried with tiny shapes on a CPU."""
+
+import importlib
+import json
+import pathlib
+import subprocess
+import sys
+
+ROOT = pathlib.Path(__file__).parents[1]
+
+
+def test_checks_and_times_on_a_cpu(tmp_path):
+    """Kernels are interpreted."""
+    command = [sys.executable, ROOT / "benchmarks" / "on_gpu.py", "--smoke", "--rounds=1", f"--out={tmp_path}"]
+    done = subprocess.run([*command, "--parts=checks,aggregation"], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = json.loads((tmp_path / "results.json").read_text())
+    assert len(found["checks"]) == 7 and all(0 < row["error"] < row["bound"] for row in found["checks"])
+    assert [row["sources"] for row in found["aggregation"]] == [15, 57, 15, 57]
+    page = (tmp_path / "page.md").read_text()
+    assert "7 of 7 within their bounds" in page and "## Aggregation" in page
+
+
+def test_what_is_not_a_number_is_wrong(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    on_gpu = importlib.import_module("on_gpu")
+    assert on_gpu.relative([1.0, float("nan")], [1.0, 1.0]) != on_gpu.relative([1.0, 1.0], [1.0, 1.0]) == 0
+    rows = [{"check": name, "error": error, "bound": 0.1} for name, error in (("a", 0.01), ("b", float("nan")))]
+    about = {"device": "x", "date": "y", "commit": "z", "jax": "0"}
+    assert "1 of 2 within their bounds" in on_gpu.page({"about": about, "checks": rows})
+    assert on_gpu.wrong(rows) == ["b"]
