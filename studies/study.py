@@ -57,8 +57,10 @@ class Study(NamedTuple):
         a learning rate is chosen, and p-values are of its differences.
       rates: learning rates at which every cell is trained; () takes that of the config. The tables show each cell at
         the rate whose mean over the seeds is best, and the whole sweep.
-      sweep_seeds: seeds at which all rates are tried, and by which one is chosen; the other seeds run at that rate
-        alone. () takes all seeds.
+      further_rates: lower and higher ones. A cell whose best rate is at the end of those that it has tried goes on to
+        the next.
+      sweep_seeds: seeds at which rates are tried, and by which one is chosen; the other seeds run at that rate alone.
+        () takes all seeds.
       targets: of the first metric, fixed beforehand: how many steps, and how much time, a run takes to reach them.
       baselines: cells that are no training to look at; the figure has a line at their last value.
       detail: cell whose samples the fine detail of all others is compared with, image by image (docs/detail.md). Its
@@ -73,14 +75,18 @@ class Study(NamedTuple):
     differences: Sequence[tuple[str, str]]
     metrics: Sequence[str] = ("val_loss", "fd_convnet")
     rates: Sequence[float] = ()
+    further_rates: Sequence[float] = ()
     sweep_seeds: Sequence[int] = ()
     targets: Sequence[float] = ()
     baselines: Sequence[str] = ()
     detail: str = ""
 
+    def all_rates(self) -> list[float]:
+        return sorted([*self.rates, *self.further_rates])
+
     def names(self, cell: str) -> list[str]:
         """What the runs of a cell are called, but for the seed: one name for each rate."""
-        return [f"{cell}@{rate:g}" for rate in self.rates] or [cell]
+        return [f"{cell}@{rate:g}" for rate in self.all_rates()] or [cell]
 
     def sweeps(self, seed: int | str) -> bool:
         """Whether the runs of a seed have a say in which rate is best."""
@@ -123,7 +129,7 @@ def _kept(path: pathlib.Path, *names: str) -> dict:
 def train(study: Study, root: pathlib.Path, jobs: int = 1) -> list[str]:
     """Trains all runs, seed by seed, so that whole pairs come first. A finished run takes seconds.
 
-    Rates are tried first, with the seeds of the sweep.
+    Rates are tried first, with the seeds of the sweep, and further ones until the best is inside.
 
     Returns the names of the runs that failed.
     """
@@ -133,15 +139,32 @@ def train(study: Study, root: pathlib.Path, jobs: int = 1) -> list[str]:
     shares, failed = {seed: cores[i % jobs :: jobs] for i, seed in enumerate(study.seeds)}, []
     with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
         try:
-            for is_sweep in (True, False):
-                curves = {} if is_sweep else collect(study, root)["curves"]
-                seeds = [seed for seed in study.seeds if study.sweeps(seed) == is_sweep]
-                cells = {c: study.names(c) if is_sweep else [best_name(study, curves, c)] for c in study.cells}
+
+            def run(cells: dict[str, list[str]], sweeps: bool) -> dict:
+                seeds = [seed for seed in study.seeds if study.sweeps(seed) == sweeps]
                 running = [pool.submit(_train_seed, study, cells, root, s, shares[s], stopped) for s in seeds]
-                failed += [name for job in running for name in job.result()]
+                failed.extend(name for job in running for name in job.result())
+                return collect(study, root)["curves"]
+
+            tried = {cell: [f"{cell}@{rate:g}" for rate in study.rates] or [cell] for cell in study.cells}
+            cells = dict(tried)
+            while cells:
+                curves = run(cells, sweeps=True)
+                cells = {cell: further for cell in cells if (further := _further(study, curves, cell, tried[cell]))}
+                for cell, further in cells.items():
+                    tried[cell] += further
+            run({cell: [best_name(study, curves, cell)] for cell in study.cells}, sweeps=False)
             return failed
         finally:  # Ctrl-C reaches the runs too, which save and end
             stopped.set()
+
+
+def _further(study: Study, curves: Mapping, cell: str, tried: Sequence[str]) -> list[str]:
+    """The rate beside the best one of those tried, if that is at their end and there is one."""
+    names = study.names(cell)
+    best, places = names.index(best_name(study, curves, cell)), [names.index(name) for name in tried]
+    beside = {min(places): min(places) - 1, max(places): max(places) + 1}.get(best, -1)
+    return names[beside : beside + 1] if beside >= 0 and names[best] in curves else []
 
 
 def _train_seed(
@@ -156,8 +179,8 @@ def _train_seed(
     failed, network = [], root / "convnet.npz"  # of fd_convnet: it depends on the data alone
     for cell, (variant, *own) in study.cells.items():
         own = [flag.format(root=root, seed=seed) for flag in own]
-        for name, rate in zip(study.names(cell), study.rates or (None,), strict=True):
-            if name not in cells[cell]:
+        for name, rate in zip(study.names(cell), study.all_rates() or (None,), strict=True):
+            if name not in cells.get(cell, ()):
                 continue
             if stopped.is_set():
                 return failed
@@ -344,7 +367,8 @@ def p_table(study: Study, curves: Mapping) -> str:
 
 def rate_table(study: Study, curves: Mapping) -> str:
     """The first metric at every learning rate, mean and interval over the seeds of the sweep, as Markdown."""
-    rows = ["| cell | " + " | ".join(f"{rate:g}" for rate in study.rates) + " |", "|---" * (1 + len(study.rates)) + "|"]
+    rows = ["| cell | " + " | ".join(f"{rate:g}" for rate in study.all_rates()) + " |"]
+    rows.append("|---" * (1 + len(study.all_rates())) + "|")
     for cell in study.cells:
         found = [swept(study, curves, name) for name in study.names(cell)]
         cells = [_with_interval(values) if values else "-" for values in found]

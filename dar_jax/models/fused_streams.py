@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from dar_jax.models.layers import constrain, modulated_norm
+from dar_jax.models.numerics import keep_dense_outputs
 from dar_jax.models.stack import (
     History,
     Keep,
@@ -246,8 +247,9 @@ run_steps.defvjp(_run_steps_forward, _run_steps_backward)
 
 
 def _linearize(step: FusedStep, index: Array, entries, histories, params: dict, e_t: Array, by, key_mask: Array):
-    """The outputs of step `index`, and its linear part: the vjp and the reads."""
+    """See `stack._linearize`."""
 
+    @partial(jax.checkpoint, policy=keep_dense_outputs, prevent_cse=False)
     def outputs(params, entries, e_t, taps):
         return step.apply({"params": params}, histories, index, entries, e_t, by, key_mask, taps)
 

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from dar_jax.models.layers import constrain
+from dar_jax.models.numerics import keep_dense_outputs
 from dar_jax.models.plain_stack import final_query, first_inputs, plain_steps, sublayer_query
 from dar_jax.routing import (
     Execution,
@@ -281,8 +282,13 @@ run_steps.defvjp(_run_steps_forward, _run_steps_backward)
 
 
 def _linearize(step: RoutedStep, index: Array, history: History, params: dict, condition: Array, e_t: Array):
-    """The outputs of step `index`, and its linear part: the vjp and the reads."""
+    """The outputs of step `index`, and its linear part: the vjp and the reads.
 
+    Of a step it keeps the outputs of dense layers alone. To aggregate anew costs less than to write what was aggregated
+    to a buffer over all steps, and to read it from there.
+    """
+
+    @partial(jax.checkpoint, policy=keep_dense_outputs, prevent_cse=False)
     def outputs(params, *inputs):
         return step.apply({"params": params}, history, index, *inputs)
 

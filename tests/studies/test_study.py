@@ -55,6 +55,32 @@ def test_learning_rates_are_chosen_by_the_mean_of_the_first_metric():
     assert study.rate_table(swept, curves).splitlines()[-1].endswith("| - |")
 
 
+def test_rates_are_tried_until_the_best_is_inside(tmp_path, monkeypatch):
+    """a is best at 4, b beyond all rates, c at 1; a rate that fails is not tried again."""
+    best, ran = {"a": 4, "b": 99, "c": 1, "d": 99}, []
+
+    def train_seed(swept, cells, root, seed, cores, stopped):
+        ran.extend((name, seed) for names in cells.values() for name in names)
+        return []
+
+    def collect(swept, root):
+        found = {}
+        for name, seed in ran:
+            cell, rate = name.split("@")
+            if (cell, rate) != ("d", "8"):
+                found.setdefault(name, {})[str(seed)] = {"9": {"m": abs(float(rate) - best[cell])}}
+        return {"curves": found}
+
+    monkeypatch.setattr(study, "_train_seed", train_seed)
+    monkeypatch.setattr(study, "collect", collect)
+    cells = {name: () for name in best}
+    swept = study.Study("x", "", cells, (), (0, 1), [], ("m",), (2, 4), further_rates=(8, 1, 16), sweep_seeds=(0,))
+    study.train(swept, tmp_path)
+    by_cell = {cell: [name.split("@")[1] for name, seed in ran if name[0] == cell and seed == 0] for cell in cells}
+    assert by_cell == {"a": ["2", "4", "8"], "b": ["2", "4", "8", "16"], "c": ["2", "4", "1"], "d": ["2", "4", "8"]}
+    assert [name for name, seed in ran if seed == 1] == ["a@4", "b@16", "c@1", "d@4"]
+
+
 def test_holm_equals_its_definition():
     """Of p-values .01, .04, .03, .005: 4 * .005, 3 * .01, 2 * .03, and .04 is raised to the one before."""
     assert study.holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
