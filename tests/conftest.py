@@ -2,9 +2,9 @@
 
 import os
 
+from tests import compiling
+
 os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + (
-    " --xla_force_host_platform_device_count=8"
-    " --xla_backend_optimization_level=0"  # most of the time of these tests is compilation
-)
+DEVICES = "--xla_force_host_platform_device_count=8"
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {DEVICES} {compiling.QUICKLY}"
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")

@@ -8,6 +8,8 @@ import socket
 import subprocess
 import sys
 
+from tests import compiling
+
 ROOT = pathlib.Path(__file__).parents[2]
 CONFIG_FILE = """
 from tests.training import tiny
@@ -57,7 +59,7 @@ class Doors:
             environment = {
                 **os.environ,
                 "JAX_PLATFORMS": "cpu",
-                "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0",
+                "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} {compiling.QUICKLY}",
                 "JAX_COMPILATION_CACHE_DIR": str(self.cache),
                 "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
                 "PYTHONPATH": str(ROOT),

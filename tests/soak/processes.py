@@ -16,6 +16,8 @@ import traceback
 from collections.abc import Callable
 from typing import Any
 
+from tests import compiling
+
 ROOT = pathlib.Path(__file__).parents[2]
 CONTEXT = multiprocessing.get_context("forkserver")
 IMPORTED = (
@@ -33,7 +35,7 @@ IMPORTED = (
 ENVIRONMENT = {
     "JAX_PLATFORMS": "cpu",
     "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-    "XLA_FLAGS": "--xla_backend_optimization_level=0",
+    "XLA_FLAGS": compiling.QUICKLY,
     "TF_CPP_MIN_LOG_LEVEL": "3",
     "TF_ENABLE_ONEDNN_OPTS": "0",
     "OPENBLAS_NUM_THREADS": "1",  # a process with threads cannot be forked
