@@ -110,7 +110,7 @@ class Reader:
 
     Attributes:
       recent: the outputs written so far, `[B, T, D]` each.
-      reads: the queries and log sums of the reads so far.
+      reads: the queries and log sums of the reads so far, queries in the type of the history.
     """
 
     def __init__(self, how, queries: list[Query], size: int, e_t, history: History, count, newest, taps: list | None):
@@ -125,10 +125,11 @@ class Reader:
             newest = self.recent[-1] if self.recent else self.newest
             u = tuple(query(self.e_t, newest) for query in self.queries[len(self.recent) :][: self.size])
             tap = self.taps[number] if self.taps else None
-            self.aggregates, log_sum = read(self.how, u, self.history.sources, self.history.inv_rms, self.count, tap)
-            self.reads.append((u, log_sum))
-        u, log_sum = self.reads[-1]
-        read_by_sublayer = u[i], self.aggregates[i], log_sum[i], self.recent, self.norms
+            sources = self.history.sources
+            self.u, (self.aggregates, log_sum) = u, read(self.how, u, sources, self.history.inv_rms, self.count, tap)
+            self.reads.append((tuple(x.astype(sources.dtype) for x in u), log_sum))  # as kernels take them
+        log_sum = self.reads[-1][1]
+        read_by_sublayer = self.u[i], self.aggregates[i], log_sum[i], self.recent, self.norms
         x, self.recent = sublayer_input(self.how, *read_by_sublayer, shift, scale)
         return constrain(x)
 

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from dar_jax.models import stack as stack_module
 from dar_jax.models.layers import Block
 from dar_jax.models.numerics import Arithmetic
 from dar_jax.models.plain_stack import ResidualStack
@@ -184,6 +185,26 @@ def temp_bytes(depth, chunk_size, remat, query="static_t"):
     params = nn.meta.unbox(jax.eval_shape(stack.init, jax.random.key(0), *inputs)["params"])
     loss = lambda p, *i: jnp.sum(stack.apply({"params": p}, *i)[0])  # noqa: E731
     return jax.jit(jax.grad(loss)).lower(params, *inputs).compile().memory_analysis().temp_size_in_bytes
+
+
+@pytest.mark.parametrize("query", ["static_t", "dynamic"])
+def test_dense_remat_keeps_the_outputs_of_dense_layers_alone(query, monkeypatch):
+    """Of every step those of two blocks, four each, and no aggregate. Of dynamic queries and newest source, too."""
+    kept = []
+
+    def recorded(tree, known):
+        saved = save(tree, known)
+        kept.extend(x.shape for x in jax.tree.leaves(saved) if x.shape[:2] == (BATCH, TOKENS) and x.ndim > 2)
+        return saved
+
+    save = stack_module.save
+    monkeypatch.setattr(stack_module, "save", recorded)
+    stack = routed(Layout(4, 4), query, remat="dense")
+    params, inputs = make(stack, jnp.float32)
+    jax.make_jaxpr(jax.grad(lambda p: jnp.sum(stack.apply({"params": p}, *inputs)[0])))(params)
+    outputs = [(3, SIZE), (SIZE,), (2 * SIZE,), (SIZE,)]  # qkv, out, dense_0, dense_1
+    queries = 5 * [(SIZE,)] if query == "dynamic" else []
+    assert sorted(kept) == sorted((BATCH, TOKENS, *shape) for shape in 2 * outputs + queries)
 
 
 @pytest.mark.parametrize(("chunk_size", "remat"), [(1, "block"), (4, "block"), (4, "dense")])
