@@ -19,9 +19,11 @@ import chunk_size  # noqa: E402
 import distil  # noqa: E402
 import distil_emoji  # noqa: E402
 import does_it_help  # noqa: E402
+import prediction  # noqa: E402
 import repa  # noqa: E402
 import study  # noqa: E402
 import text_to_image  # noqa: E402
+import time_in_queries  # noqa: E402
 
 
 def test_interval_is_that_of_student():
@@ -162,6 +164,7 @@ PAGES = (
     (distil_emoji.STUDY, "distil"),
     (does_it_help.STUDY, "does_it_help"),
     (chunk_size.STUDY, "does_it_help"),
+    (prediction.STUDY, "does_it_help"),
 )
 
 
@@ -169,3 +172,8 @@ PAGES = (
 def test_the_page_shows_the_table(declared, page):
     kept = json.loads((ROOT / "studies" / f"{declared.name}.json").read_text())
     assert study.table(declared, kept["curves"]) in (ROOT / "docs" / f"{page}.md").read_text()
+
+
+def test_the_page_shows_what_shuffled_times_do():
+    kept = json.loads(time_in_queries.KEPT.read_text())
+    assert time_in_queries.table(kept) in (ROOT / "docs" / "does_it_help.md").read_text()
