@@ -30,12 +30,9 @@ def hog(images: Array, grid: int) -> Array:
     columns = jnp.pad(luma[:, :, 2:] - luma[:, :, :-2], ((0, 0), (0, 0), (1, 1)))
     magnitude = jnp.hypot(rows, columns)
     place = jnp.arctan2(rows, columns) / jnp.pi * BINS - 0.5  # of the orientation among the centres of the bins
-    lower = jnp.floor(place)
-    upper_share, lower = place - lower, lower.astype(jnp.int32) + BINS
-    bins = jnp.arange(BINS)
-    at_lower = (lower % BINS)[..., None] == bins
-    at_upper = ((lower + 1) % BINS)[..., None] == bins
-    votes = magnitude[..., None] * (at_lower * (1 - upper_share)[..., None] + at_upper * upper_share[..., None])
+    away = (place[..., None] - jnp.arange(BINS) + BINS / 2) % BINS - BINS / 2  # from every centre, around the circle
+    # No orientation is rounded to a bin: a gradient straight down lies on a centre, and may come out on either side.
+    votes = magnitude[..., None] * jnp.maximum(0, 1 - jnp.abs(away))
 
     cells = votes.reshape(b, grid, height // grid, grid, width // grid, BINS).mean(axis=(2, 4))
     joined = neighbourhood(cells).reshape(b, grid * grid, WIDTH)

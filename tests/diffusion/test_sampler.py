@@ -167,7 +167,7 @@ def test_dopri5_step_sizes_are_of_each_sample():
     assert counts[0] < counts[1] < counts[2]
     for i in (0, 1):
         alone, count = solve(rates[i : i + 1])
-        np.testing.assert_allclose(alone[0], together[i], rtol=1e-6)
+        np.testing.assert_allclose(alone[0], together[i], rtol=3e-6)
         assert count[0] == counts[i]
 
 
