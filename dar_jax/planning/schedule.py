@@ -129,21 +129,30 @@ def read_schedule(text: str, chip: Chip | Gpu) -> Schedule:
         if isinstance(chip, Chip):
             cycles = re.search(r'"estimated_cycles":"?(\d+)', i.rest)
             return int(cycles[1]) / chip.clock if cycles else None
-        if i.op == "fusion" and (flops := dots(_called("calls", i.rest))):
-            size = sum(_shape_bytes(shapes.get(operand, "")) for operand in _operands(i)) + _shape_bytes(i.shape)
+        is_cublas, result, flops = 'custom_call_target="__cublas' in i.rest, i.shape, 0.0
+        if i.op == "fusion":
+            flops = dots(_called("calls", i.rest))
+        elif is_cublas:  # as in a step that was tuned on a GPU; the rest of the result is room to work in
+            result = re.search(r"\w+\[[\d,]*\]", i.shape)[0]
+            contracted = re.search(r'"lhs_contracting_dimensions":\[([^\]]*)\]', i.rest)[1]
+            flops = product_flops(result, shapes[_operands(i)[0]], re.findall(r"\d+", contracted))
+        if flops:
+            size = sum(_shape_bytes(shapes.get(operand, "")) for operand in _operands(i)) + _shape_bytes(result)
             return max(flops / peak_flops(chip.name), size / chip.bandwidth)
         # Several models of the compiler give a time, and the last is that of what limits the fusion.
         times = re.findall(r'"exec_time_us":([\d.e+-]+)', i.rest)
         return float(times[-1]) / 1e6 if times else None
+
+    def product_flops(result: str, lhs: str, contracted: list[str]) -> float:
+        return 2.0 * math.prod(_dimensions(result)) * math.prod(_dimensions(lhs)[int(d)] for d in contracted)
 
     def dots(name: str) -> float:
         """FLOPs of the matmuls of a fusion."""
         shapes, flops = {i.name: i.shape for i in computations[name]}, 0.0
         for i in computations[name]:
             if i.op == "dot":
-                lhs = _dimensions(shapes[_operands(i)[0]])
                 contracted = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", i.rest)[1]
-                flops += 2.0 * math.prod(_dimensions(i.shape)) * math.prod(lhs[int(d)] for d in contracted.split(","))
+                flops += product_flops(i.shape, shapes[_operands(i)[0]], contracted.split(","))
             elif called := _called("calls", i.rest):
                 flops += dots(called)
         return flops

@@ -421,6 +421,9 @@ backend_config={"reification_cost":[{"exec_time_us":7000,"name":"sol"}]}
   %loop = bf16[64,128]{1,0} fusion(%gemm), kind=kLoop, calls=%added, \
 backend_config={"reification_cost":[{"exec_time_us":90,"name":""},{"exec_time_us":2.5e+1,"name":"sol"}]}
   %call = bf16[64,128]{1,0} custom-call(%loop), custom_call_target="__gpu$xla.gpu.triton"
+  %cublas = (bf16[64,128]{1,0}, s8[4194304]{0}) custom-call(%a, %b), custom_call_target="__cublas$lt$matmul", \
+backend_config={"gemm_backend_config":{"dot_dimension_numbers":{"lhs_contracting_dimensions":["1"]}},\
+"reification_cost":[{"exec_time_us":7000,"name":"sol"}]}
   ROOT %out = (s32[], bf16[64,32]{1,0}, bf16[32,128]{1,0}) tuple(%i, %a, %b)
 }
 
@@ -443,7 +446,7 @@ def test_a_roofline_is_read_from_a_module_for_gpus(bandwidth):
     gpu = gpus.GPUS["h100"]._replace(bandwidth=bandwidth)
     schedule = planning.read_schedule(GPU_MODULE, gpu)
     product = max(2 * 64 * 32 * 128 / 989e12, 2 * (64 * 32 + 32 * 128 + 64 * 128) / bandwidth)
-    assert schedule.seconds == pytest.approx(5 * (product + 25e-6), rel=1e-6)
+    assert schedule.seconds == pytest.approx(5 * (2 * product + 25e-6), rel=1e-6)
     assert (schedule.kernel_calls, schedule.kernel_seconds, schedule.unknown_loops) == (5, 0, 0)
 
 
