@@ -17,9 +17,11 @@ needs_libtpu = pytest.mark.skipif(
 def printed_with_libtpu(module: str, *, timeout: float) -> list[str]:
     """The words that `python -m module` prints, within `timeout` seconds.
 
-    It is a process of its own, because what libtpu reads from the environment must be there before jax starts.
+    It is a process of its own, because what libtpu reads from the environment must be there before jax starts. XLA_FLAGS
+    are left out, because libtpu ends the process at one that it does not know.
     """
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost"}
+    inherited = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    environment = {**inherited, "JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost"}
     environment |= {"TPU_WORKER_ID": "0", "TPU_ACCELERATOR_TYPE": "v5litepod-16", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
     command = [sys.executable, "-m", module]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=timeout, env=environment)

@@ -89,19 +89,12 @@ def compile_all(folder: str) -> None:
         qkv, joined, mask = array(b, 256, 3, 2 * d), array(b, 256, 2 * d), array(b, 256, dtype=bool)
         few = array(b, 2, 256, dtype=jnp.float32)
         entries = "_forward", "_backward_queries", "_backward_keys", "_backward_of_parts"
-        report(f"{d}", lambda *args: attention_gpu.backward(*args[:3], None, *args[3:]), *4 * (tokens,), row, tokens,
-               entries=entries)  # fmt: skip
-        report(f"{d}", functools.partial(attention_gpu.forward_of_parts, d), qkv, mask, entries=entries)
-        report(
-            f"{d}",
-            functools.partial(attention_gpu.backward_of_parts, d),
-            qkv,
-            mask,
-            joined,
-            few,
-            joined,
-            entries=entries,
-        )
+        long, of_parts = 4 * (tokens,), (qkv, mask)
+        backward = lambda q, k, v, out, *rest: attention_gpu.backward(q, k, v, None, out, *rest)  # noqa: E731
+        report(d, backward, *long, row, tokens, entries=entries)
+        report(d, functools.partial(attention_gpu.forward_of_parts, d), *of_parts, entries=entries)
+        backward = functools.partial(attention_gpu.backward_of_parts, d)
+        report(d, backward, *of_parts, joined, few, joined, entries=entries)
 
 
 if __name__ == "__main__":

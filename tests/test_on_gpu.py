@@ -15,8 +15,9 @@ def test_checks_and_times_on_a_cpu(tmp_path):
     done = subprocess.run([*command, "--parts=checks,aggregation"], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
     found = json.loads((tmp_path / "results.json").read_text())
-    assert len(found["checks"]) == 7 and all(0 < row["error"] < row["bound"] for row in found["checks"])
-    assert [row["sources"] for row in found["aggregation"]] == [15, 57, 15, 57]
+    rows = found["checks"]["rows"]
+    assert len(rows) == 7 and all(0 < row["error"] < row["bound"] for row in rows)
+    assert [row["sources"] for row in found["aggregation"]["rows"]] == [15, 57, 15, 57]
     page = (tmp_path / "page.md").read_text()
     assert "7 of 7 within their bounds" in page and "## Aggregation" in page
 
@@ -26,6 +27,6 @@ def test_what_is_not_a_number_is_wrong(monkeypatch):
     on_gpu = importlib.import_module("on_gpu")
     assert on_gpu.relative([1.0, float("nan")], [1.0, 1.0]) != on_gpu.relative([1.0, 1.0], [1.0, 1.0]) == 0
     rows = [{"check": name, "error": error, "bound": 0.1} for name, error in (("a", 0.01), ("b", float("nan")))]
-    about = {"device": "x", "date": "y", "commit": "z", "jax": "0"}
-    assert "1 of 2 within their bounds" in on_gpu.page({"about": about, "checks": rows})
+    page = on_gpu.page({"checks": {"device": "x", "commit": "z", "rows": rows}})
+    assert "1 of 2 within their bounds" in page and "Measured: device x, commit z." in page
     assert on_gpu.wrong(rows) == ["b"]

@@ -57,10 +57,8 @@ def backward_of_parts(
     b, tokens, _, size = qkv.shape
     owner = b, tokens, size // d, d
     parts, out, g = qkv.reshape(b, tokens, 3, -1, d), out.reshape(owner), g.reshape(owner)
-    args, out_shape = (
-        (parts, _masks(key_mask), g, log_sum, _along(out, g)),
-        jax.ShapeDtypeStruct(parts.shape, qkv.dtype),
-    )
+    args = parts, _masks(key_mask), g, log_sum, _along(out, g)
+    out_shape = jax.ShapeDtypeStruct(parts.shape, qkv.dtype)
     return _call(_backward_of_parts, owner, tokens, 7, args, out_shape, interpret).reshape(qkv.shape)
 
 
