@@ -6,6 +6,10 @@ jax. The connections stay open as long as the job runs. A message is one line of
 
 Process 0 passes every error on to all others. A process that ends without a word closes its connection, and one whose
 host is lost falls silent. A process alone calls the same functions, which then do nothing.
+
+One of them may ask all to stop. They must do so before the same step, so process 0 asks which step each has begun.
+Until it has told the first step that none has begun, no process begins another. (jax's own way to agree,
+`reached_preemption_sync_point`, sometimes gave two processes different steps, which then waited for each other.)
 """
 
 import contextlib
@@ -32,6 +36,7 @@ FAREWELL_SECONDS = 10  # process 0 keeps jax's coordination alive so long, while
 _END = "the end"
 _ending = threading.Lock()
 _job: "_Job | None" = None
+_wants_stop = False
 
 
 def here() -> str:
@@ -107,6 +112,23 @@ def fail(message: str, *, code: int = 2, whose: str = "", say: bool = True) -> N
 def finish() -> None:
     """Waits until the work of all processes is done. How one of them exits afterwards is no concern of the others."""
     gather(None, _END)
+
+
+def ask_to_stop(*_: Any) -> None:
+    """Asks all processes to stop, as the handler of a signal."""
+    global _wants_stop
+    _wants_stop = True
+
+
+def forget_stop() -> None:
+    """Takes back what `ask_to_stop` asked for, once all have stopped."""
+    global _wants_stop
+    _wants_stop = False
+
+
+def is_stopping(step: int) -> bool:
+    """Whether all stop before step `step`. Each process calls this before each step, from the same step on."""
+    return _job.is_stopping(step, _wants_stop) if _job else _wants_stop
 
 
 @contextlib.contextmanager
@@ -268,6 +290,9 @@ class _Job:
     def __init__(self, count: int, index: int, links: dict[int, _Link]):
         self.count, self.index, self.links, self.closed, self.inbox = count, index, links, False, queue.SimpleQueue()
         self.names = [links[i].name if i in links else _name(i, here()) for i in range(count)]  # until all are told
+        self.begun, self.stop_at, self.has_asked = -1, None, False  # steps; -1: none yet
+        self.begun_by_all: dict[int, int] = {}  # known to process 0 alone
+        self.may_begin, self.is_deciding = threading.Condition(threading.RLock()), False
 
     def gather(self, value: Any, where: str) -> list:
         values = {self.index: value}
@@ -294,6 +319,56 @@ class _Job:
                 link.send(where=where, values=ordered)
         return ordered
 
+    def is_stopping(self, step: int, wants_stop: bool) -> bool:
+        if wants_stop and not self.has_asked:
+            self.has_asked = True
+            self._ask_where_all_are() if self.index == 0 else self.links[0].send(stop="asked for")
+        with self.may_begin:
+            self.may_begin.wait_for(lambda: not self.is_deciding)
+            if self.stop_at is not None and step >= self.stop_at:
+                return True
+            self.begun = step
+            return False
+
+    def _hear_of_stop(self, sender: int, stop: str, step: int | None = None) -> None:
+        """Takes a message of the agreement on where to stop."""
+        if stop == "asked for":
+            self._ask_where_all_are()
+        elif stop == "which step has begun?":
+            self.links[0].send(stop="begun", step=self._hold())
+        elif stop == "begun":
+            self._note_begun(sender, step)
+        else:
+            self._stop_at(step)
+
+    def _ask_where_all_are(self) -> None:
+        with self.may_begin:
+            if self.is_deciding or self.stop_at is not None:
+                return
+            begun = self._hold()
+        for link in self.links.values():
+            link.send(stop="which step has begun?")
+        self._note_begun(0, begun)
+
+    def _hold(self) -> int:
+        """The step that this process has begun, which begins no other until it knows where to stop."""
+        with self.may_begin:
+            self.is_deciding = True
+            return self.begun
+
+    def _note_begun(self, sender: int, step: int) -> None:
+        self.begun_by_all[sender] = step
+        if len(self.begun_by_all) == self.count:
+            first = max(self.begun_by_all.values()) + 1
+            for link in self.links.values():
+                link.send(stop="at", step=first)
+            self._stop_at(first)
+
+    def _stop_at(self, step: int) -> None:
+        with self.may_begin:
+            self.stop_at, self.is_deciding = step, False
+            self.may_begin.notify_all()
+
     def watch(self) -> None:
         """Reads all links until the end of the job, and ends this process when another one is lost."""
         beat = float("-inf")
@@ -310,6 +385,8 @@ class _Job:
                     for message in self._receive(index, link):
                         if "error" in message:
                             fail(message["error"], whose=message["whose"])
+                        elif "stop" in message:
+                            self._hear_of_stop(index, **message)
                         elif "where" in message:
                             self.closed = self.index > 0 and message["where"] == _END
                             self.inbox.put((index, message))

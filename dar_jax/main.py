@@ -23,9 +23,9 @@ WORKDIR = flags.DEFINE_string("workdir", None, "Directory of checkpoints, sample
 def main(_):
     cli.require_flags(config=CONFIG.value, workdir=WORKDIR.value)
     _listen(_end, signal.SIGTERM, signal.SIGHUP)  # the imports take seconds, and only then does the loop listen
-    alone = runtime.start() == 1  # with several processes, jax.distributed listens and tells all of them
-    if alone:
-        _listen(_end, signal.SIGTERM)
+    alone = runtime.start() == 1
+    # Of several processes one asks all to stop, which they do before the first step that none has begun.
+    _listen(_end if alone else hosts.ask_to_stop, signal.SIGTERM)
     from dar_jax.training.loop import train
     from dar_jax.validate import validate
 

@@ -17,8 +17,8 @@ needs_libtpu = pytest.mark.skipif(
 def printed_with_libtpu(module: str, *, timeout: float) -> list[str]:
     """The words that `python -m module` prints, within `timeout` seconds.
 
-    It is a process of its own, because what libtpu reads from the environment must be there before jax starts. XLA_FLAGS
-    are left out, because libtpu ends the process at one that it does not know.
+    It is a process of its own, because what libtpu reads from the environment must be there before jax starts.
+    XLA_FLAGS are left out, because libtpu ends the process at one that it does not know.
     """
     inherited = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
     environment = {**inherited, "JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost"}

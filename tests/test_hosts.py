@@ -4,6 +4,7 @@ import signal
 import socket
 import subprocess
 import sys
+import textwrap
 import time
 
 import pytest
@@ -113,3 +114,22 @@ def test_numbers_that_make_no_job():
 def test_processes_at_different_places_are_an_error():
     for code, _, error in ends(start([0, 1], "hosts.gather(1, 'step 3' if index else 'step 4')")):
         assert code == 2 and "process 1" in error and "is at step 3, but process 0" in error and "at step 4" in error
+
+
+@pytest.mark.parametrize(("askers", "when"), [((0,), 120), ((2,), 120), ((0, 1, 2), 100)])
+def test_all_stop_before_the_same_step(askers, when):
+    """Each takes steps from 100 on at its own pace, as it does when steps are queued."""
+    lines = f"""
+        import random
+        for step in range(100, 10**6):
+            if index in {askers} and step == {when}:
+                hosts.ask_to_stop()
+            if hosts.is_stopping(step):
+                break
+            time.sleep(random.random() * 0.004 * (index + 1))
+        print('stopped before', step)
+    """
+    found = ends(start([0, 1, 2], textwrap.dedent(lines)))
+    assert {(code, error) for code, _, error in found} == {(0, "")}
+    (said,) = {out.splitlines()[-1] for _, out, _ in found}
+    assert when <= int(said.removeprefix("stopped before ")) < when + 500

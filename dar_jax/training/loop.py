@@ -1,7 +1,6 @@
 """The run: set everything up, then step, log, evaluate and save until done or told to stop."""
 
 import math
-import os
 import signal
 import threading
 from contextlib import closing
@@ -9,7 +8,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
@@ -303,31 +301,29 @@ def _describe(params) -> None:
 
 
 class _StopSignal:
-    """Within its context SIGTERM, SIGHUP and SIGINT ask the loop to stop; calling it says whether they did."""
+    """Within its context SIGTERM, SIGHUP and SIGINT ask the loop to stop; calling it says whether they did.
+
+    With several processes any of them asks all, which stop before the same step; there SIGINT interrupts at once.
+    """
 
     def __enter__(self):
-        self.asked = False
         self.previous = {}
         if threading.current_thread() is threading.main_thread():
-            # With several processes jax.distributed listens for SIGTERM, and a handler here would silence it.
-            alone = jax.process_count() == 1
-            for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT) if alone else (signal.SIGHUP,):
+            alone = (signal.SIGINT,) if jax.process_count() == 1 else ()
+            for number in (signal.SIGTERM, signal.SIGHUP, *alone):
                 if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup does with SIGHUP
-                    self.previous[number] = signal.signal(number, self._ask if alone else self._pass_on)
+                    self.previous[number] = signal.signal(number, self._ask)
         return self
 
     def __exit__(self, *_):
+        hosts.forget_stop()
         for number, handler in self.previous.items():
             signal.signal(number, handler)
 
     def _ask(self, number, frame):
-        self.asked = True
-        signal.signal(signal.SIGINT, signal.default_int_handler)  # a second Ctrl-C interrupts at once
-
-    def _pass_on(self, number, frame):
-        os.kill(os.getpid(), signal.SIGTERM)
+        hosts.ask_to_stop()
+        if signal.SIGINT in self.previous:
+            signal.signal(signal.SIGINT, signal.default_int_handler)  # a second Ctrl-C interrupts at once
 
     def __call__(self, step: int) -> bool:
-        if jax.process_count() > 1:  # all hosts must stop at the same step
-            return multihost_utils.reached_preemption_sync_point(step)
-        return self.asked
+        return hosts.is_stopping(step)
