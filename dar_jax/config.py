@@ -202,7 +202,7 @@ def schema() -> ConfigDict:
     config.eval = evaluation = ConfigDict()
     evaluation.every_steps = Number(0, "[0, inf)")  # grid and metrics of the EMA, after saving a checkpoint; 0 = off
     evaluation.num_samples = Number(10_000, "[0, inf)")  # for the metrics; 0 = grid only
-    evaluation.final_samples = Number(50_000, "[0, inf)")  # the last step's metrics once more, if this is more
+    evaluation.final_samples = Number(50_000, "[0, inf)")  # the last step once more, if 0 < num_samples < this
     evaluation.loss_images = Number(0, "[0, inf)")  # held-out images for val_loss, at fixed noises and times; 0 = off
     evaluation.batch_size = Number(250, "[1, inf)")  # samples at a time over all devices, rounded up to even shares
     evaluation.grid_size = Number(10, "[1, 1000]")  # rows = columns of the grid

@@ -42,16 +42,23 @@ def attention(q: Array, k: Array, v: Array, key_mask: Array | None = None) -> Ar
     return _by_kernels(q, k, v, key_mask)
 
 
-def self_attention(qkv: Array, heads: int, key_mask: Array | None = None, attend=attention) -> Array:
+def self_attention(
+    qkv: Array, heads: int, key_mask: Array | None = None, attend=attention, bias: Array | None = None
+) -> Array:
     """Attention of tokens to each other, `[B, T, 3, heads * d]` -> `[B, T, heads * d]`.
 
     By `attend`, `attention` or `by_autodiff`, with its key mask. Of few tokens `attention` takes kernels that read
     queries, keys and values from one array: on TPUs attention_short.py, on GPUs those of attention_gpu.py.
+
+    `bias`, `[3, heads * d]`, is a summand of qkv whose gradient is asked of this function (`Dense.hands_out_bias`). It
+    is the sum of qkv's, which a TPU kernel adds up before they leave the core.
     """
     d = qkv.shape[-1] // heads
     is_short = qkv.shape[1] < LEAST_KEYS_OF_KERNELS
     if attend is attention and is_short and _kernels_of_few_tokens(d, qkv):
-        return _of_few_tokens(d, qkv, key_mask)
+        return _of_few_tokens(d, qkv, key_mask, bias)
+    if bias is not None:
+        qkv = qkv + (bias - jax.lax.stop_gradient(bias))
     return _of_parts(attend, d, qkv, key_mask)
 
 
@@ -72,27 +79,42 @@ def _of_parts(attend, d: int, qkv: Array, key_mask: Array | None) -> Array:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _of_few_tokens(d: int, qkv: Array, key_mask: Array | None) -> Array:
-    return _of_few_tokens_forward(d, qkv, key_mask)[0]
+def _of_few_tokens(d: int, qkv: Array, key_mask: Array | None, bias: Array | None) -> Array:
+    return _of_few_tokens_forward(d, qkv, key_mask, bias)[0]
 
 
-def _of_few_tokens_forward(d, qkv, key_mask):
+def _of_few_tokens_forward(d, qkv, key_mask, bias):
     def elsewhere(qkv, key_mask):
         b, tokens, _, size = qkv.shape
         return _of_parts(by_autodiff, d, qkv, key_mask), jnp.zeros((b, size // d, tokens), jnp.float32)
 
     passes = {name: functools.partial(one, d) for name, (one, _) in _kernels_of_few_tokens(d, qkv).items()}
     out, log_sum = _choose(passes, elsewhere, (qkv, key_mask), (PARTS, SAMPLES), (JOINED, HEADS), qkv.shape[-1] // d)
-    return out, (qkv, key_mask, out, log_sum)
+    has_bias = None if bias is None else ()
+    return out, (qkv, key_mask, out, log_sum, has_bias)
 
 
 def _of_few_tokens_backward(d, residuals, g):
     def elsewhere(qkv, key_mask, out, log_sum, g):
         return jax.vjp(lambda qkv: _of_parts(by_autodiff, d, qkv, key_mask), qkv)[1](g)[0]
 
-    passes = {name: functools.partial(one, d) for name, (_, one) in _kernels_of_few_tokens(d, residuals[0]).items()}
+    def unsummed(backward):
+        return lambda *args: (backward(*args), jnp.zeros(args[0][:, 0].shape, jnp.float32))
+
+    *kept, has_bias = residuals
+    passes = {name: functools.partial(one, d) for name, (_, one) in _kernels_of_few_tokens(d, kept[0]).items()}
+    passes = {name: one if name == "tpu" else unsummed(one) for name, one in passes.items()}
     axes = PARTS, SAMPLES, JOINED, HEADS, JOINED
-    return _choose(passes, elsewhere, (*residuals, g), axes, PARTS, g.shape[-1] // d), None
+    d_qkv, sums = _choose(passes, unsummed(elsewhere), (*kept, g), axes, (PARTS, JOINED), g.shape[-1] // d)
+    if has_bias is None:
+        return d_qkv, None, None
+
+    def by_autodiff_of_the_sum(d_qkv, sums):
+        (d_bias,) = jax.linear_transpose(lambda bias: jnp.broadcast_to(bias, d_qkv.shape), d_qkv[0, 0])(d_qkv)
+        return d_bias
+
+    by_kernel = {"tpu": lambda d_qkv, sums: jnp.sum(sums, axis=0).astype(d_qkv.dtype)} if "tpu" in passes else {}
+    return d_qkv, None, jax.lax.platform_dependent(d_qkv, sums, **by_kernel, default=by_autodiff_of_the_sum)
 
 
 _of_few_tokens.defvjp(_of_few_tokens_forward, _of_few_tokens_backward)

@@ -39,11 +39,16 @@ def forward(d: int, qkv: Array, key_mask: Array | None, *, interpret: bool = Fal
 
 def backward(
     d: int, qkv: Array, key_mask: Array | None, out: Array, log_sum: Array, g: Array, *, interpret: bool = False
-) -> Array:
-    """The gradient of qkv, in its shape and dtype, from that of the outputs, `[B, T, heads * d]`. Reads no outputs."""
+) -> tuple[Array, Array]:
+    """See `attention_gpu.backward_of_parts`; also the sums over the tokens, float32 `[B, 3, heads * d]`.
+
+    Reads no outputs.
+    """
     parts = _parts_first(qkv)
-    out_shape = jax.ShapeDtypeStruct(parts.shape, parts.dtype)
-    return jnp.moveaxis(_call(_backward, d, 5, parts, (g,), key_mask, out_shape, 3, interpret), 1, 2)
+    b, _, _, size = parts.shape
+    out_shape = jax.ShapeDtypeStruct(parts.shape, parts.dtype), jax.ShapeDtypeStruct((b, 3, size), jnp.float32)
+    d_qkv, sums = _call(_backward, d, 5, parts, (g,), key_mask, out_shape, 3, interpret)
+    return jnp.moveaxis(d_qkv, 1, 2), sums
 
 
 def _parts_first(qkv: Array) -> Array:
@@ -60,7 +65,7 @@ def _forward(d: int, qkv, bias, out, total):
     out[...] = total[0].astype(out.dtype)
 
 
-def _backward(d: int, qkv, g, bias, d_qkv, total):
+def _backward(d: int, qkv, g, bias, d_qkv, sums, total):
     total[...] = jnp.zeros_like(total)
     for window, inside in _heads(g.shape, d):
         # Zeros of these two keep what is added to the gradients of keys and values within the head.
@@ -74,6 +79,8 @@ def _backward(d: int, qkv, g, bias, d_qkv, total):
         total[1, :, window] += dot(d_scores, queries, 1, 0)
         total[2, :, window] += dot(weights.astype(g.dtype), gradients, 1, 0)
     d_qkv[...] = total[...].astype(d_qkv.dtype)
+    for part in range(3):
+        sums[part : part + 1] = jnp.sum(total[part], axis=0, keepdims=True)
 
 
 def _heads(shape: tuple[int, int], d: int):
@@ -100,19 +107,19 @@ def _call(kernel, d: int, matmuls: int, qkv: Array, g: tuple, key_mask: Array | 
     whole = lambda x: pl.BlockSpec((None, *x.shape[1:]), lambda i: (i, *(len(x.shape) - 1) * (0,)))  # noqa: E731
     lanes = sum((-(-(start + d) // LANES) - start // LANES) * LANES for start in range(0, size, d))
     arguments = qkv, *g, bias
-    passed = sum(math.prod(x.shape) for x in (qkv, *g, out_shape))
+    passed = sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves((qkv, *g, out_shape)))
     return pl.pallas_call(
         functools.partial(kernel, d),
         grid=(b,),
         in_specs=jax.tree.map(whole, arguments, is_leaf=lambda x: hasattr(x, "shape")),
-        out_specs=whole(out_shape),
+        out_specs=jax.tree.map(whole, out_shape),
         out_shape=out_shape,
         scratch_shapes=[pltpu.VMEM((sums, tokens, size), jnp.float32)],
         # Products are of whole lanes.
         cost_estimate=pl.CostEstimate(
             flops=2 * matmuls * b * tokens**2 * lanes,
             transcendentals=b * tokens**2 * size // d,
-            bytes_accessed=passed * qkv.dtype.itemsize,
+            bytes_accessed=passed,
         ),
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel",), vmem_limit_bytes=VMEM_LIMIT),
         interpret=interpret,

@@ -188,14 +188,15 @@ def _run_steps_forward(run, params, v_0, e_t, by, key_mask):
 
     def advance(states, inputs):
         index, stacked = inputs
-        known = step.histories(states), step.params_by_name(stacked), e_t, by, key_mask
         entries = step.entries(states, index)
+        of_histories = tuple(e if kind.num_queries else () for kind, e in zip(step.kinds, entries, strict=True))
+        known = of_histories, step.histories(states), step.params_by_name(stacked), e_t, by, key_mask
         if run.remat == "block":
-            histories, named, *context = known
+            _, histories, named, *context = known
             outputs = step.apply({"params": named}, histories, index, entries, *context)[0]
             saved = tuple(() if kind.num_queries else s for kind, s in zip(step.kinds, states, strict=True))
         else:
-            outputs, linear = _linearize(step, index, entries, *known)
+            outputs, linear = _linearize(step, index, entries, *known[1:])
             saved = save(linear, known)
         return step.after(states, index, outputs, run.keeps), saved
 
@@ -212,10 +213,10 @@ def _run_steps_backward(run, residuals, d_final):
         d_states, d_e_t = carry
         index, stacked, saved = inputs
         # The final buffers stand for those this step saw: a step reads only rows that were filled before it.
-        known = histories, step.params_by_name(stacked), e_t, by, key_mask
+        known = step.entries(histories, index), histories, step.params_by_name(stacked), e_t, by, key_mask
         if run.remat == "block":
             states = tuple(h or s for h, s in zip(histories, saved, strict=True))
-            vjp, reads = _linearize(step, index, step.entries(states, index), *known)[1]
+            vjp, reads = _linearize(step, index, step.entries(states, index), *known[1:])[1]
         else:
             vjp, reads = saved(known)
         d_outputs = tuple(

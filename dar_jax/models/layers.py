@@ -88,15 +88,19 @@ class Dense(nn.Module):
 
     The kernel `[I, *features]` is initialised as one matrix of prod(features) columns. `axes` are its logical axes; all
     but the first are those of the bias. Where its parameters hold a low-rank adapter (lora.py), it is added.
+
+    With `hands_out_bias` the bias is returned, too. It then gets no gradient through the result, of which that gradient
+    is the sum over all tokens: who reads the result has it at hand (`self_attention`).
     """
 
     features: tuple[int, ...]
     axes: tuple[str, ...]
     arithmetic: Arithmetic
     kernel_init: nn.initializers.Initializer = xavier
+    hands_out_bias: bool = False
 
     @nn.compact
-    def __call__(self, x: Array) -> Array:
+    def __call__(self, x: Array) -> Array | tuple[Array, Array]:
         def init(key, shape, dtype=jnp.float32):
             return self.kernel_init(key, (shape[0], math.prod(shape[1:])), dtype).reshape(shape)
 
@@ -104,12 +108,13 @@ class Dense(nn.Module):
         bias = self.param("bias", logical(zeros, self.axes[1:]), self.features)
         dtype, matmul = self.arithmetic.dtype, self.arithmetic.matmul
         x, kernel, bias = nn.dtypes.promote_dtype(x, kernel, bias, dtype=dtype)
-        y = matmul(x, kernel) + bias
+        y = matmul(x, kernel) + (jax.lax.stop_gradient(bias) if self.hands_out_bias else bias)
         if self.has_variable("params", "lora_a"):
             adapter = (self.get_variable("params", f"lora_{name}") for name in ("a", "b", "scale"))
             a, b, scale = nn.dtypes.promote_dtype(*adapter, dtype=dtype)
             y += matmul(scale * matmul(x, a), b)
-        return checkpoint_name(y, numerics.KEPT)
+        y = checkpoint_name(y, numerics.KEPT)
+        return (y, bias) if self.hands_out_bias else y
 
 
 class TimestepEmbedder(nn.Module):
@@ -158,8 +163,9 @@ class Attention(nn.Module):
     def __call__(self, x: Array, key_mask: Array | None = None) -> Array:
         size = x.shape[-1]
         # The kernel keeps q, k and v on an axis of their own, so that heads can be split over devices.
-        qkv = Dense((3, size), ("embed", "qkv", "heads"), self.arithmetic, name="qkv")(x)
-        out = self_attention(qkv, self.num_heads, key_mask, self.arithmetic.attention)
+        dense = Dense((3, size), ("embed", "qkv", "heads"), self.arithmetic, hands_out_bias=True, name="qkv")
+        qkv, bias = dense(x)
+        out = self_attention(qkv, self.num_heads, key_mask, self.arithmetic.attention, bias)
         return Dense((size,), ("heads", "embed"), self.arithmetic, name="out")(out)
 
 

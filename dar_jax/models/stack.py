@@ -238,9 +238,9 @@ def _run_steps_forward(run, params, v_0, condition, e_t):
 
     def advance(history, inputs):
         index, step_params = inputs
-        known = history, step_params, condition, e_t
+        newest = history.sources[layout.count(index) - 1]
+        known = history, newest, step_params, condition, e_t
         if run.remat == "block":
-            newest = history.sources[layout.count(index) - 1]
             outputs, saved = step.apply({"params": step_params}, history, index, newest, condition, e_t)[0], None
         else:
             outputs, linear = _linearize(step, index, *known)
@@ -261,7 +261,7 @@ def _run_steps_backward(run, residuals, d_final: History):
         d_sources, d_condition, d_e_t = carry
         index, step_params, saved = inputs
         # The final buffer stands for the one this step saw: a step reads only rows that were filled before it.
-        known = history, step_params, condition, e_t
+        known = history, history.sources[layout.count(index) - 1], step_params, condition, e_t
         vjp, reads = _linearize(step, index, *known)[1] if saved is None else saved(known)
         d_params, d_newest, d_c, d_e, d_taps = vjp(output_cotangents(layout, run.keeps, index, d_sources, d_final))
 
@@ -282,7 +282,9 @@ def _run_steps_backward(run, residuals, d_final: History):
 run_steps.defvjp(_run_steps_forward, _run_steps_backward)
 
 
-def _linearize(step: RoutedStep, index: Array, history: History, params: dict, condition: Array, e_t: Array):
+def _linearize(
+    step: RoutedStep, index: Array, history: History, newest: Array, params: dict, condition: Array, e_t: Array
+):  # fmt: skip
     """The outputs of step `index`, and its linear part: the vjp and the reads.
 
     Of a step it keeps the outputs of dense layers alone. To aggregate anew costs less than to write what was aggregated
@@ -294,8 +296,7 @@ def _linearize(step: RoutedStep, index: Array, history: History, params: dict, c
         return step.apply({"params": params}, history, index, *inputs)
 
     taps = make_taps(step.layout, step.query, history.sources[0])
-    inputs = history.sources[step.layout.count(index) - 1], condition, e_t, taps
-    values, vjp, reads = jax.vjp(outputs, params, *inputs, has_aux=True)
+    values, vjp, reads = jax.vjp(outputs, params, newest, condition, e_t, taps, has_aux=True)
     return values, (vjp, reads)
 
 

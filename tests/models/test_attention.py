@@ -122,7 +122,25 @@ def test_kernels_of_few_tokens_equal_the_plain_form(tokens, heads, size, dtype, 
         out, log_sum = forward(size, qkv, key_mask, interpret=True)
         assert relative(out, expected) < tolerance
         gradient = backward(size, qkv, key_mask, out, log_sum, g, interpret=True)
+        if backward is attention_short.backward:
+            gradient, sums = gradient
+            assert sums.dtype == jnp.float32 and relative(sums, jnp.sum(vjp(wide(g))[0], axis=1)) < tolerance
         assert gradient.dtype == dtype and relative(gradient, vjp(wide(g))[0]) < tolerance
+
+
+@pytest.mark.parametrize("attend", [attention.attention, attention.by_autodiff])
+def test_a_bias_gets_its_gradient_of_who_reads_what_it_was_added_to(attend):
+    rng = np.random.default_rng(0)
+    qkv, bias = (jnp.asarray(rng.normal(size=size), jnp.float32) for size in ((2, 32, 3, 48), (3, 48)))
+    handed_out = layers.Dense((3, 48), 3 * ("embed",), numerics.Arithmetic(jnp.float32), hands_out_bias=True)
+
+    def loss(bias):
+        read, bias = handed_out.apply({"params": {"kernel": jnp.eye(144).reshape(144, 3, 48), "bias": bias}}, wide_qkv)
+        return jnp.sum(jnp.sin(attention.self_attention(read, 2, None, attend, bias)))
+
+    wide_qkv = qkv.reshape(2, 32, 144)
+    expected = jax.grad(lambda b: jnp.sum(jnp.sin(attention.self_attention(qkv + b, 2, None, attention.by_autodiff))))
+    assert relative(jax.grad(loss)(bias), expected(bias)) < 1e-5
 
 
 @pytest.mark.parametrize("dtype, calls", [(jnp.bfloat16, (2, 2, 0)), (jnp.float32, (2, 0, 0))], ids=str)
