@@ -59,7 +59,7 @@ class Doors:
             environment = {
                 **os.environ,
                 "JAX_PLATFORMS": "cpu",
-                "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} {compiling.QUICKLY}",
+                "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} {compiling.FLAGS}",
                 "JAX_COMPILATION_CACHE_DIR": str(self.cache),
                 "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
                 "PYTHONPATH": str(ROOT),

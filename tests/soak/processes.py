@@ -35,7 +35,7 @@ IMPORTED = (
 ENVIRONMENT = {
     "JAX_PLATFORMS": "cpu",
     "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-    "XLA_FLAGS": compiling.QUICKLY,
+    "XLA_FLAGS": compiling.FLAGS,
     "TF_CPP_MIN_LOG_LEVEL": "3",
     "TF_ENABLE_ONEDNN_OPTS": "0",
     "OPENBLAS_NUM_THREADS": "1",  # a process with threads cannot be forked
