@@ -21,6 +21,8 @@ import torch
 from absl import app, flags
 from torch_case import TorchCase
 
+from dar_jax import runtime
+
 THREADS = flags.DEFINE_integer("threads", 2, "Threads of each side; our side is pinned to as many cores")
 flags.FLAGS.set_default("cases", ["residual", "static_t:4"])
 
@@ -34,6 +36,7 @@ def run_once(case: TorchCase, times: dict[str, list[float]]) -> None:
 
 
 def main(_):
+    runtime.keep_freed_memory()  # as every command does
     if step_time.DTYPE.value != "float32":
         raise app.UsageError(f'--dtype = "{step_time.DTYPE.value}": PyTorch runs in float32 here.')
     torch.set_num_threads(THREADS.value)

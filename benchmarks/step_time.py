@@ -15,6 +15,7 @@ from absl import app, flags
 from cases import make_case
 
 from dar_jax import config as config_lib
+from dar_jax import runtime
 
 SIZE = flags.DEFINE_enum("size", "S", [*config_lib.SIZES], "Published size, patch 2, latents 32x32x4")
 BATCH_SIZE = flags.DEFINE_integer("batch_size", 4, "Images per step")
@@ -44,6 +45,7 @@ def run_once(case: dict) -> None:
 
 
 def main(_):
+    runtime.keep_freed_memory()  # as every command does
     cases = {
         name: make_case(name, SIZE.value, BATCH_SIZE.value, DTYPE.value, REMAT.value) for name in CASES.value
     }  # fmt: skip

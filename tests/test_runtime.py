@@ -1,5 +1,10 @@
 """How a door finds the other processes of its job. What follows is tested in integration/test_many_processes.py."""
 
+import os
+import platform
+import subprocess
+import sys
+
 import jax
 import pytest
 from absl import flags
@@ -58,12 +63,35 @@ def test_an_environment_that_makes_no_sense_is_an_error(start):
 
 
 def test_compiled_programs_are_kept_unless_told_where(start, monkeypatch):
-    kept = []
-    monkeypatch.setattr(jax.config, "update", lambda name, value: kept.append((name, value)))
+    updates = {}
+    monkeypatch.setattr(jax.config, "update", updates.__setitem__)
     start("off", {})
-    assert kept == []
+    assert "jax_compilation_cache_dir" not in updates
     monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
     with flagsaver.flagsaver(distributed="off"):
         runtime.start()
-    ((name, value),) = kept
-    assert name == "jax_compilation_cache_dir" and value.endswith("dar_jax/xla") and "~" not in value
+    value = updates["jax_compilation_cache_dir"]
+    assert value.endswith("dar_jax/xla") and "~" not in value
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc is told what to keep")
+def test_freed_memory_is_kept_on_a_cpu():
+    """The 80 MB of temporaries of a computation touch their 20,000 pages once, and not anew in every call."""
+    script = """if True:
+        import resource
+        import jax
+        from dar_jax import runtime
+        runtime.keep_freed_memory()
+        assert not jax.config.read("jax_cpu_enable_async_dispatch")
+        faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        twice = lambda x: jax.numpy.cumsum(jax.numpy.flip(jax.numpy.cumsum(x, axis=1), 0), axis=0)
+        compute = jax.jit(lambda x: twice(x * jax.numpy.ones((1000, 20_000)))[3, 5])
+        assert compute.lower(1.0).compile().memory_analysis().temp_size_in_bytes >= 80e6
+        compute(1.0)
+        before = faults()
+        for _ in range(3):
+            compute(1.0)
+        print(faults() - before)
+    """
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
+    assert int(subprocess.check_output([sys.executable, "-c", script], env=environment)) < 1000

@@ -127,12 +127,18 @@ def by_autodiff(q: Array, k: Array, v: Array, key_mask: Array | None = None) -> 
 
 
 def plain(q: Array, k: Array, v: Array, key_mask: Array | None) -> Array:
-    """`attention` that holds the scores of all queries, `[B, heads, Q, K]`."""
-    scores = jnp.einsum("bqhd,bkhd->bhqk", q, k, preferred_element_type=jnp.promote_types(q.dtype, jnp.float32))
-    scores = scores * q.shape[-1] ** -0.5
+    """`attention` that holds the scores of all queries, `[B, heads, Q, K]`.
+
+    For a CPU heads come first, and what the softmax is multiplied with is divided by its sums, as that is smaller.
+    """
+    q, k, v = (jnp.swapaxes(x, 1, 2) for x in (q, k, v))
+    product = functools.partial(jnp.einsum, preferred_element_type=jnp.promote_types(q.dtype, jnp.float32))
+    scores = product("bhqd,bhkd->bhqk", q, k) * q.shape[-1] ** -0.5
     if key_mask is not None:
         scores = jnp.where(key_mask[:, None, None], scores, -jnp.inf)
-    return jnp.einsum("bhqk,bkhd->bqhd", jax.nn.softmax(scores).astype(v.dtype), v)
+    weights = jnp.exp(scores - jax.lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True)))
+    out = product("bhqk,bhkd->bhqd", weights.astype(v.dtype), v) / jnp.sum(weights, axis=-1, keepdims=True)
+    return jnp.swapaxes(out, 1, 2).astype(v.dtype)
 
 
 def blockwise(q: Array, k: Array, v: Array, key_mask: Array | None, size: int) -> Array:

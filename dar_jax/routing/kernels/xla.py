@@ -30,9 +30,14 @@ def _dots(x: tuple[Array, ...], sources: Array, count: Array) -> Array:
     dtype, (k, _, _, d) = statistics_dtype(sources), sources.shape
     if x[0].shape[1] == 1:
         queries = jnp.concatenate(x, axis=1)
-        queries = jnp.broadcast_to(queries, (k, *queries.shape))
-        # A matmul for each row and sample. With q first in the result, all sources would be copied.
-        return jnp.moveaxis(jnp.einsum("kbtd,kbqd->kbtq", sources, queries, preferred_element_type=dtype), -1, 0)
+
+        def dots_of_shared(v):
+            # A matmul for each row and sample. With q first in the result, all sources would be copied.
+            of_rows = jnp.broadcast_to(queries, (len(v), *queries.shape))
+            found = jnp.einsum("kbtd,kbqd->kbtq", v, of_rows, preferred_element_type=dtype)
+            return jnp.pad(jnp.moveaxis(found, -1, 0), ((0, 0), (0, k - len(v)), (0, 0), (0, 0)))
+
+        return _of_filled(dots_of_shared, sources, count)
 
     lanes = math.gcd(d, 16)
 
