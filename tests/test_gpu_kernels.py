@@ -17,7 +17,7 @@ HISTORY = ((1, 1152), (4, 768), (4, 1152), (8, 1152), (14, 1152), (4, 2304), (8,
 INPUTS = ((0, 1152), (1, 1152), (3, 1152), (7, 1152), (13, 1152), (3, 2304), (3, 3072))
 SPILLED = {"cotangents_13_1152": 76}  # bytes of a thread: a chunk of 14 has more outputs than registers hold
 HEADS = (64, 72, 128)  # features of a head
-KERNELS = 3 * len(HISTORY) + 2 * len(INPUTS) + 4 * len(HEADS)
+KERNELS = 4 * len(HISTORY) + 2 * len(INPUTS) + 4 * len(HEADS)
 
 
 @needs_gpu_compiler
@@ -76,8 +76,9 @@ def compile_all(folder: str) -> None:
         u, rows, made = q * (array(b, 1, d),), array(k, b, t, d), q * (array(b, t, d),)
         sums = array(q, b, t, dtype=jnp.float32)
         report(f"forward_{q}_{d}", gpu.forward, u, rows, scalars, count)
-        report(f"query_{q}_{d}", gpu.query_cotangent, u, rows, scalars, count, made, sums, made, sums)
-        report(f"source_{q}_{d}", gpu.add_source_cotangent, rows, u, rows, scalars, count, sums, made, sums)
+        report(f"shared_{q}_{d}", gpu.cotangents, rows, u, rows, scalars, count, made, sums, made, sums)
+        report(f"query_{q}_{d}", gpu.query_cotangent, made, rows, scalars, count, made, sums, made, sums)
+        report(f"source_{q}_{d}", gpu.add_source_cotangent, rows, made, rows, scalars, count, sums, made, sums)
     for recent, d in INPUTS:
         values, u = (recent + 1) * (array(b, t, d),), (array(b, 1, d),) if recent else ()
         columns, modulation = (recent + 1) * (array(b, t, dtype=jnp.float32),), 2 * (array(b, 1, d),)

@@ -20,14 +20,14 @@ from dar_jax.models.stack import (
     Keep,
     Reader,
     execution,
-    join,
     make_taps,
     output_cotangents,
     queries_per_read,
+    read_cotangents,
     read_history,
     save,
 )
-from dar_jax.routing import Layout, add_cotangent, state
+from dar_jax.routing import Layout, state
 
 NAMES = "text", "image"
 
@@ -225,16 +225,17 @@ def _run_steps_backward(run, residuals, d_final):
         )
         d_named, d_entries, d_e, d_taps = vjp(d_outputs)
 
-        count, d_before = layout.count(index), []
-        for kind, history, d, d_entry, d_tap, read in zip(
-            step.kinds, histories, d_states, d_entries, d_taps, reads, strict=True
+        count, params, d_before = layout.count(index), known[2], []
+        for name, kind, history, d, d_entry, d_tap, read in zip(
+            NAMES, step.kinds, histories, d_states, d_entries, d_taps, reads, strict=True
         ):
             if not kind.num_queries:
                 d_before.append(d_entry)
                 continue
-            u, log_sum = join(read)
-            d = add_cotangent(how, d, u, history.sources, history.inv_rms, count, log_sum, *join(d_tap))
-            d_before.append(d.at[count - 1].add(d_entry) if kind.query.reads_newest else d)
+            names = [f"{name}_query_{j}" for j in range(layout.sublayers_per_step)]
+            reads_known = how, history, count, kind.query, names, params, e_t, read
+            d, d_named, d_e = read_cotangents(reads_known, d_tap, d, d_entry, d_named, d_e)
+            d_before.append(d)
         return (tuple(d_before), d_e_t + d_e), step.stack_params(d_named)
 
     d_states = tuple(d.sources if kind.num_queries else d for kind, d in zip(step.kinds, d_final, strict=True))

@@ -22,7 +22,8 @@ from dar_jax.routing import (
     Execution,
     Layout,
     Query,
-    add_cotangent,
+    add_cotangents,
+    add_source_cotangent,
     inverse_rms,
     read,
     state,
@@ -68,13 +69,14 @@ class History(NamedTuple):
         new = jnp.zeros if implementation == "xla" else jax.lax.empty
         sources = constrain(new((layout.num_rows, *v_0.shape), v_0.dtype))
         inv_rms = jnp.zeros(sources.shape[:-1], statistics_dtype(v_0))
-        outputs = layout.sublayers_per_step * (jnp.zeros_like(v_0),)
+        outputs = layout.sublayers_per_step * (new(v_0.shape, v_0.dtype),)
         return cls(sources, inv_rms, outputs, tuple(outputs[: keep.count] for keep in keeps)).append(0, v_0[None])
 
     def append(self, count: Array, rows: Array) -> "History":
         """The history with `rows` from row `count` on."""
         sources = jax.lax.dynamic_update_slice_in_dim(self.sources, rows, count, axis=0)
-        inv_rms = jax.lax.dynamic_update_slice_in_dim(self.inv_rms, inverse_rms(rows), count, axis=0)
+        new = jnp.stack([inverse_rms(row) for row in rows])  # one by one, where each is computed
+        inv_rms = jax.lax.dynamic_update_slice_in_dim(self.inv_rms, new, count, axis=0)
         return self._replace(sources=sources, inv_rms=inv_rms)
 
     def after(self, layout: Layout, index: Array, outputs: tuple[Array, ...], keeps: tuple[Keep, ...]) -> "History":
@@ -91,11 +93,12 @@ def queries_per_read(layout: Layout, query: type[Query]) -> int:
     return 1 if query.reads_newest else layout.sublayers_per_step
 
 
-def make_taps(layout: Layout, query: type[Query], v_0: Array) -> list[tuple[tuple[Array, ...], Array]]:
-    """Zeros in the shape of what every `read` of a step returns."""
+def make_taps(layout: Layout, query: type[Query], v_0: Array) -> list[tuple]:
+    """Zeros in the shape of what the taps of the reads of a step get."""
     q = queries_per_read(layout, query)
-    tap = q * (jnp.zeros_like(v_0),), jnp.zeros((q, *v_0.shape[:-1]), statistics_dtype(v_0))
-    return layout.sublayers_per_step // q * [tap]
+    aggregates = q * (jnp.zeros_like(v_0),)
+    tap = aggregates, jnp.zeros((q, *v_0.shape[:-1]), statistics_dtype(v_0))
+    return layout.sublayers_per_step // q * [tap] if query.reads_newest else [(*tap, aggregates)]
 
 
 class Reader:
@@ -264,13 +267,9 @@ def _run_steps_backward(run, residuals, d_final: History):
         known = history, history.sources[layout.count(index) - 1], step_params, condition, e_t
         vjp, reads = _linearize(step, index, *known)[1] if saved is None else saved(known)
         d_params, d_newest, d_c, d_e, d_taps = vjp(output_cotangents(layout, run.keeps, index, d_sources, d_final))
-
-        count = layout.count(index)
-        u, log_sum = join(reads)
-        g, l = join(d_taps)
-        d_sources = add_cotangent(how, d_sources, u, history.sources, history.inv_rms, count, log_sum, g, l)
-        if step.query.reads_newest:
-            d_sources = d_sources.at[count - 1].add(d_newest)
+        names = [f"query_{j}" for j in range(layout.sublayers_per_step)]
+        known = how, history, layout.count(index), step.query, names, step_params, e_t, reads
+        d_sources, d_params, d_e = read_cotangents(known, d_taps, d_sources, d_newest, d_params, d_e)
         return (d_sources, d_condition + d_c, d_e_t + d_e), d_params
 
     carry = d_final.sources, jnp.zeros_like(condition), jnp.zeros_like(e_t)
@@ -315,6 +314,38 @@ def output_cotangents(
         for i, d in enumerate(d_kept):
             d_outputs[i] += jnp.where(index == keep.step, d, 0)
     return tuple(d_outputs)
+
+
+def read_cotangents(
+    known: tuple, d_taps: list, d_sources: Array, d_newest: Array, d_params: dict, d_e_t: Array
+) -> tuple:
+    """Adds what the reads of a step hand back to the cotangents of the sources, of params and of e(t).
+
+    Args:
+      known: how, history, count, the query and the names of its modules in a step, params of the step, e(t), and the
+        reads (`Reader`).
+      d_taps: what their taps got.
+      d_sources, d_newest, d_params, d_e_t: cotangents so far: of the history, of the newest source as an argument of a
+        query, of the params of the step and of e(t).
+    """
+    how, history, count, query, names, params, e_t, reads = known
+    u, log_sum = join(reads)
+    rows = history.sources, history.inv_rms, count
+    if query.reads_newest:
+        d_sources = add_source_cotangent(how, d_sources, u, *rows, log_sum, *join(d_taps))
+        return d_sources.at[count - 1].add(d_newest), d_params, d_e_t
+
+    ((g, l, aggregates),) = d_taps
+    d_sources, d_u = add_cotangents(how, d_sources, u, *rows, aggregates, log_sum, g, l)
+    own = {name: params[name] for name in names if name in params}
+
+    def queries(own, e_t):
+        return tuple(query(parent=None).apply({"params": own.get(name, {})}, e_t, None) for name in names)
+
+    u, vjp = jax.vjp(queries, own, e_t)
+    d_own, d_e = vjp(tuple(d.astype(x.dtype) for d, x in zip(d_u, u, strict=True)))
+    added = {name: jax.tree.map(jnp.add, d_params[name], d) for name, d in d_own.items()}
+    return d_sources, {**d_params, **added}, d_e_t + d_e
 
 
 def save(tree, known) -> jax.tree_util.Partial:

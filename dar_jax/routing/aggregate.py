@@ -112,8 +112,10 @@ def read(
       inv_rms: `inverse_rms(sources)`, `[K, B, T]`. No cotangent is returned for it: the one of `sources` already
         accounts for the norm.
       count: filled rows, at least 1, int32 scalar.
-      tap: None, or zeros in the shape of the result. With a tap the sources get no cotangent; the tap gets instead
-        what `add_cotangent` needs to compute it for several reads in one pass.
+      tap: None, or zeros in the shape of what it gets. With a tap the sources get no cotangent, and queries that all
+        tokens share get none either. Instead the tap gets what the caller needs to compute them for several reads in
+        one pass: for `add_cotangents`, if the queries are shared, cotangents of the result and the aggregates;
+        otherwise, for `add_source_cotangent`, its arguments g and l.
 
     Returns:
       The aggregates over these rows, Q times `[B, T, D]` in the type of the sources, and the logs of their softmax
@@ -131,40 +133,64 @@ def _read_forward(how, u, sources, inv_rms, count, tap):
     passes = xla.forward, tpu.forward, gpu.forward
     args, axes = (_like(sources, u), sources, inv_rms, count), (_axes_of_queries(u), ROWS, ROWS, WHOLE)
     result = how.run(passes, args, axes, (EACH, ROWS), mean_count=how.mean_count)
-    has_tap = None if tap is None else ()
-    return result, (u, sources, inv_rms, count, has_tap, *result)
+    parts_of_tap = None if tap is None else len(tap) * ((),)
+    return result, (u, sources, inv_rms, count, parts_of_tap, *result)
 
 
 def _read_backward(how, residuals, cotangents):
-    u, sources, inv_rms, count, has_tap, aggregates, log_sum = residuals
+    u, sources, inv_rms, count, parts_of_tap, aggregates, log_sum = residuals
     g, l = cotangents
+    if parts_of_tap and len(parts_of_tap) == 3:
+        return None, None, None, None, (g, l, aggregates)
+    known = _like(sources, u), sources, inv_rms, count, aggregates, log_sum, g, l
+    if u[0].shape[1] == 1 and not parts_of_tap:
+        d_sources, d_u = add_cotangents(how, None, *known)
+        return _with_types(d_u, u), d_sources, None, None, None
     passes = xla.query_cotangent, tpu.query_cotangent, gpu.query_cotangent
-    args = _like(sources, u), sources, inv_rms, count, aggregates, log_sum, g, l
-    per_query = _axes_of_queries(u)
-    axes = per_query, ROWS, ROWS, WHOLE, EACH, ROWS, EACH, ROWS
-    d_u, l = how.run(passes, args, axes, (per_query, ROWS), mean_count=how.mean_count)
-    d_u = tuple(d.astype(u_q.dtype) for d, u_q in zip(d_u, u, strict=True))
-    if has_tap is not None:
-        return d_u, None, None, None, (g, l)
-    return d_u, add_cotangent(how, None, u, sources, inv_rms, count, log_sum, g, l), None, None, None
+    axes = EACH, ROWS, ROWS, WHOLE, EACH, ROWS, EACH, ROWS
+    d_u, l = how.run(passes, known, axes, (EACH, ROWS), mean_count=how.mean_count)
+    if parts_of_tap:
+        return _with_types(d_u, u), None, None, None, (g, l)
+    d_sources = add_source_cotangent(how, None, u, sources, inv_rms, count, log_sum, g, l)
+    return _with_types(d_u, u), d_sources, None, None, None
+
+
+def _with_types(d_u, u) -> tuple[Array, ...]:
+    return tuple(d.astype(u_q.dtype) for d, u_q in zip(d_u, u, strict=True))
 
 
 read.defvjp(_read_forward, _read_backward)
 
 
-def add_cotangent(how, d_sources, u, sources, inv_rms, count, log_sum, g, l) -> Array:
-    """Adds the cotangent of the sources of Q tapped reads to `d_sources`, `[K, B, T, D]`, in one pass.
+def add_cotangents(
+    how, d_sources, u, sources, inv_rms, count, aggregates, log_sum, g, l
+) -> tuple[Array, tuple[Array, ...]]:  # fmt: skip
+    """Adds the cotangent of the sources of a tapped read by Q shared queries to `d_sources`, `[K, B, T, D]`.
 
     Args:
       d_sources: cotangent so far, or None: there is none yet.
       how, sources, inv_rms, count: as in `read`.
-      u, log_sum: queries and log sums of the reads, Q times `[B, 1 or T, D]` and `[Q, B, T]`.
-      g, l: cotangents of their taps, Q times `[B, T, D]` and `[Q, B, T]`.
+      u: queries of the read, Q times `[B, 1, D]`; `aggregates` and `log_sum`: its result.
+      g, l: cotangents of the result, Q times `[B, T, D]` and `[Q, B, T]`.
+
+    Returns:
+      The sum, and the cotangents of the queries, float32.
+    """
+    passes = xla.cotangents, tpu.cotangents, gpu.cotangents
+    args = d_sources, _like(sources, u), sources, inv_rms, count, aggregates, log_sum, g, l
+    axes = ROWS, SHARED, ROWS, ROWS, WHOLE, EACH, ROWS, EACH, ROWS
+    return how.run(passes, args, axes, (ROWS, SHARED), mean_count=how.mean_count)
+
+
+def add_source_cotangent(how, d_sources, u, sources, inv_rms, count, log_sum, g, l) -> Array:
+    """Adds the cotangent of the sources of tapped reads by Q queries per token to `d_sources`, in one pass.
+
+    u, log_sum, g and l are of all reads, Q times `[B, T, D]` and `[Q, B, T]`, where taps got the latter two. The others
+    are as in `add_cotangents`.
     """
     passes = xla.add_source_cotangent, tpu.add_source_cotangent, gpu.add_source_cotangent
     args = d_sources, _like(sources, u), sources, inv_rms, count, log_sum, g, l
-    axes = ROWS, _axes_of_queries(u), ROWS, ROWS, WHOLE, ROWS, EACH, ROWS
-    return how.run(passes, args, axes, ROWS, mean_count=how.mean_count)
+    return how.run(passes, args, (ROWS, EACH, ROWS, ROWS, WHOLE, ROWS, EACH, ROWS), ROWS, mean_count=how.mean_count)
 
 
 def state(u: Array, aggregate: Array, log_sum: Array, recent: tuple[Array, ...], inv_rms: tuple[Array, ...]) -> Array:

@@ -36,16 +36,20 @@ def small_tiles(monkeypatch):
 
 @functools.partial(jax.jit, static_argnames="flavour")
 def run(flavour, u, sources, count, g, l, before):
-    """All three passes: what a read returns, the cotangent of its queries, and that of its sources plus `before`."""
+    """All passes: what a read returns, the cotangent of its queries, and that of its sources plus `before`."""
     interpret = {} if flavour == "xla" else {"interpret": True}
     module, inv_rms = MODULES[flavour], inverse_rms(sources)
     aggregates, log_sum = module.forward(u, sources, inv_rms, count, **interpret)
-    d_u, l = module.query_cotangent(u, sources, inv_rms, count, aggregates, log_sum, g, l, **interpret)
-    arguments = u, sources, inv_rms, count, log_sum, g, l
-    d_sources = {
-        "d_sources": module.add_source_cotangent(before, *arguments, **interpret),
-        "d_sources alone": module.add_source_cotangent(None, *arguments, **interpret),
-    }
+    arguments = u, sources, inv_rms, count
+
+    def cotangents(before):
+        if u[0].shape[1] == 1:
+            return module.cotangents(before, *arguments, aggregates, log_sum, g, l, **interpret)
+        d_u, new_l = module.query_cotangent(*arguments, aggregates, log_sum, g, l, **interpret)
+        return module.add_source_cotangent(before, *arguments, log_sum, g, new_l, **interpret), d_u
+
+    added, d_u = cotangents(before)
+    d_sources = {"d_sources": added, "d_sources alone": cotangents(None)[0]}
     return {"aggregates": aggregates, "log_sum": log_sum, "d_u": d_u, **d_sources}
 
 
@@ -237,8 +241,13 @@ SHAPES = [  # rows, queries, tokens, size, dtype, per token
 ]
 
 
+def num_kernels(shape) -> int:
+    """Both ways of both passes; queries per token have their cotangent and that of the sources one after the other."""
+    return 4 + shape[-1]
+
+
 def all_kernels(rows, queries, tokens, size, dtype, per_token, batch, axes=()):
-    """A function that runs all five kernels, and its abstract arguments."""
+    """A function that runs all kernels, and its abstract arguments."""
     abstract = jax.ShapeDtypeStruct
     u = queries * (abstract((batch, tokens if per_token else 1, size), dtype),)
     sources, inv_rms = abstract((rows, batch, tokens, size), dtype), abstract((rows, batch, tokens), jnp.float32)
@@ -263,12 +272,14 @@ def all_kernels(rows, queries, tokens, size, dtype, per_token, batch, axes=()):
 def test_kernels_lower_to_triton_for_cuda(shape):
     function, arguments = all_kernels(*shape, batch=2)
     text = jax.jit(function).trace(*arguments).lower(lowering_platforms=("cuda",)).as_text()
-    assert text.count("__gpu$xla.gpu.triton") == 5
+    assert text.count("__gpu$xla.gpu.triton") == num_kernels(shape)
 
 
 @needs_libtpu
 def test_kernels_compile_for_a_tpu():
-    assert printed_with_libtpu("tests.routing.test_kernels", timeout=600) == len(SHAPES) * ["5"]
+    assert printed_with_libtpu("tests.routing.test_kernels", timeout=600) == [
+        str(num_kernels(shape)) for shape in SHAPES
+    ]
 
 
 def compile_for_v5e():
@@ -302,9 +313,11 @@ def test_queries_in_groups_on_a_gpu_give_the_same(monkeypatch):
 
     def run():
         made, log_sum = gpu.forward(u, sources, inv_rms, count, interpret=True)
-        found = gpu.query_cotangent(u, sources, inv_rms, count, made, log_sum, g, l, interpret=True)
-        last = gpu.add_source_cotangent(None, u, sources, inv_rms, count, log_sum, g, found[1], interpret=True)
-        return made, log_sum, found, last
+        shared = gpu.cotangents(None, u, sources, inv_rms, count, made, log_sum, g, l, interpret=True)
+        u_t = tuple(jnp.broadcast_to(x, y.shape) for x, y in zip(u, g, strict=True))
+        found = gpu.query_cotangent(u_t, sources, inv_rms, count, made, log_sum, g, l, interpret=True)
+        last = gpu.add_source_cotangent(None, u_t, sources, inv_rms, count, log_sum, g, found[1], interpret=True)
+        return made, log_sum, shared, found, last
 
     together = run()
     monkeypatch.setattr(gpu, "queries_at_once", lambda size: 2)

@@ -3,8 +3,8 @@
 A program owns one token, whose vectors it holds in registers, and loops over the filled rows; so all statistics are
 scalars. Triton's vectors are of powers of two, so a token's are held in parts, 1152 = 1024 + 128. How many warps share
 them follows from how many there are, and long chunks take their queries in groups: on sm_90 no kernel spills registers.
-In `query_cotangent` with one query for all tokens of a sample, a program walks over a few tokens and the partial sums
-are added outside, in a fixed order: no atomic additions, so results repeat.
+In `cotangents`, whose queries are shared by all tokens of a sample, a program walks over a few tokens and the partial
+sums are added outside, in a fixed order: no atomic additions, so results repeat.
 """
 
 import functools
@@ -81,7 +81,7 @@ def warps_for(vectors: int, size: int) -> int:
 
 
 def queries_at_once(size: int) -> int:
-    """How many queries a program takes: it holds up to three vectors for each, and one more."""
+    """How many queries a program takes: it holds up to three vectors for each, and one or two more."""
     return max(1, min(8, (NUMBERS_OF_QUERIES * 32 * 16 // size - 1) // 3))
 
 
@@ -133,40 +133,34 @@ def query_cotangent(
         ]
         return sum((d_u for d_u, _ in parts), ()), jnp.concatenate([new_l for _, new_l in parts])
     _, b, t, d = sources.shape
-    tokens = 1 if u[0].shape[1] > 1 else TOKENS_PER_PARTIAL_SUM
-    programs = pl.cdiv(t, tokens)
-    dtype = u[0].dtype if tokens == 1 else jnp.float32
-    out_shape = len(u) * (jax.ShapeDtypeStruct((b, programs, d), dtype),), _scalars(len(u), b, t)
-    kernel = functools.partial(_query_cotangent, tokens)
-    arguments = u, sources, inv_rms, count.reshape(1), aggregates, log_sum, g, l
-    d_u, l = _call(kernel, (b, programs), out_shape, vectors=3 * len(u) + 1, size=d, **options)(*arguments)
-    return d_u if tokens == 1 else tuple(jnp.sum(x, axis=1, keepdims=True) for x in d_u), l
+    out_shape = len(u) * (jax.ShapeDtypeStruct((b, t, d), u[0].dtype),), _scalars(len(u), b, t)
+    call = _call(_query_cotangent, (b, t), out_shape, vectors=3 * len(u) + 1, size=d, **options)
+    return call(u, sources, inv_rms, count.reshape(1), aggregates, log_sum, g, l)
 
 
-def _query_cotangent(tokens, u, sources, inv_rms, count, aggregates, log_sum, g, l, d_u, new_l):
-    b, program = pl.program_id(0), pl.program_id(1)
+def _query_cotangent(u, sources, inv_rms, count, aggregates, log_sum, g, l, d_u, new_l):
+    b, t = pl.program_id(0), pl.program_id(1)
+    queries, cotangents = [_load(x, b, t) for x in u], [_load(x, b, t) for x in g]
+    shifted = _less_aggregate(aggregates, cotangents, l, b, t)
+    for q, value in enumerate(shifted):
+        new_l[q, b, t] = value
 
-    def add_token(t, totals):
-        queries, cotangents = [_load(x, b, t) for x in u], [_load(x, b, t) for x in g]
-        shifted = []
-        for q, aggregate in enumerate(aggregates):
-            shifted.append(l[q, b, t] - (cotangents[q] * _load(aggregate, b, t)).sum())
-            new_l[q, b, t] = shifted[q]
+    def add_row(k, totals):
+        v, r = _load(sources, k, b, t), inv_rms[k, b, t]
+        result = []
+        for q, total in enumerate(totals):
+            alpha = jnp.exp((queries[q] * v).sum() * r - log_sum[q, b, t])
+            result.append(total + alpha * ((cotangents[q] * v).sum() + shifted[q]) * r * v)
+        return result
 
-        def add_row(k, totals):
-            v, r = _load(sources, k, b, t), inv_rms[k, b, t]
-            result = []
-            for q, total in enumerate(totals):
-                alpha = jnp.exp((queries[q] * v).sum() * r - log_sum[q, b, t])
-                result.append(total + alpha * ((cotangents[q] * v).sum() + shifted[q]) * r * v)
-            return result
-
-        return jax.lax.fori_loop(0, count[0], add_row, totals)
-
-    start, end = program * tokens, jnp.minimum((program + 1) * tokens, sources.shape[2])
     zeros = [Vector.zeros(sources.shape[3]) for _ in u]
-    for q, total in enumerate(jax.lax.fori_loop(start, end, add_token, zeros)):
-        _store(d_u[q], total, b, program)
+    for q, total in enumerate(jax.lax.fori_loop(0, count[0], add_row, zeros)):
+        _store(d_u[q], total, b, t)
+
+
+def _less_aggregate(aggregates, cotangents, l, b, t) -> list[Array]:
+    """l - g . aggregate for every query."""
+    return [l[q, b, t] - (cotangents[q] * _load(x, b, t)).sum() for q, x in enumerate(aggregates)]
 
 
 def add_source_cotangent(
@@ -202,13 +196,68 @@ def _add_source_cotangent(before, u, sources, inv_rms, count, log_sum, g, l, d_s
         _store(d_sources, total, k, b, t)
         return carry
 
-    def clear_row(k, carry):
-        _store(d_sources, Vector.zeros(sources.shape[3]), k, b, t)
-        return carry
-
     jax.lax.fori_loop(0, count[0], add_to_row, 0)
     if not before:
-        jax.lax.fori_loop(count[0], sources.shape[0], clear_row, 0)
+        jax.lax.fori_loop(count[0], sources.shape[0], functools.partial(_clear_row, d_sources, b, t), 0)
+
+
+def cotangents(
+    d_sources, u, sources, inv_rms, count, aggregates, log_sum, g, l, *, mean_count=None, interpret=False
+) -> tuple[Array, tuple[Array, ...]]:
+    """See tpu.cotangents."""
+    options = {"mean_count": mean_count, "interpret": interpret}
+    if len(u) > queries_at_once(sources.shape[3]):
+        d_u = ()
+        for us, made, sums, gs, ls in zip(*(_groups(x, sources) for x in (u, aggregates, log_sum, g, l)), strict=True):
+            d_sources, d_us = cotangents(d_sources, us, sources, inv_rms, count, made, sums, gs, ls, **options)
+            d_u += d_us
+        return d_sources, d_u
+    before = () if d_sources is None else (d_sources,)
+    _, b, t, d = sources.shape
+    programs = pl.cdiv(t, TOKENS_PER_PARTIAL_SUM)
+    partial_sums = jax.ShapeDtypeStruct((b, programs, d), jnp.float32)
+    out_shape = jax.ShapeDtypeStruct(sources.shape, sources.dtype), len(u) * (partial_sums,)
+    options |= {"input_output_aliases": {0: 0} if before else {}}
+    call = _call(_cotangents, (b, programs), out_shape, vectors=3 * len(u) + 2, size=d, **options)
+    d_sources, d_u = call(before, u, sources, inv_rms, count.reshape(1), aggregates, log_sum, g, l)
+    return d_sources, tuple(jnp.sum(x, axis=1, keepdims=True) for x in d_u)
+
+
+def _cotangents(before, u, sources, inv_rms, count, aggregates, log_sum, g, l, d_sources, d_u):
+    b, program = pl.program_id(0), pl.program_id(1)
+    queries = [_load(x, b, 0) for x in u]
+
+    def add_token(t, totals):
+        cotangents = [_load(x, b, t) for x in g]
+        shifted = _less_aggregate(aggregates, cotangents, l, b, t)
+
+        def add_row(k, totals):
+            v, r = _load(sources, k, b, t), inv_rms[k, b, t]
+            d_row, result = sum((_load(x, k, b, t) for x in before), Vector.zeros(sources.shape[3])), []
+            for q, (query, cotangent, total) in enumerate(zip(queries, cotangents, totals, strict=True)):
+                score = (query * v).sum() * r
+                alpha = jnp.exp(score - log_sum[q, b, t])
+                s_r = alpha * ((cotangent * v).sum() + shifted[q]) * r
+                d_row += alpha * cotangent + s_r * query - s_r * score * r / sources.shape[3] * v
+                result.append(total + s_r * v)
+            _store(d_sources, d_row, k, b, t)
+            return result
+
+        totals = jax.lax.fori_loop(0, count[0], add_row, totals)
+        if not before:
+            jax.lax.fori_loop(count[0], sources.shape[0], functools.partial(_clear_row, d_sources, b, t), 0)
+        return totals
+
+    start = program * TOKENS_PER_PARTIAL_SUM
+    end = jnp.minimum(start + TOKENS_PER_PARTIAL_SUM, sources.shape[2])
+    zeros = [Vector.zeros(sources.shape[3]) for _ in u]
+    for q, total in enumerate(jax.lax.fori_loop(start, end, add_token, zeros)):
+        _store(d_u[q], total, b, program)
+
+
+def _clear_row(d_sources, b, t, k, carry):
+    _store(d_sources, Vector.zeros(d_sources.shape[3]), k, b, t)
+    return carry
 
 
 def sublayer_input(u, values, columns, modulation, *, interpret=False) -> tuple[Array]:

@@ -89,64 +89,45 @@ def query_cotangent(
     u: tuple[Array, ...], sources: Array, inv_rms: Array, count: Array, aggregates: tuple[Array, ...], log_sum: Array,
     g: tuple[Array, ...], l: Array, *, mean_count: float | None = None, interpret: bool = False,
 ) -> tuple[tuple[Array, ...], Array]:  # fmt: skip
-    """The cotangents of u, Q times `[B, 1 or T, D]`, and `l - g . aggregate`, float32 `[Q, B, T]`.
-
-    Those of u are float32 where one token stands for all, otherwise in the type of u.
+    """The cotangents of queries per token, Q times `[B, T, D]`, and `l - g . aggregate`, float32 `[Q, B, T]`.
 
     With s_k = alpha_k (g . v_k - g . aggregate + l), that of u is sum_k s_k r_k v_k.
 
     Args:
-      u, sources, inv_rms, count, mean_count, interpret: as in `forward`.
+      u, sources, inv_rms, count, mean_count, interpret: as in `forward`; u Q times `[B, T, D]`.
       aggregates, log_sum: from `forward`.
       g: cotangents of the aggregates, Q times `[B, T, D]`.
       l: cotangents of the log sums, `[Q, B, T]`.
     """
-    (k, b, t, d), q, size, per_token = sources.shape, len(u), sources.dtype.itemsize, u[0].shape[1] > 1
-    tile = _tile(t, d * (2 * size * (1 + 2 * q + q * per_token) + 8 * q * per_token))
-    if per_token:
-        out_spec, out_shape = _tokens_spec(q, d, tile), q * (jax.ShapeDtypeStruct((b, t, d), u[0].dtype),)
-    else:
-        out_spec, out_shape = _sample_spec(q, d), jax.ShapeDtypeStruct((b, q, d), jnp.float32)
-    columns = _columns_spec(q, tile)
+    (k, b, t, d), q, size = sources.shape, len(u), sources.dtype.itemsize
+    tile = _tile(t, d * (2 * size * (1 + 3 * q) + 8 * q))
+    tokens, columns = _tokens_spec(q, d, tile), _columns_spec(q, tile)
     d_u, l = pl.pallas_call(
-        functools.partial(_query_cotangent, per_token, t),
+        _query_cotangent,
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=1,
             grid=(b, pl.cdiv(t, tile), k),
-            in_specs=[
-                _query_spec(u, tile), _row_spec(sources, tile), _columns_spec(k, tile),
-                _tokens_spec(q, d, tile), columns, _tokens_spec(q, d, tile), columns,
-            ],
-            out_specs=[out_spec, columns],
-            scratch_shapes=[pltpu.VMEM((q, tile, d) if per_token else (1, 1, 1), jnp.float32)],
+            in_specs=[tokens, _row_spec(sources, tile), _columns_spec(k, tile), tokens, columns, tokens, columns],
+            out_specs=[tokens, columns],
+            scratch_shapes=[pltpu.VMEM((q, tile, d), jnp.float32)],
         ),
-        out_shape=[out_shape, jax.ShapeDtypeStruct((b, t, q), jnp.float32)],
-        cost_estimate=_cost(sources, mean_count, 1, 3 + 6 * q, 2 * q * (u[0].size + b * t * d) * size),
-        compiler_params=_SEPARATE_TILES if per_token else _JOINT_TILES,
+        out_shape=[q * (jax.ShapeDtypeStruct((b, t, d), u[0].dtype),), jax.ShapeDtypeStruct((b, t, q), jnp.float32)],
+        cost_estimate=_cost(sources, mean_count, 1, 3 + 6 * q, 4 * q * b * t * d * size),
+        compiler_params=_SEPARATE_TILES,
         interpret=interpret,
     )(
-        count.reshape(1), _by_sample(u), sources, _columns(inv_rms), aggregates, _columns(log_sum), g, _columns(l)
+        count.reshape(1), u, sources, _columns(inv_rms), aggregates, _columns(log_sum), g, _columns(l)
     )  # fmt: skip
-    d_u = d_u if per_token else tuple(d_u[:, i : i + 1] for i in range(q))
     return d_u, jnp.moveaxis(l, -1, 0)
 
 
-def _query_cotangent(per_token, tokens, count, u, row, inv_rms, aggregates, log_sum, g, l, d_u, new_l, total):
-    t, k = pl.program_id(1), pl.program_id(2)
+def _query_cotangent(count, u, row, inv_rms, aggregates, log_sum, g, l, d_u, new_l, total):
+    k = pl.program_id(2)
 
     @pl.when(k == 0)
     def _():
-        new_l[...] = l[...] - _join(
-            jnp.sum(g_q[...].astype(jnp.float32) * aggregate[...].astype(jnp.float32), axis=-1, keepdims=True)
-            for g_q, aggregate in zip(g, aggregates, strict=True)
-        )
+        new_l[...] = l[...] - _dots_of_tokens(g, aggregates)
         total[...] = jnp.zeros_like(total)
-
-    if not per_token:
-
-        @pl.when((k == 0) & (t == 0))
-        def _():
-            d_u[...] = jnp.zeros_like(d_u)
 
     @pl.when(k < count[0])
     def _():
@@ -154,27 +135,20 @@ def _query_cotangent(per_token, tokens, count, u, row, inv_rms, aggregates, log_
         r = _column(inv_rms, k)
         alpha = jnp.exp(_dots(u, row[...]) * r - log_sum[...])
         s_r = alpha * (_dots(g, row[...]) + new_l[...]) * r
-        if per_token:
-            for q in range(len(total)):
-                total[q] += s_r[:, q : q + 1] * v
-        else:
-            inside = t * len(v) + jax.lax.broadcasted_iota(jnp.int32, (len(v), 1), 0) < tokens
-            s_r, v = jnp.where(inside, s_r, 0), jnp.where(inside, v, 0)
-            d_u[...] += _matmul(s_r.astype(row.dtype), v.astype(row.dtype), 0, 0)
+        for q in range(len(total)):
+            total[q] += s_r[:, q : q + 1] * v
 
-    if per_token:
-
-        @pl.when(k == pl.num_programs(2) - 1)
-        def _():
-            for q, d_u_q in enumerate(d_u):
-                d_u_q[...] = total[q].astype(d_u_q.dtype)
+    @pl.when(k == pl.num_programs(2) - 1)
+    def _():
+        for q, d_u_q in enumerate(d_u):
+            d_u_q[...] = total[q].astype(d_u_q.dtype)
 
 
 def add_source_cotangent(
     d_sources: Array | None, u: tuple[Array, ...], sources: Array, inv_rms: Array, count: Array, log_sum: Array,
     g: tuple[Array, ...], l: Array, *, mean_count: float | None = None, interpret: bool = False,
 ) -> Array:  # fmt: skip
-    """Adds to `d_sources` what Q reads hand back to the first `count` rows; returns `[K, B, T, D]`.
+    """Adds to `d_sources` what Q reads by queries per token hand back to the first `count` rows; `[K, B, T, D]`.
 
     Source k gets alpha_k g + s_k r_k u - (s_k score_k r_k^2 / D) v_k of each query, with s_k = alpha_k (g . v_k + l).
 
@@ -182,31 +156,13 @@ def add_source_cotangent(
       d_sources: cotangent so far, shape and type of the sources; overwritten. None: zeros, which are not read.
       l: from `query_cotangent`. The others are as there.
     """
-    (k, b, t, d), q, size, per_token = sources.shape, len(u), sources.dtype.itemsize, u[0].shape[1] > 1
-    tile = _tile(t, d * (2 * size * (3 + q + q * per_token) + 8))
-    row, columns = _row_spec(sources, tile), _columns_spec(q, tile)
+    d, q, size = sources.shape[-1], len(u), sources.dtype.itemsize
     before = () if d_sources is None else (d_sources,)
-    every_row = pl.BlockSpec((None, None, tile, d), lambda b, t, k, count: (k, b, t, 0))
-    passes = 2 + len(before) if before or mean_count is None else 1 + k / mean_count
-    return pl.pallas_call(
-        _add_source_cotangent,
-        grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=1,
-            grid=(b, pl.cdiv(t, tile), k),
-            in_specs=[
-                len(before) * (row,), _query_spec(u, tile), row, _columns_spec(k, tile), columns,
-                _tokens_spec(q, d, tile), columns,
-            ],
-            out_specs=row if before else every_row,
-        ),
-        out_shape=jax.ShapeDtypeStruct(sources.shape, sources.dtype),
-        input_output_aliases={1: 0} if before else {},
-        cost_estimate=_cost(sources, mean_count, passes, 6 + 8 * q, q * (u[0].size + b * t * d) * size),
-        compiler_params=_SEPARATE_TILES,
-        interpret=interpret,
-    )(
-        count.reshape(1), before, _by_sample(u), sources, _columns(inv_rms), _columns(log_sum), g, _columns(l)
-    )  # fmt: skip
+    tile = _tile(sources.shape[2], d * (2 * size * (3 + 2 * q) + 8))
+    columns, tokens = _columns_spec(q, tile), _tokens_spec(q, d, tile)
+    arguments = before, u, sources, _columns(inv_rms), _columns(log_sum), g, _columns(l)
+    specs = len(before) * (_row_spec(sources, tile),), tokens, *_history_specs(sources, tile), columns, tokens, columns
+    return _add_to_rows(_add_source_cotangent, arguments, specs, sources, count, mean_count, q, 2 * q, interpret)[0]
 
 
 def _add_source_cotangent(count, d_row, u, row, inv_rms, log_sum, g, l, new_d_row):
@@ -214,28 +170,121 @@ def _add_source_cotangent(count, d_row, u, row, inv_rms, log_sum, g, l, new_d_ro
 
     @pl.when(k < count[0])
     def _():
-        v = row[...].astype(jnp.float32)
-        r = _column(inv_rms, k)
-        scores = _dots(u, row[...]) * r
-        alpha = jnp.exp(scores - log_sum[...])
-        s = alpha * (_dots(g, row[...]) + l[...])
-        total = -jnp.sum(s * scores, axis=-1, keepdims=True) * r * r / v.shape[-1] * v
-        for before in d_row:
-            total += before[...].astype(jnp.float32)
-        for q, g_q in enumerate(g):
-            total += alpha[:, q : q + 1] * g_q[...].astype(jnp.float32)
-        if isinstance(u, tuple):
-            for q, u_q in enumerate(u):
-                total += (s * r)[:, q : q + 1] * u_q[...].astype(jnp.float32)
-        else:
-            total += _matmul((s * r).astype(row.dtype), u[...], 1, 0)
+        _, s_r, total = _row_cotangent(k, d_row, u, row, inv_rms, log_sum, g, l)
+        for q, u_q in enumerate(u):
+            total += s_r[:, q : q + 1] * u_q[...].astype(jnp.float32)
         new_d_row[...] = total.astype(new_d_row.dtype)
 
+    _clear_rows_from(count, d_row, new_d_row)
+
+
+def cotangents(
+    d_sources: Array | None, u: tuple[Array, ...], sources: Array, inv_rms: Array, count: Array,
+    aggregates: tuple[Array, ...], log_sum: Array, g: tuple[Array, ...], l: Array, *,
+    mean_count: float | None = None, interpret: bool = False,
+) -> tuple[Array, tuple[Array, ...]]:  # fmt: skip
+    """What Q reads hand back, by queries that all tokens of a sample share, `[B, 1, D]`: both of the above in one pass.
+
+    Args: those of `add_source_cotangent` and `query_cotangent`, with the `l` of the latter.
+
+    Returns:
+      `d_sources` with what is added, and the cotangents of u, float32.
+    """
+    (_, b, t, d), q, size = sources.shape, len(u), sources.dtype.itemsize
+    before = () if d_sources is None else (d_sources,)
+    tile = _tile(t, d * (2 * size * (3 + 2 * q) + 8))
+    columns, tokens = _columns_spec(q, tile), _tokens_spec(q, d, tile)
+    arguments = before, _by_sample(u), sources, _columns(inv_rms), aggregates, _columns(log_sum), g, _columns(l)
+    specs = (
+        len(before) * (_row_spec(sources, tile),), _sample_spec(q, d), *_history_specs(sources, tile), tokens, columns,
+        tokens, columns,
+    )  # fmt: skip
+    sums = _sample_spec(q, d), jax.ShapeDtypeStruct((b, q, d), jnp.float32)
+    d_sources, d_u = _add_to_rows(
+        functools.partial(_cotangents, t), arguments, specs, sources, count, mean_count, q, 2 * q, interpret,
+        sums, [pltpu.VMEM((tile, q), jnp.float32)],
+    )  # fmt: skip
+    return d_sources, tuple(d_u[:, i : i + 1] for i in range(q))
+
+
+def _cotangents(tokens, count, d_row, u, row, inv_rms, aggregates, log_sum, g, l, new_d_row, d_u, new_l):
+    t, k = pl.program_id(1), pl.program_id(2)
+
+    @pl.when(k == 0)
+    def _():
+        new_l[...] = l[...] - _dots_of_tokens(g, aggregates)
+
+    @pl.when((k == 0) & (t == 0))
+    def _():
+        d_u[...] = jnp.zeros_like(d_u)
+
+    @pl.when(k < count[0])
+    def _():
+        v, s_r, total = _row_cotangent(k, d_row, u, row, inv_rms, log_sum, g, new_l)
+        new_d_row[...] = (total + _matmul(s_r.astype(row.dtype), u[...], 1, 0)).astype(new_d_row.dtype)
+        inside = t * len(v) + jax.lax.broadcasted_iota(jnp.int32, (len(v), 1), 0) < tokens
+        s_r, v = jnp.where(inside, s_r, 0), jnp.where(inside, v, 0)
+        d_u[...] += _matmul(s_r.astype(row.dtype), v.astype(row.dtype), 0, 0)
+
+    _clear_rows_from(count, d_row, new_d_row)
+
+
+def _row_cotangent(k, d_row, u, row, inv_rms, log_sum, g, l) -> tuple[Array, Array, Array]:
+    """Row k in float32, s r `[tile, Q]`, and the cotangent of the row without its part along the queries."""
+    v = row[...].astype(jnp.float32)
+    r = _column(inv_rms, k)
+    scores = _dots(u, row[...]) * r
+    alpha = jnp.exp(scores - log_sum[...])
+    s = alpha * (_dots(g, row[...]) + l[...])
+    total = -jnp.sum(s * scores, axis=-1, keepdims=True) * r * r / v.shape[-1] * v
+    for before in d_row:
+        total += before[...].astype(jnp.float32)
+    for q, g_q in enumerate(g):
+        total += alpha[:, q : q + 1] * g_q[...].astype(jnp.float32)
+    return v, s * r, total
+
+
+def _clear_rows_from(count, d_row, new_d_row) -> None:
+    """Where there was no cotangent before, that of rows which are not filled is zero."""
     if not d_row:
 
-        @pl.when(k >= count[0])
+        @pl.when(pl.program_id(2) >= count[0])
         def _():
             new_d_row[...] = jnp.zeros_like(new_d_row)
+
+
+def _add_to_rows(
+    kernel, arguments, specs, sources, count, mean_count, queries, others, interpret, sums=None, scratch=()
+):
+    """Runs a kernel that adds to every filled row of a cotangent, the first of `arguments`, or makes it from nothing.
+
+    Args:
+      arguments, specs: of the kernel and their blocks; `specs` says of how many tokens.
+      others: how many arrays `[B, T, D]` it reads besides.
+      sums: None, or the block and shape of a second result, which tiles of a sample add up one after the other.
+      scratch: memory of the kernel.
+    """
+    (k, b, t, d), before, row = sources.shape, arguments[0], specs[2]
+    tile = row.block_shape[2]
+    every_row = pl.BlockSpec((None, None, tile, d), lambda b, t, k, count: (k, b, t, 0))
+    passes = 2 + len(before) if before or mean_count is None else 1 + k / mean_count
+    rows = (row if before else every_row), jax.ShapeDtypeStruct(sources.shape, sources.dtype)
+    out_specs, out_shape = zip(*([rows, sums] if sums else [rows]), strict=True)
+    return pl.pallas_call(
+        kernel,
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=1,
+            grid=(b, pl.cdiv(t, tile), k),
+            in_specs=specs,
+            out_specs=out_specs,
+            scratch_shapes=scratch,
+        ),
+        out_shape=out_shape,
+        input_output_aliases={1: 0} if before else {},
+        cost_estimate=_cost(sources, mean_count, passes, 6 + 8 * queries, others * b * t * d * sources.dtype.itemsize),
+        compiler_params=_JOINT_TILES if sums else _SEPARATE_TILES,
+        interpret=interpret,
+    )(count.reshape(1), *arguments)
 
 
 def sublayer_input(
@@ -422,6 +471,11 @@ def _row_spec(sources: Array, tile: int) -> pl.BlockSpec:
     return pl.BlockSpec(block, lambda b, t, k, count: (jnp.minimum(k, count[0] - 1), b, t, 0))
 
 
+def _history_specs(sources: Array, tile: int) -> tuple[pl.BlockSpec, pl.BlockSpec]:
+    """Blocks of the sources and of their `inv_rms` as columns."""
+    return _row_spec(sources, tile), _columns_spec(len(sources), tile)
+
+
 def _tokens_spec(queries: int, features: int, tile: int) -> tuple[pl.BlockSpec, ...]:
     return queries * (pl.BlockSpec((None, tile, features), lambda b, t, *_: (b, t, 0)),)
 
@@ -461,6 +515,12 @@ def _dots(x: pl.MemoryRef | tuple[pl.MemoryRef, ...], row: Array) -> Array:
         return _matmul(row, x[...], 1, 1)
     v = row.astype(jnp.float32)
     return _join(jnp.sum(x_q[...].astype(jnp.float32) * v, axis=-1, keepdims=True) for x_q in x)
+
+
+def _dots_of_tokens(x: tuple[pl.MemoryRef, ...], y: tuple[pl.MemoryRef, ...]) -> Array:
+    """x . y for each token: both Q times `[tile, D]` -> `[tile, Q]` float32."""
+    wide = [(x_q[...].astype(jnp.float32), y_q[...].astype(jnp.float32)) for x_q, y_q in zip(x, y, strict=True)]
+    return _join(jnp.sum(x_q * y_q, axis=-1, keepdims=True) for x_q, y_q in wide)
 
 
 def _join(columns) -> Array:

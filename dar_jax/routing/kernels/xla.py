@@ -122,6 +122,12 @@ def add_source_cotangent(d_sources, u, sources, inv_rms, count, log_sum, g, l):
     return jax.lax.fori_loop(0, count, add_to_row, d_sources)
 
 
+def cotangents(d_sources, u, sources, inv_rms, count, aggregates, log_sum, g, l):
+    """Both of the above, for queries that all tokens of a sample share."""
+    d_u, l = query_cotangent(u, sources, inv_rms, count, aggregates, log_sum, g, l)
+    return add_source_cotangent(d_sources, u, sources, inv_rms, count, log_sum, g, l), d_u
+
+
 def _dot(x: Array, v: Array) -> Array:
     """`[B, 1 or T, D]` and `[B, T, D]` -> `[B, T]`."""
     dtype = statistics_dtype(v)
