@@ -1,4 +1,4 @@
-"""The matmul of a block against NumPy, and what a block keeps for its backward pass."""
+"""The matmul and the LayerNorm of a block against NumPy, and what a block keeps for its backward pass."""
 
 import jax
 import jax.numpy as jnp
@@ -48,3 +48,20 @@ def test_a_block_keeps_its_dense_outputs_only():
     _, vjp = jax.vjp(lambda params, h: block.apply({"params": params}, h, condition, method=both), params, h)
     kept = {id(x): x.shape for x in jax.tree.leaves(vjp) if x.shape[0] == b and x.shape[1:] != (1, d) and x.ndim > 2}
     assert sorted(kept.values()) == [(b, t, 3, d), *[(b, t, d)] * 3, (b, t, 4 * d)]
+
+
+@pytest.mark.parametrize("scale, offset, outlier", [(1, 0, 0), (1, 1000, 0), (1e-4, 0, 0), (0, 3, 0), (1, 0, 1000)])
+def test_layer_norm(scale, offset, outlier):
+    """Value and gradient in float32, also far from zero, and where one feature, at worst the first, is huge."""
+    rng = np.random.default_rng(0)
+    x, g = scale * rng.normal(size=(8, 384)) + offset, rng.normal(size=(8, 384))
+    x[:, 0] += outlier
+    x = x.astype(np.float32).astype(np.float64)
+    centred = x - x.mean(-1, keepdims=True)
+    inverse = 1 / np.sqrt(np.square(centred).mean(-1, keepdims=True) + 1e-6)
+    value = centred * inverse
+    gradient = inverse * (g - g.mean(-1, keepdims=True) - value * (g * value).mean(-1, keepdims=True))
+    found, vjp = jax.vjp(layers.layer_norm, jnp.asarray(x, jnp.float32))
+    for actual, expected in ((found, value), (vjp(jnp.asarray(g, jnp.float32))[0], gradient)):
+        error = np.linalg.norm(actual - expected)
+        assert error <= (1e-4 if outlier else 5e-7) * np.linalg.norm(expected)
