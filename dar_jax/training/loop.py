@@ -1,5 +1,6 @@
 """The run: set everything up, then step, log, evaluate and save until done or told to stop."""
 
+import importlib.util
 import math
 import signal
 import threading
@@ -263,9 +264,18 @@ def diverged(step: int, values: dict[str, float], steps: list[int], workdir: str
 
 
 class _Profile:
-    """A trace of `count` steps, the first of them after step `first`, in workdir/profile."""
+    """A trace of `count` steps, the first of them after step `first`, in workdir/profile.
+
+    Raises UserError beside a TPU library that jax has loaded in vain: the process would end in a segmentation fault.
+    """
 
     def __init__(self, workdir: str, first: int, count: int):
+        has_vain_library = jax.default_backend() != "tpu" and importlib.util.find_spec("libtpu")
+        if count and has_vain_library and not jax.config.jax_platforms:
+            raise UserError(
+                f"--profile={count}: jax cannot trace beside an installed libtpu without a TPU; set JAX_PLATFORMS="
+                f"{'cuda,cpu' if jax.default_backend() == 'gpu' else 'cpu'} in the environment."
+            )
         self.path, self.first, self.count, self.mirror = f"{workdir}/profile", first, count, None
 
     def after(self, step: int, metrics: _Metrics) -> None:

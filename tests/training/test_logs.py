@@ -1,5 +1,6 @@
 """metrics.jsonl of a resumed run reads as one uninterrupted run, with TensorBoard or without."""
 
+import contextlib
 import json
 import os
 import sys
@@ -8,6 +9,7 @@ import pytest
 
 from dar_jax.errors import UserError
 from dar_jax.logs import Logs, read_metrics
+from dar_jax.training import loop
 
 
 def test_resumed_run_drops_what_it_takes_again(tmp_path):
@@ -92,3 +94,18 @@ def test_without_tensorboard_the_numbers_are_written(missing, tmp_path, capsys, 
     logs.close()
     assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
     assert read_metrics(tmp_path) == [{"step": 1, "loss": 0.5}]
+
+
+def test_a_profile_beside_a_library_without_its_tpu_is_an_error(monkeypatch):
+    """jax would crash. It does not where the environment names the platform."""
+    monkeypatch.setattr(loop.importlib.util, "find_spec", lambda name: name == "libtpu")
+    for platforms in (None, "cpu"):
+        monkeypatch.setattr(type(loop.jax.config), "jax_platforms", platforms)
+        with (
+            contextlib.nullcontext()
+            if platforms
+            else pytest.raises(UserError, match="set JAX_PLATFORMS=cpu in the env")
+        ):
+            loop._Profile("workdir", 0, 2)
+    monkeypatch.setattr(type(loop.jax.config), "jax_platforms", None)
+    loop._Profile("workdir", 0, 0)
