@@ -8,8 +8,8 @@ sublayers ("c4"). After an @ comes the hardware, which sets config.mesh: v4, v5e
 prepared with --keep_images, and dinov2_b must hold the weights (docs/repa.md). A +dmd distils the run that
 --config.teacher names to four steps, with the rates of DMDR (docs/distil.md).
 
-A step keeps the outputs of dense layers, config.model.remat = dense. Of 64 images on a chip of v5e they do not fit:
-take --config.train.accumulate_steps=2, or --config.model.remat=block, which computes them once more.
+A step keeps the outputs of dense layers, config.model.remat = dense, for which 16 chips of v5e have the memory
+(docs/plan.md). With less, take --config.model.remat=block, which computes them once more.
 
 The paper reports FID 7.56 for static_t (ODE, 600K steps, no guidance), at 0.59 s a step on its H20 GPUs. It reports
 9.67 for the residual SiT at 1.75M steps. Nothing is measured here: no TPU and no GPU has run this config.
