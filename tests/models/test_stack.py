@@ -57,7 +57,7 @@ def torch_value_and_gradients(forward, params, inputs, probe):
 def assert_close(actual, expected, tolerance):
     def check(path, a, b):
         # With one source a query has no effect: its gradient is zero, up to rounding of terms of order one.
-        error = np.linalg.norm(np.asarray(a) - b) / max(np.linalg.norm(b), 2e-3)
+        error = np.linalg.norm(np.asarray(a) - b) / max(np.linalg.norm(b), 4e-3)
         assert error < tolerance, f"{jax.tree_util.keystr(path)}: relative error {error:.2e}"
 
     jax.tree_util.tree_map_with_path(check, actual, expected)
