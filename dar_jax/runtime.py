@@ -54,7 +54,7 @@ def keep_freed_memory() -> None:
     """Keeps what XLA frees after every step on a CPU for the next one, where there is no accelerator.
 
     XLA allocates the temporaries of each call anew, and glibc returns what is freed to the kernel, which clears every
-    page at its next use: a tenth of a step. glibc keeps memory of any size for the main thread alone, so computations
+    page at its next use: 5 to 20 % of a step. glibc keeps memory of any size for the main thread alone, so computations
     run on that. To be called before jax starts threads. Without glibc, or beside an accelerator, it does nothing.
     """
     import jax

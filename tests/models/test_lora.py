@@ -114,8 +114,8 @@ def test_fresh_adapters_change_nothing():
             assert not np.array_equal(leaf[0], leaf[1])
     apply = jax.jit(lambda params: model.apply({"params": params}, *given).prediction)
     alone, other = apply(base), jax.tree.map(lambda x: x + 0.1, fresh)
-    found = apply(lora.assemble(base, fresh, 2.0))
-    np.testing.assert_allclose(found, alone, rtol=1e-5, atol=1e-5)  # XLA fuses the two programs differently
+    with jax.disable_jit():  # compiled as one, the two programs are fused differently and round differently
+        np.testing.assert_array_equal(apply(lora.assemble(base, fresh, 2.0)), apply(base))
     assert np.abs(apply(lora.assemble(base, other, 2.0)) - alone).max() > 1e-3
 
 
