@@ -43,6 +43,7 @@ def start() -> int:
     import jax
 
     keep_freed_memory()
+    give_devices_threads()
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         jax.config.update("jax_compilation_cache_dir", str(CACHE.expanduser()))
     if DISTRIBUTED.value != "off":
@@ -65,6 +66,17 @@ def keep_freed_memory() -> None:
         mallopt(_M_MMAP_MAX, 0)
         mallopt(_M_TRIM_THRESHOLD, -1)
         jax.config.update("jax_cpu_enable_async_dispatch", False)
+
+
+def give_devices_threads() -> None:
+    """Gives XLA two threads for each device that XLA_FLAGS makes of a CPU, unless PJRT_NPROC says how many.
+
+    By default it has one per core. Devices wait for each other on these threads, and when all of them wait, the devices
+    that they wait for cannot run. To be called before jax starts threads.
+    """
+    forced = re.findall(r"--xla_force_host_platform_device_count=(\d+)", os.environ.get("XLA_FLAGS", ""))
+    if forced:
+        os.environ.setdefault("PJRT_NPROC", str(max(2 * int(forced[-1]), os.cpu_count() or 1)))
 
 
 def _join_job() -> None:

@@ -31,6 +31,7 @@ def start(monkeypatch):
         monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "")
         monkeypatch.setattr(jax.distributed, "initialize", lambda *job, **_: calls.append(job))
         monkeypatch.setattr(hosts, "join", lambda *job: calls.append(job))
+        monkeypatch.setattr(runtime, "keep_freed_memory", lambda: None)  # which would hold for all tests after this one
         with flagsaver.flagsaver(distributed=mode):
             runtime.start()
         return calls
@@ -64,7 +65,6 @@ def test_an_environment_that_makes_no_sense_is_an_error(start):
 
 def test_compiled_programs_are_kept_unless_told_where(start, monkeypatch):
     kept = []
-    monkeypatch.setattr(runtime, "keep_freed_memory", lambda: None)  # which updates the config, too
     monkeypatch.setattr(jax.config, "update", lambda name, value: kept.append((name, value)))
     start("off", {})
     assert kept == []
@@ -73,6 +73,23 @@ def test_compiled_programs_are_kept_unless_told_where(start, monkeypatch):
         runtime.start()
     ((name, value),) = kept
     assert name == "jax_compilation_cache_dir" and value.endswith("dar_jax/xla") and "~" not in value
+
+
+def test_devices_of_a_cpu_have_threads_to_wait_on(start, monkeypatch):
+    """With fewer, the collectives of a step wait for each other forever once in some ten runs on two cores."""
+    for flags_of_xla, own, threads in (
+        ("--xla_force_host_platform_device_count=999", None, "1998"),
+        ("--xla_force_host_platform_device_count=2 --xla_force_host_platform_device_count=999", None, "1998"),
+        ("--xla_force_host_platform_device_count=1", None, str(max(2, os.cpu_count()))),
+        ("--xla_force_host_platform_device_count=999", "3", "3"),
+        ("", None, None),
+    ):
+        monkeypatch.setenv("XLA_FLAGS", flags_of_xla)
+        monkeypatch.delenv("PJRT_NPROC", raising=False)
+        if own:
+            monkeypatch.setenv("PJRT_NPROC", own)
+        start("off", {})
+        assert os.environ.get("PJRT_NPROC") == threads
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc is told what to keep")
