@@ -13,11 +13,17 @@ end. All parts are meant to take less than 20 minutes on one H100. What each doe
   steps        train step and one evaluation for sampling, in bfloat16, with MFU, memory and the planner's estimate
   torch        the same of PyTorch: SiT with torch.compile, autocast and its fused attention, and the aggregation
 
+--study=NAME trains the runs of studies/NAME.py instead, in NAME under --out. What follows "--" is the study's. Several
+runs share one GPU. This needs grain too, and the study's data:
+
+    python benchmarks/on_gpu.py --study=does_it_help -- --jobs=8 --minutes=9 --data=fashion-mnist
+
 --smoke takes tiny shapes, so that the script itself can be tried on a CPU, where kernels are interpreted.
 """
 
 import functools
 import gc
+import importlib.util
 import itertools
 import json
 import os
@@ -40,6 +46,7 @@ SIZES = flags.DEFINE_list("sizes", [*BATCHES], "Sizes of SiT, patch 2, on latent
 CASES = flags.DEFINE_list("cases", ["residual", "static_t:4", "dynamic:4", "static_t:1"], "As in step_time.py")
 ROUNDS = flags.DEFINE_integer("rounds", 7, "Timed rounds, after one to warm up")
 SMOKE = flags.DEFINE_bool("smoke", False, "Tiny shapes, to try the script on a CPU")
+STUDY = flags.DEFINE_string("study", None, "Train the runs of studies/<name>.py here, in the place of --parts")
 PART = flags.DEFINE_enum("part", None, PARTS, "The part that this process runs; set by the script itself")
 
 # What gives the planner's estimate for a GPU: the compiler notes its own figure for every fusion.
@@ -385,13 +392,28 @@ def run_part(part: str, path: pathlib.Path) -> None:
         path.write_text(json.dumps(results, indent=1) + "\n")
 
 
-def main(_):
+def run_study(name: str, root: pathlib.Path, given: list[str]) -> int:
+    """Runs a study with these flags, and returns its exit code. It needs no tensorflow: TensorBoard is off then."""
+    clone = pathlib.Path(__file__).parents[1]
+    if not (script := clone / "studies" / f"{name}.py").exists():
+        sys.exit(f'error: --study names "{name}"; there is no {script}.')
+    needed = ("grain", "ml_collections", "matplotlib", "PIL", "safetensors", "scipy")
+    if missing := [package for package in needed if not importlib.util.find_spec(package)]:
+        sys.exit(f"error: --study needs {', '.join(missing)}; put the wheels on PYTHONPATH, as docs/costs.md says.")
+    path = os.pathsep.join([str(clone), *filter(None, [os.environ.get("PYTHONPATH")])])
+    command = [sys.executable, script, f"--root={root.resolve()}", *given]
+    return subprocess.run(command, env={**os.environ, "PYTHONPATH": path}, cwd=clone).returncode
+
+
+def main(argv):
     for flag, known in ((RUN, PARTS), (SIZES, BATCHES)):
         if unknown := [name for name in flag.value if name not in known]:
             sys.exit(f'error: --{flag.name} names "{unknown[0]}"; there are {", ".join(known)}.')
     out = pathlib.Path(OUT.value)
     out.mkdir(parents=True, exist_ok=True)
     path = out / "results.json"
+    if STUDY.value:
+        sys.exit(run_study(STUDY.value, out / STUDY.value, argv[1:]))
     if PART.value:
         run_part(PART.value, path)
         return

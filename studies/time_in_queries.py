@@ -15,7 +15,8 @@ import sys
 import numpy as np
 from absl import app
 from does_it_help import STUDY
-from study import ROOT, STUDIES, best_name, interval
+from study import ROOT, STUDIES
+from study_tables import best_name, interval
 
 CELLS, KEPT = ("static", "static_t", "gated_t"), STUDIES / "time_in_queries.json"
 TIMES = (0.1, 0.3, 0.5, 0.7, 0.9)

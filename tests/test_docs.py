@@ -114,8 +114,10 @@ def test_options_exist(path, words):
     for name in ("step_time", "study"):  # a script that shares the flags of another
         if re.search(rf"^(import|from) {name}\b", text, re.MULTILINE):
             text += path.with_name(f"{name}.py").read_text()
+    if "--" in words:  # what follows is for a study
+        text += (ROOT / "studies" / "study.py").read_text()
     defined = set(re.findall(r'flags\.DEFINE_\w+\(\s*"(\w+)"', text))
-    used = {re.split("[=.]", word.removeprefix("--"))[0] for word in words}  # --config.x.y is of --config
+    used = {re.split("[=.]", word.removeprefix("--"))[0] for word in words if word != "--"}  # x.y is of --x
     assert used <= defined, used - defined
 
 

@@ -1,10 +1,12 @@
 """The script that is run where a GPU or TPU is, tried with tiny shapes on a CPU."""
 
-import importlib
+import importlib.util
 import json
 import pathlib
 import subprocess
 import sys
+
+import pytest
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -30,3 +32,24 @@ def test_what_is_not_a_number_is_wrong(monkeypatch):
     page = on_gpu.page({"checks": {"device": "x", "commit": "z", "rows": rows}})
     assert "1 of 2 within their bounds" in page and "Measured: device x, commit z." in page
     assert on_gpu.wrong(rows) == ["b"]
+
+
+def test_a_study_that_cannot_run_is_one_line(monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    on_gpu = importlib.import_module("on_gpu")
+    with pytest.raises(SystemExit, match=r'error: --study names "nothing"; there is no .*nothing\.py'):
+        on_gpu.run_study("nothing", tmp_path, [])
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "grain" else name)
+    with pytest.raises(SystemExit, match="error: --study needs grain; put the wheels on PYTHONPATH"):
+        on_gpu.run_study("does_it_help", tmp_path, [])
+
+
+def test_a_study_gets_what_follows(tmp_path):
+    """Its flags and an absolute root; and what is kept of an earlier one is not written over with nothing."""
+    kept = ROOT / "studies" / "prediction.json"
+    before = kept.read_bytes()
+    command = [sys.executable, ROOT / "benchmarks" / "on_gpu.py", "--study=prediction", "--out=out", "--", "--train=0"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=100)
+    root = tmp_path / "out" / "prediction"
+    assert (done.returncode, done.stderr) == (1, f"error: no run of prediction has ended; see {root}.\n")
+    assert kept.read_bytes() == before

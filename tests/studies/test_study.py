@@ -24,13 +24,14 @@ import repa  # noqa: E402
 import study  # noqa: E402
 import text_to_image  # noqa: E402
 import time_in_queries  # noqa: E402
+from study_tables import best_name, first_step, holm, interval, rate_table, table, target_table, time_table  # noqa: E402
 
 
 def test_interval_is_that_of_student():
     for count in (2, 3, 10):
         values = np.random.default_rng(count).normal(size=count)
         low, high = stats.t.interval(0.95, count - 1, loc=values.mean(), scale=stats.sem(values))
-        mean, half = study.interval(values)
+        mean, half = interval(values)
         assert (mean - half, mean + half) == pytest.approx((low, high), rel=1e-3)
 
 
@@ -40,7 +41,7 @@ def test_differences_are_paired_by_seed_at_the_last_step():
         "a": {"0": {"1": {"m": 9.0}, "2": {"m": 1.0}}, "1": {"2": {"m": 5.0}}, "2": {"1": {"m": 70.0}}},
         "b": {"1": {"2": {"m": 3.0}}, "0": {"2": {"m": 0.5}}, "2": {"2": {"m": 0.0}}},
     }
-    found = study.table(study.Study("x", "", {"a": (), "b": ()}, (), (0, 1, 2), [("a", "b")], ("m",)), curves)
+    found = table(study.Study("x", "", {"a": (), "b": ()}, (), (0, 1, 2), [("a", "b")], ("m",)), curves)
     assert found.splitlines()[2].startswith("| `a` | 2 | 3 ")
     assert found.splitlines()[-1].startswith("| `a` - `b` | 2 | +1.25 ")
 
@@ -52,18 +53,18 @@ def test_learning_rates_are_chosen_by_the_mean_of_the_first_metric():
         "b@0.1": {"0": {"9": {"m": 2.0, "n": 1.0}}, "1": {"9": {"m": 2.0, "n": 3.0}}},
     }
     swept = study.Study("x", "", {"a": (), "b": ()}, (), (0, 1), [("a", "b")], ("m", "n"), rates=(0.1, 0.2))
-    assert study.best_name(swept, curves, "a") == "a@0.2" and study.best_name(swept, curves, "b") == "b@0.1"
-    assert study.table(swept, curves).splitlines()[-1].startswith("| `a` - `b` | 2 | +1.5 ")
-    assert study.rate_table(swept, curves).splitlines()[-1].endswith("| - |")
+    assert best_name(swept, curves, "a") == "a@0.2" and best_name(swept, curves, "b") == "b@0.1"
+    assert table(swept, curves).splitlines()[-1].startswith("| `a` - `b` | 2 | +1.5 ")
+    assert rate_table(swept, curves).splitlines()[-1].endswith("| - |")
 
 
 def test_rates_are_tried_until_the_best_is_inside(tmp_path, monkeypatch):
     """a is best at 4, b beyond all rates, c at 1; a rate that fails is not tried again."""
     best, ran = {"a": 4, "b": 99, "c": 1, "d": 99}, []
 
-    def train_seed(swept, cells, root, seed, cores, stopped):
-        ran.extend((name, seed) for names in cells.values() for name in names)
-        return []
+    def train_run(swept, one, root, machine, needs):
+        ran.append((one.name, one.seed))
+        return True
 
     def collect(swept, root):
         found = {}
@@ -73,29 +74,88 @@ def test_rates_are_tried_until_the_best_is_inside(tmp_path, monkeypatch):
                 found.setdefault(name, {})[str(seed)] = {"9": {"m": abs(float(rate) - best[cell])}}
         return {"curves": found}
 
-    monkeypatch.setattr(study, "_train_seed", train_seed)
+    monkeypatch.setattr(study, "_train_run", train_run)
     monkeypatch.setattr(study, "collect", collect)
     cells = {name: () for name in best}
     swept = study.Study("x", "", cells, (), (0, 1), [], ("m",), (2, 4), further_rates=(8, 1, 16), sweep_seeds=(0,))
-    study.train(swept, tmp_path)
+    study.train(swept, tmp_path, study.Machine())
     by_cell = {cell: [name.split("@")[1] for name, seed in ran if name[0] == cell and seed == 0] for cell in cells}
     assert by_cell == {"a": ["2", "4", "8"], "b": ["2", "4", "8", "16"], "c": ["2", "4", "1"], "d": ["2", "4", "8"]}
     assert [name for name, seed in ran if seed == 1] == ["a@4", "b@16", "c@1", "d@4"]
 
 
+def test_a_run_waits_for_its_teacher_and_the_first_network(tmp_path, monkeypatch):
+    """And for nothing else; a run of a seed without a teacher that was begun does not wait either."""
+    waited = {}
+
+    def train_run(declared, one, root, machine, needs):
+        waited[f"{one.name}_{one.seed}"] = [need.result() for need in needs]
+        return True
+
+    monkeypatch.setattr(study, "_train_run", train_run)
+    monkeypatch.setattr(study.concurrent.futures, "ThreadPoolExecutor", Inline)
+    teacher = "--config.teacher={root}/teacher_{seed}"
+    cells = {"teacher": ("residual",), "student": ("residual+dmd", teacher), "other": ("static",)}
+    study.train(study.Study("x", "", cells, (), (0, 1), [], ("m",)), tmp_path, study.Machine(3))
+    assert {name: len(needs) for name, needs in waited.items() if needs} == {"student_0": 1, "student_1": 1}
+    waited.clear()
+    declared = study.Study("x", "", cells, (), (0, 1), [], ("fd_convnet",), detail="other")
+    study.train(declared, tmp_path, study.Machine(3))
+    counts = {name: len(needs) for name, needs in waited.items()}
+    assert counts == {"teacher_0": 0, "student_0": 2, "other_0": 1, "teacher_1": 1, "student_1": 2, "other_1": 1}
+    (tmp_path / study.NETWORK).touch()
+    study.train(declared, tmp_path, study.Machine(3))
+    assert [len(needs) for needs in waited.values()] == [0, 1, 0, 0, 1, 0]
+
+
+class Inline(study.concurrent.futures.Executor):
+    """Runs what it is given at once."""
+
+    def __init__(self, jobs):
+        self.jobs = jobs
+
+    def submit(self, function, *arguments):
+        done = study.concurrent.futures.Future()
+        done.set_result(function(*arguments))
+        return done
+
+
+def test_jobs_share_a_machine_until_its_time_is_over(tmp_path):
+    """Each has its own cores and an even part of a GPU. A run that is told to end may save; none is started after."""
+    child = """if True:
+        import os, signal, sys, time
+        print(sorted(os.sched_getaffinity(0)), os.environ["XLA_PYTHON_CLIENT_MEM_FRACTION"], flush=True)
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit("saved"))
+        time.sleep(float(sys.argv[1]))
+    """
+    machine = study.Machine(2, minutes=5 / 60)
+    assert machine.run([sys.executable, "-c", child, "0"], tmp_path / "0.txt") == 0 and not machine.stopped.is_set()
+    with study.concurrent.futures.ThreadPoolExecutor(2) as pool:
+        running = [pool.submit(machine.run, [sys.executable, "-c", child, "60"], tmp_path / f"{i}.txt") for i in (1, 2)]
+        assert [job.result() for job in running] == [1, 1] and machine.stopped.is_set()
+    lines = [(tmp_path / f"{i}.txt").read_text().splitlines() for i in (1, 2)]
+    assert [found[1:] for found in lines] == [["saved"]] * 2
+    cores = [json.loads(found[0].split("] ")[0] + "]") for found in lines]
+    assert sorted(cores[0] + cores[1]) == sorted(os.sched_getaffinity(0)) and lines[0][0].endswith("] 0.450")
+    declared = study.Study("x", "", {"a": ("residual",)}, (), (0,), [])
+    assert study.train(declared, tmp_path, machine) == []
+    assert study._train_run(declared, study._Run("a", "a", None, 0), tmp_path, machine, [])
+    assert not (tmp_path / "a_0").exists()
+
+
 def test_holm_equals_its_definition():
     """Of p-values .01, .04, .03, .005: 4 * .005, 3 * .01, 2 * .03, and .04 is raised to the one before."""
-    assert study.holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
-    assert study.holm([0.9, 0.8]) == [1.0, 1.0]
+    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert holm([0.9, 0.8]) == [1.0, 1.0]
 
 
 def test_steps_to_a_target_are_censored_and_interpolated():
     steps = {"10": {"m": 4.0}, "20": {"m": 2.0}, "30": {"m": 3.0}}
-    assert study.first_step(steps, "m", 3.0) == 15 and study.first_step(steps, "m", 5.0) == 10
-    assert study.first_step(steps, "m", 1.0) == float("inf")
+    assert first_step(steps, "m", 3.0) == 15 and first_step(steps, "m", 5.0) == 10
+    assert first_step(steps, "m", 1.0) == float("inf")
     declared = study.Study("x", "", {"a": ()}, (), (0, 1), [], ("m",), targets=(3.0, 1.0))
     kept = {"curves": {"a": {"0": steps, "1": {"10": {"m": 3.0}, "20": {"m": 1.0}}}}, "seconds": {"a": {"0": 6.0}}}
-    assert "| 12 ± 32 steps, 1.2 min | 1 of 2 runs |" in study.target_table(declared, kept)
+    assert "| 12 ± 32 steps, 1.2 min | 1 of 2 runs |" in target_table(declared, kept)
 
 
 def test_at_equal_time_a_slow_cell_has_made_fewer_steps():
@@ -104,7 +164,7 @@ def test_at_equal_time_a_slow_cell_has_made_fewer_steps():
         name: {seed: {"5": {"m": m + 2}, "10": {"m": m}} for seed in "01"} for name, m in (("a", 2.0), ("b", 1.0))
     }
     declared = study.Study("x", "", {"a": (), "b": ()}, (), (0, 1), [], ("m",))
-    table = study.time_table(declared, {"curves": curves, "pace": {"a": [1.0, 9.0, 0.5], "b": [2.0]}}).splitlines()
+    table = time_table(declared, {"curves": curves, "pace": {"a": [1.0, 9.0, 0.5], "b": [2.0]}}).splitlines()
     assert "m at step 10 | after 10 s" in table[0]
     assert table[2:] == [
         "| `a` | 1000 | 1.00 | 2 ± 0 | 2 ± 0 | +0 ± 0 |",
@@ -117,9 +177,9 @@ def test_other_seeds_have_no_say_in_the_rate():
     found = {"0": {"9": {"m": 1.0}}, "1": {"9": {"m": 8.0}}}
     curves = {"a@1": {"0": {"9": {"m": 2.0}}}, "a@2": found}
     swept = study.Study("x", "", {"a": ()}, (), (0, 1), [], ("m",), rates=(1, 2), sweep_seeds=(0,))
-    assert study.best_name(swept, curves, "a") == "a@2"
-    assert study.rate_table(swept, curves).splitlines()[-1] == "| `a` | 2 | 1 |"
-    assert study.table(swept, curves).splitlines()[2].startswith("| `a@2` | 2 | 4.5 ")
+    assert best_name(swept, curves, "a") == "a@2"
+    assert rate_table(swept, curves).splitlines()[-1] == "| `a` | 2 | 1 |"
+    assert table(swept, curves).splitlines()[2].startswith("| `a@2` | 2 | 4.5 ")
 
 
 CONFIG_FILE = """
@@ -131,7 +191,9 @@ def get_config(variant):
     config.eval.update(every_steps=12, num_samples=0, grid_size=1, loss_images=32)
     return config_lib.route(config, variant)
 """
-TRAIN = "import study, sys; study.train(study.Study(*{!r}, seeds=(0,), differences=()), study.pathlib.Path({!r}))"
+TRAIN = """import study
+study.train(study.Study(*{!r}, seeds=(0,), differences=()), study.pathlib.Path({!r}), study.Machine())
+"""
 
 
 def test_a_killed_study_goes_on_to_the_same_table(tmp_path):
@@ -153,7 +215,7 @@ def test_a_killed_study_goes_on_to_the_same_table(tmp_path):
     assert process.wait() == -signal.SIGKILL
     assert start("killed").wait(500) == 0
     both = study.Study(*declared, seeds=(0,), differences=[("static_t", "residual")], metrics=("val_loss", "loss"))
-    tables = [study.table(both, study.collect(both, tmp_path / name)["curves"]) for name in ("whole", "killed")]
+    tables = [table(both, study.collect(both, tmp_path / name)["curves"]) for name in ("whole", "killed")]
     assert tables[0] == tables[1] and "nan ± nan" not in tables[0].replace("± nan", "")
 
 
@@ -171,7 +233,7 @@ PAGES = (
 @pytest.mark.parametrize(("declared", "page"), PAGES, ids=lambda x: getattr(x, "name", ""))
 def test_the_page_shows_the_table(declared, page):
     kept = json.loads((ROOT / "studies" / f"{declared.name}.json").read_text())
-    assert study.table(declared, kept["curves"]) in (ROOT / "docs" / f"{page}.md").read_text()
+    assert table(declared, kept["curves"]) in (ROOT / "docs" / f"{page}.md").read_text()
 
 
 def test_the_page_shows_what_shuffled_times_do():
