@@ -28,7 +28,7 @@ JOIN_SECONDS = flags.DEFINE_float(
 CACHE = pathlib.Path("~/.cache/dar_jax/xla")
 # Libraries whose programs or files differ between versions.
 _LIBRARIES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
-_ACCELERATORS = "/dev/nvidia[0-9]*", "/dev/kfd", "/dev/accel*", "/dev/vfio/[0-9]*"
+_ACCELERATORS = "/dev/nvidia[0-9]*", "/dev/kfd", "/dev/accel*", "/dev/vfio/[0-9]*", "/dev/dxg"  # the last of WSL2
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of glibc's malloc.h
 _OWN_FLAGS = ("distributed", "join_seconds")  # may differ between the processes of a job
 
