@@ -111,6 +111,8 @@ def main(study: Study) -> None:
                 print(f"stopped after {MINUTES.value:g} minutes; the same command goes on", flush=True)
             else:
                 kept = _kept(path, "pace") | kept
+            if not kept["curves"] and machine.stopped.is_set():
+                return
             if not kept["curves"]:
                 named = f", and the log.txt of those that failed: {', '.join(failed)}" if failed else ""
                 sys.exit(f"error: no run of {study.name} has ended; see {root}{named}.")
