@@ -111,11 +111,11 @@ def main(study: Study) -> None:
                 print(f"stopped after {MINUTES.value:g} minutes; the same command goes on", flush=True)
             else:
                 kept = _kept(path, "pace") | kept
-            if not kept["curves"] and machine.stopped.is_set():
-                return
-            if not kept["curves"]:
+            if not kept["curves"] and (failed or not machine.stopped.is_set()):
                 named = f", and the log.txt of those that failed: {', '.join(failed)}" if failed else ""
                 sys.exit(f"error: no run of {study.name} has ended; see {root}{named}.")
+            if not kept["curves"]:
+                return
             path.write_text(json.dumps(kept, indent=1) + "\n")
         if PACE.value:
             path.write_text(json.dumps(_kept(path) | {"pace": pace(study, PACE.value)}, indent=1) + "\n")

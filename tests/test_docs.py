@@ -117,7 +117,8 @@ def test_options_exist(path, words):
     if "--" in words:  # what follows is for a study
         text += (ROOT / "studies" / "study.py").read_text()
     defined = set(re.findall(r'flags\.DEFINE_\w+\(\s*"(\w+)"', text))
-    used = {re.split("[=.]", word.removeprefix("--"))[0] for word in words if word != "--"}  # x.y is of --x
+    # --config.x.y is of --config
+    used = {re.split("[=.]", word.removeprefix("--"))[0] for word in words if word != "--"}
     assert used <= defined, used - defined
 
 

@@ -39,6 +39,7 @@ def test_a_study_that_cannot_run_is_one_line(monkeypatch, tmp_path):
     on_gpu = importlib.import_module("on_gpu")
     with pytest.raises(SystemExit, match=r'error: --study names "nothing"; there is no .*nothing\.py'):
         on_gpu.run_study("nothing", tmp_path, [])
+    monkeypatch.setattr(on_gpu.subprocess, "run", lambda *_, **__: pytest.fail("it was run"))
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "grain" else name)
     with pytest.raises(SystemExit, match="error: --study needs grain; put the wheels on PYTHONPATH"):
         on_gpu.run_study("does_it_help", tmp_path, [])

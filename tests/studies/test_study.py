@@ -85,7 +85,7 @@ def test_rates_are_tried_until_the_best_is_inside(tmp_path, monkeypatch):
 
 
 def test_a_run_waits_for_its_teacher_and_the_first_network(tmp_path, monkeypatch):
-    """And for nothing else; a run of a seed without a teacher that was begun does not wait either."""
+    """And for nothing else. Once there is a network, only students wait."""
     waited = {}
 
     def train_run(declared, one, root, machine, needs):
@@ -141,6 +141,16 @@ def test_jobs_share_a_machine_until_its_time_is_over(tmp_path):
     assert study.train(declared, tmp_path, machine) == []
     assert study._train_run(declared, study._Run("a", "a", None, 0), tmp_path, machine, [])
     assert not (tmp_path / "a_0").exists()
+
+
+def test_a_study_whose_time_is_over_writes_over_nothing(tmp_path):
+    """Its first run is told to end at once, which is no failure."""
+    kept = ROOT / "studies" / "prediction.json"
+    before = kept.read_bytes()
+    command = [sys.executable, ROOT / "studies" / "prediction.py", f"--root={tmp_path}", "--minutes=0"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=100)
+    assert done.returncode == 0, done.stderr
+    assert "stopped after 0 minutes; the same command goes on" in done.stdout and kept.read_bytes() == before
 
 
 def test_holm_equals_its_definition():

@@ -167,12 +167,12 @@ def sublayer_input_cotangents(u, values, columns, modulation, g, d_recent):
     dots = jnp.stack([_dot(g_h, v) for v in values])[..., None]
     d_scores = alpha * (dots - jnp.sum(alpha * dots, axis=0))
 
-    def add_up(d, a, b, c, v):
-        return d + a * g_h + b * u[0] - c * v
+    def add_up(_, d, alpha, along_u, along_v, v):
+        return d + alpha * g_h + along_u * u[0] - along_v * v
 
     def in_branch(always, *args):
         """Keeps XLA on a CPU from drawing this sum into those of all sublayers before this one."""
-        return jax.lax.cond(always, add_up, lambda d, *_: d.astype(dtype), *args)
+        return jax.lax.cond(always, add_up, lambda _, d, *__: d.astype(dtype), always, *args)
 
     always = ~(inverse_deviation[0, 0, 0] < 0)
     d_values = [alpha[0] * g_h]
@@ -181,8 +181,7 @@ def sublayer_input_cotangents(u, values, columns, modulation, g, d_recent):
         r = r[..., None]
         d_score = d_scores[k] * r
         parts = d, alpha[k], d_score, d_score * scores[k][..., None] * r / v.shape[-1], v
-        elsewhere = lambda _, *args: add_up(*args)  # noqa: E731
-        d_values.append(jax.lax.platform_dependent(always, *parts, cpu=in_branch, default=elsewhere))
+        d_values.append(jax.lax.platform_dependent(always, *parts, cpu=in_branch, default=add_up))
         d_u += d_score * v if u[0].shape[1] > 1 else jnp.einsum("bt,btd->bd", d_score[..., 0], v.astype(dtype))[:, None]
     d_values = tuple(d.astype(values[0].dtype) for d in d_values)
     d_u = d_u.astype(u[0].dtype) if u and u[0].shape[1] > 1 else d_u
