@@ -21,10 +21,10 @@ from dar_jax.checkpoint import (
     saved_steps,
     weights_fingerprint,
 )
-from dar_jax.config import RIVALS
 from dar_jax.errors import UserError, require
 from dar_jax.logs import say
 from dar_jax.models import lora
+from dar_jax.models.build import ROUTED
 from dar_jax.models.mmdit import MMDiT
 from dar_jax.routing import keeps_function, uniform, warm_start, warm_start_streams
 
@@ -91,12 +91,12 @@ def check_init_from(config: ConfigDict, path: str | None = None, name: str = "co
         may_differ += [] if source.model.text_encoder else ["text_encoder"]  # converted weights do not tell it
     fields = [f"model.{field}" for field in source.model if field not in may_differ]
     fields += ["diffusion.interpolant", "diffusion.prediction"]
-    if source.model.routing.kind != "residual" or config.model.routing.kind in RIVALS:
+    if source.model.routing.kind != "residual" or config.model.routing.kind not in ("residual", *ROUTED):
         fields += ["model.routing"]
     if difference := first_difference(source, config, fields):
         raise UserError(
             f'{name} = "{path}" is of {difference}; make them equal, or start without it. (A residual '
-            "run may start DAR too.)"
+            "run may start DAR or delta too.)"
         )
     return source
 

@@ -24,7 +24,7 @@ from dar_jax.errors import UserError
 
 # The linear layers of attention and MLP, in a SiT and in both streams of an MM-DiT, without the modulation.
 TARGETS = (r"stack/.*/(qkv|q|k|v|out|mlp/dense_[01])/kernel",)
-_QUERY = re.compile(r"(.*/)?\w*query\w*/.*")
+_ROUTING = re.compile(r"(.*/)?\w*query\w*/.*|stack/(steps/gate_\d+|final_gate)")
 
 
 def _flat(tree: dict) -> dict:
@@ -73,7 +73,7 @@ def split(params: dict) -> tuple[dict, dict]:
     """Parameters without adapters -> those of aggregators, which are trained beside adapters, and all others."""
     routing, base = {}, {}
     for path, leaf in _flat(params).items():
-        (routing if _QUERY.fullmatch(path) else base)[path] = leaf
+        (routing if _ROUTING.fullmatch(path) else base)[path] = leaf
     return _nested(routing), _nested(base)
 
 

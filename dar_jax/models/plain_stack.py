@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from dar_jax.models.layers import constrain, logical, modulated_norm, scan_steps
+from dar_jax.models.layers import constrain, logical, modulated_norm, ones, scan_steps
 from dar_jax.routing import Layout, Query, inverse_rms
 
 
@@ -180,8 +180,13 @@ def first_inputs(layout: Layout, v_0: Array) -> tuple:
 
 
 def make_gate(module: nn.Module, layout: Layout, name: str) -> Array | None:
-    """The gate of an additive reader, a scalar that is zero in a fresh model; None: the reader is not additive."""
-    return module.param(name, logical(nn.initializers.zeros, ()), ()) if layout.is_additive else None
+    """The gate of an additive reader, a scalar that is one in a fresh model; None: the reader is not additive.
+
+    Fresh queries are zero, so routing makes the mean of the sources. That only lengthens the stream, which LayerNorm
+    undoes. With a gate of zero nothing would ever move: it has no gradient as long as the query is zero, and the query
+    has none as long as the gate is.
+    """
+    return module.param(name, logical(ones, ()), ()) if layout.is_additive else None
 
 
 def final_query(stack: nn.Module, steps: nn.Module) -> Callable[[Array, Array], Array]:
@@ -197,6 +202,13 @@ def sublayer_query(stack: nn.Module, steps: nn.Module, sublayer: int) -> Callabl
     params = nn.meta.unbox(steps.variables["params"].get(f"query_{position}", {}))
     params = jax.tree.map(lambda p: p[step], params)
     return stack.query(parent=None).bind({"params": params})
+
+
+def sublayer_gate(layout: Layout, steps: nn.Module, sublayer: int) -> Array | None:
+    """The gate of a sublayer's reader (0-based); None: it is not additive."""
+    step, position = divmod(sublayer, layout.sublayers_per_step)
+    gates = nn.meta.unbox(steps.variables["params"].get(f"gate_{position}"))
+    return None if gates is None else gates[step]
 
 
 def aggregate(

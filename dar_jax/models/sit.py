@@ -92,7 +92,7 @@ class SiT(nn.Module):
             stack = self.rival.stack(block, self.depth, self.remat, name="stack")
         elif self.layout is None:
             stack = ResidualStack(block, self.depth, self.remat, name="stack")
-        elif self.plain or self.layout.is_additive:
+        elif self.plain:
             fixed = self.frozen_weights, self.removed
             stack = PlainRoutedStack(block, self.layout, self.query, *fixed, name="stack")
         else:

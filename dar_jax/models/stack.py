@@ -15,9 +15,9 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from dar_jax.models.layers import constrain
+from dar_jax.models.layers import constrain, modulated_norm
 from dar_jax.models.numerics import keep_dense_outputs
-from dar_jax.models.plain_stack import final_query, first_inputs, plain_steps, sublayer_query
+from dar_jax.models.plain_stack import final_query, first_inputs, make_gate, plain_steps, sublayer_gate, sublayer_query
 from dar_jax.routing import (
     Execution,
     Layout,
@@ -96,9 +96,20 @@ def queries_per_read(layout: Layout, query: type[Query]) -> int:
 def make_taps(layout: Layout, query: type[Query], v_0: Array) -> list[tuple]:
     """Zeros in the shape of what the taps of the reads of a step get."""
     q = queries_per_read(layout, query)
-    aggregates = q * (jnp.zeros_like(v_0),)
-    tap = aggregates, jnp.zeros((q, *v_0.shape[:-1]), statistics_dtype(v_0))
+    num_aggregates = q + layout.is_additive
+    aggregates = num_aggregates * (jnp.zeros_like(v_0),)
+    tap = aggregates, jnp.zeros((num_aggregates, *v_0.shape[:-1]), statistics_dtype(v_0))
     return layout.sublayers_per_step // q * [tap] if query.reads_newest else [(*tap, aggregates)]
+
+
+def corrected(gate: Array, mean: Array, count: Array, known: tuple) -> Array:
+    """The state of an additive reader, `[B, T, D]`: the sum of its sources plus gate times what routing makes of them.
+
+    `mean` is that of the `count` filled rows, and `known` the arguments of `state`.
+    """
+    recent, wide = known[3], statistics_dtype(mean)
+    stream = sum((v.astype(wide) for v in recent), count * mean.astype(wide))
+    return constrain((stream + gate * state(*known)).astype(mean.dtype))
 
 
 class Reader:
@@ -110,14 +121,18 @@ class Reader:
       e_t: embedding of the time, `[B, D]`.
       history: what earlier steps wrote; `count` rows are filled, and `newest` is the last of them.
       taps: None, or of `make_taps`: then the history gets no cotangent (`read`).
+      gates: of additive readers, one for each sublayer; none of others. These need the mean of the rows, too, which a
+        query of zeros reads.
 
     Attributes:
       recent: the outputs written so far, `[B, T, D]` each.
       reads: the queries and log sums of the reads so far, queries in the type of the history.
     """
 
-    def __init__(self, how, queries: list[Query], size: int, e_t, history: History, count, newest, taps: list | None):
-        self.how, self.queries, self.size, self.e_t = how, queries, size, e_t
+    def __init__(
+        self, how, queries: list[Query], size: int, e_t, history: History, count, newest, taps: list | None, gates=()
+    ):
+        self.how, self.queries, self.size, self.e_t, self.gates = how, queries, size, e_t, gates
         self.history, self.count, self.newest, self.taps = history, count, newest, taps
         self.recent, self.norms, self.reads = (), (), []
 
@@ -127,12 +142,16 @@ class Reader:
         if i == 0:
             newest = self.recent[-1] if self.recent else self.newest
             u = tuple(query(self.e_t, newest) for query in self.queries[len(self.recent) :][: self.size])
+            u += (jnp.zeros_like(u[0]),) if self.gates else ()
             tap = self.taps[number] if self.taps else None
             sources = self.history.sources
             self.u, (self.aggregates, log_sum) = u, read(self.how, u, sources, self.history.inv_rms, self.count, tap)
             self.reads.append((tuple(x.astype(sources.dtype) for x in u), log_sum))  # as kernels take them
         log_sum = self.reads[-1][1]
         read_by_sublayer = self.u[i], self.aggregates[i], log_sum[i], self.recent, self.norms
+        if self.gates:
+            gate, mean = self.gates[len(self.recent)], self.aggregates[-1]
+            return constrain(modulated_norm(corrected(gate, mean, self.count, read_by_sublayer), shift, scale))
         x, self.recent = sublayer_input(self.how, *read_by_sublayer, shift, scale)
         return constrain(x)
 
@@ -143,13 +162,18 @@ class Reader:
 
 
 def read_history(
-    implementation: str, query, e_t: Array, history: History, recent: tuple[Array, ...], count: int
-) -> tuple:
-    """The arguments of `sublayer_input` or `state` for a reader of the first `count` rows and the recent outputs."""
-    u = query(e_t, recent[-1] if recent else history.sources[count - 1])
+    implementation: str, is_additive: bool, query, e_t: Array, history: History, recent: tuple[Array, ...], count: int
+) -> tuple[tuple, Array]:
+    """The arguments of `sublayer_input` or `state` for a reader of the first `count` rows and the recent outputs.
+
+    And the last aggregate of the read, `[B, T, D]`, which is the mean of these rows if the reader is additive.
+    """
+    u = (query(e_t, recent[-1] if recent else history.sources[count - 1]),)
+    u += (jnp.zeros_like(u[0]),) if is_additive else ()
     how = execution(implementation, count)
-    (aggregate,), (log_sum,) = read(how, (u,), history.sources, history.inv_rms, jnp.int32(count))
-    return how, u, aggregate, log_sum, recent, tuple(inverse_rms(v) for v in recent)
+    aggregates, log_sum = read(how, u, history.sources, history.inv_rms, jnp.int32(count))
+    known = how, u[0], aggregates[0], log_sum[0], recent, tuple(inverse_rms(v) for v in recent)
+    return known, aggregates[-1]
 
 
 class RoutedStep(nn.Module):
@@ -171,8 +195,10 @@ class RoutedStep(nn.Module):
         how = execution(self.implementation, self.layout.mean_count)
         blocks = [self.block(name=f"block_{i}") for i in range(self.layout.sublayers_per_step // 2)]
         queries = [self.query(name=f"query_{j}") for j in range(self.layout.sublayers_per_step)]
+        gates = [make_gate(self, self.layout, f"gate_{j}") for j in range(self.layout.sublayers_per_step)]
+        gates = gates if self.layout.is_additive else ()
         size, count = queries_per_read(self.layout, self.query), self.layout.count(index)
-        reader = Reader(how, queries, size, e_t, history, count, newest, taps)
+        reader = Reader(how, queries, size, e_t, history, count, newest, taps, gates)
         for branch, shift, scale, gate in (branch for block in blocks for branch in block.branches(condition)):
             reader.write(branch(reader.read(shift, scale), gate))
         return reader.recent, reader.reads
@@ -205,15 +231,20 @@ class RoutedStack(nn.Module):
             run = Run(step, self.remat, keeps)
             history = run_steps(run, steps.variables["params"], v_0, condition, e_t)
 
-        look = partial(read_history, self.implementation)
-        recent = history.recent if layout.final_set.sees_outputs else ()
-        read_by_head = look(final_query(self, steps), e_t, history, recent, layout.num_final_rows)
-        x = constrain(sublayer_input(*read_by_head, shift, scale)[0])
-        reads_by_blocks = [
-            look(sublayer_query(self, steps, 2 * k), e_t, history, kept, count)
-            for k, kept, (count, _, _) in zip(hidden_at, history.kept, places, strict=True)
-        ]
-        return x, tuple(constrain(state(*found[1:])) for found in reads_by_blocks)
+        look = partial(read_history, self.implementation, layout.is_additive)
+        recent, count = history.recent if layout.final_set.sees_outputs else (), layout.num_final_rows
+        known, mean = look(final_query(self, steps), e_t, history, recent, count)
+        gate = make_gate(self, layout, "final_gate")
+        if gate is None:
+            x = constrain(sublayer_input(*known, shift, scale)[0])
+        else:
+            x = constrain(modulated_norm(corrected(gate, mean, count, known[1:]), shift, scale))
+        hidden = []
+        for k, kept, (count, _, _) in zip(hidden_at, history.kept, places, strict=True):
+            known, mean = look(sublayer_query(self, steps, 2 * k), e_t, history, kept, count)
+            gate = sublayer_gate(layout, steps, 2 * k)
+            hidden.append(constrain(state(*known[1:])) if gate is None else corrected(gate, mean, count, known[1:]))
+        return x, tuple(hidden)
 
 
 class Run(NamedTuple):
@@ -343,7 +374,7 @@ def read_cotangents(
         return tuple(query(parent=None).apply({"params": own.get(name, {})}, e_t, None) for name in names)
 
     u, vjp = jax.vjp(queries, own, e_t)
-    d_own, d_e = vjp(tuple(d.astype(x.dtype) for d, x in zip(d_u, u, strict=True)))
+    d_own, d_e = vjp(tuple(d.astype(x.dtype) for d, x in zip(d_u[: len(u)], u, strict=True)))
     added = {name: jax.tree.map(jnp.add, d_params[name], d) for name, d in d_own.items()}
     return d_sources, {**d_params, **added}, d_e_t + d_e
 

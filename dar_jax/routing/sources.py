@@ -58,7 +58,7 @@ class Layout:
       summary: one of `SUMMARIES`: a chunk is summarised by its last output or by the sum of its outputs.
       final: one of `FINALS`: the sources of the head's aggregator.
       is_additive: whether a reader reads the sum of its sources plus a gate times what routing makes of them, which is
-        the residual stream and a correction; of a plain stack alone. Its sources then hold every output.
+        the residual stream and a correction. Its sources then hold every output.
     """
 
     depth: int

@@ -2,7 +2,8 @@
 
 LayerNorm(x / c) = LayerNorm(x) up to its epsilon, and every sublayer and the head begin with one that is scale-free.
 Uniform routing over all earlier outputs, or over chunk sums and the current chunk's outputs, hands on the residual
-stream divided by the number of sources, so the pretrained weights compute what they did.
+stream divided by the number of sources, so the pretrained weights compute what they did. An additive reader adds that
+to the stream itself, which is longer then, and nothing else.
 
 Routing is uniform where the folded query u = q * g / sqrt(D) is zero (queries.py). In a fresh model q = 0 and the
 norm's scale g = 1. A query that adds e(t) is zero only in a fresh model: here the timestep embedder is trained, and
@@ -39,7 +40,7 @@ def warm_start(params: dict, layout: Layout, query: type[Query]) -> dict:
 
     Returns:
       The params tree of the routed model: block i of every step is stacked `[num_steps, ...]` in
-      stack/steps/block_i, aggregator j in stack/steps/query_j.
+      stack/steps/block_i, aggregator j in stack/steps/query_j, and the gate of an additive one in stack/steps/gate_j.
     """
     stacked = params["stack"]["steps"]["block_0"]
     num_steps, blocks_per_step = layout.num_steps, layout.sublayers_per_step // 2
@@ -51,6 +52,9 @@ def warm_start(params: dict, layout: Layout, query: type[Query]) -> dict:
     steps = {f"block_{i}": block(i) for i in range(blocks_per_step)}
     steps |= {f"query_{j}": _stack(aggregator, num_steps) for j in range(layout.sublayers_per_step)}
     stack = {"steps": steps} | ({"final_query": aggregator} if layout.final_set.has_query else {})
+    if layout.is_additive:
+        steps |= {f"gate_{j}": jnp.ones(num_steps) for j in range(layout.sublayers_per_step)}
+        stack["final_gate"] = jnp.ones(())
     return {**params, "stack": stack}
 
 

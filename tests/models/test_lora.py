@@ -46,6 +46,7 @@ CASES = [
     ("sit", None, "dense"),
     ("sit", ROUTED, "block"),
     pytest.param("sit", {**ROUTED, "chunk_size": 4, "query": "dynamic"}, "dense", marks=pytest.mark.slow),
+    ("sit", {**ROUTED, "kind": "delta"}, "block"),
     pytest.param("mmdit", None, "block", marks=pytest.mark.slow),
     ("mmdit", {**ROUTED, "streams": "both"}, "block"),
     pytest.param("mmdit", {**ROUTED, "query": "dynamic"}, "dense", marks=pytest.mark.slow),
@@ -86,6 +87,7 @@ def test_gradients_equal_those_of_merged_kernels(family, routing, remat):
         wanted, expected = gradient(plain, merged)
         np.testing.assert_allclose(prediction, expected, rtol=1e-9, atol=1e-10)
         leaves = traverse_util.flatten_dict(found, sep="/")
+        assert any("gate" in path for path in leaves) == bool(routing and routing["kind"] == "delta")
         whole = max(np.abs(g).max() for g in leaves.values())
         for (path, g), w in zip(leaves.items(), traverse_util.flatten_dict(wanted).values(), strict=True):
             np.testing.assert_allclose(g, w, rtol=1e-7, atol=1e-12 * whole, err_msg=path)

@@ -54,6 +54,10 @@ CASES = [  # query, structure, remat, hidden_at: at the start of a chunk, within
     ("dynamic", {"chunk_size": 4, "summary": "sum"}, "dense", (3, 2)),
     pytest.param("timed_dynamic", {"chunk_size": 1, "final": "summaries"}, "dense", (1,), marks=pytest.mark.slow),
     ("timed_dynamic", {"chunk_size": 2}, "block", ()),
+    ("static", {"kind": "delta", "chunk_size": 4, "summary": "sum"}, "dense", (3, 2)),
+    ("static_t", {"kind": "delta", "chunk_size": 1, "final": "shared"}, "block", (1,)),
+    ("dynamic", {"kind": "delta", "chunk_size": 2, "summary": "sum", "final": "summaries"}, "dense", (1,)),
+    pytest.param("dynamic", {"kind": "delta", "chunk_size": 1}, "block", (2,), marks=pytest.mark.slow),
 ]
 
 

@@ -207,10 +207,12 @@ def test_values_and_gradients_over_300_shapes(flavour, dtype, case):
     check_sublayer_input(flavour, dtype, case)
 
 
-@pytest.mark.parametrize(("query", "shape"), [
-    ("static_t", (1, 1, 1)), ("dynamic", (1, 1, 1)), ("static_t", (2, 2, 2)), ("dynamic", (2, 1, 4))
+@pytest.mark.parametrize(("query", "shape", "layout"), [
+    ("static_t", (1, 1, 1), Layout(4, 4)), ("dynamic", (1, 1, 1), Layout(4, 4)),
+    ("static_t", (2, 2, 2), Layout(4, 4)), ("dynamic", (2, 1, 4), Layout(4, 4)),
+    ("static", (2, 2, 2), Layout(4, 4, "sum", is_additive=True)),
 ])  # fmt: skip
-def test_stack_with_kernels_equals_the_plain_one(query, shape):
+def test_stack_with_kernels_equals_the_plain_one(query, shape, layout):
     """Gradients of a whole stack, on one device and split over a mesh: a kernel sees its samples and tokens only."""
     block = functools.partial(Block, 8, 2, 2.0, Arithmetic(jnp.float32))
     rng = np.random.default_rng(0)
@@ -219,7 +221,7 @@ def test_stack_with_kernels_equals_the_plain_one(query, shape):
     mesh = make_mesh(ConfigDict(dict(zip(AXES, shape, strict=True))), jax.devices()[: math.prod(shape)])
 
     def gradients(implementation):
-        stack = RoutedStack(block, Layout(4, 4), QUERIES[query], implementation, "block")
+        stack = RoutedStack(block, layout, QUERIES[query], implementation, "block")
         abstract = nn.meta.unbox(jax.eval_shape(stack.init, jax.random.key(1), *inputs)["params"])
         rng = np.random.default_rng(1)
         params = jax.tree.map(lambda p: jnp.asarray(rng.normal(size=p.shape) * 0.4, jnp.float32), abstract)

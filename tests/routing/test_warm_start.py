@@ -72,6 +72,8 @@ EXACT = [
     ("dynamic", {"chunk_size": 2, "summary": "sum", "final": "shared"}),
     ("static", {"chunk_size": 4, "summary": "sum", "final": "summaries"}),
     ("static_t", {"chunk_size": 8}),  # one chunk: no summary of an unfinished history
+    ("delta", {"chunk_size": 4}),
+    ("delta", {"chunk_size": 1, "query": "dynamic", "final": "shared"}),
 ]
 INEXACT = [("static", {"chunk_size": 4}), ("dynamic", {"chunk_size": 8, "final": "summaries"})]
 
@@ -111,6 +113,30 @@ def test_routing_can_leave_the_warm_start(query):
     queries = lambda tree: {k: v for k, v in tree["stack"]["steps"].items() if k.startswith("query_")}  # noqa: E731
     for before, after in zip(jax.tree.leaves(queries(start)), jax.tree.leaves(queries(params)), strict=True):
         assert np.all(np.isfinite(after)) and np.any(before[1:] != after[1:])
+
+
+def test_a_correction_can_leave_the_mean():
+    """In a warm-started delta all queries that read several sources have gradients, and after a step all gates."""
+    model = models.build(tiny("delta", chunk_size=4).model)
+    params = warm_start(residual_params(), model.layout, model.query)
+    fresh = nn.meta.unbox(jax.jit(model.init)(jax.random.key(0), X, T, Y)["params"]["stack"])
+    for name in ("gate_0", "gate_3"):
+        np.testing.assert_array_equal(fresh["steps"][name], params["stack"]["steps"][name])
+    assert fresh["final_gate"] == params["stack"]["final_gate"]
+    probe = jax.random.normal(jax.random.key(2), X.shape)
+    gradient = jax.jit(jax.grad(lambda p: jnp.sum(probe * model.apply({"params": p}, X, T, Y).prediction)))
+
+    def of_readers(tree, name):
+        leaves = [leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree["stack"]) if name(str(path))]
+        return np.concatenate(
+            [np.abs(leaf).reshape(len(leaf) if leaf.ndim == 2 else leaf.size, -1).max(1) for leaf in leaves]
+        )
+
+    gradients = gradient(params)
+    queries = of_readers(gradients, lambda path: "query_" in path and "weight" in path)
+    assert np.sum(queries > 1e-2) == len(queries) - 1  # the first reader has one source, which it takes anyway
+    moved = gradient(jax.tree.map(lambda p, g: p - 1e-3 * jnp.sign(g), params, gradients))
+    assert np.sum(of_readers(moved, lambda path: "gate" in path) > 5e-5) == len(queries)
 
 
 def digits(variant, steps, **routing):
