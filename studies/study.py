@@ -110,7 +110,7 @@ def main(study: Study) -> None:
                 path, figure = root / path.name, root / figure.name
                 print(f"stopped after {MINUTES.value:g} minutes; the same command goes on", flush=True)
             else:
-                kept = _kept(path, "pace") | kept
+                kept = _kept(path, "pace", "paced_on") | kept
             if not kept["curves"] and (failed or not machine.stopped.is_set()):
                 named = f", and the log.txt of those that failed: {', '.join(failed)}" if failed else ""
                 sys.exit(f"error: no run of {study.name} has ended; see {root}{named}.")
@@ -118,7 +118,8 @@ def main(study: Study) -> None:
                 return
             path.write_text(json.dumps(kept, indent=1) + "\n")
         if PACE.value:
-            path.write_text(json.dumps(_kept(path) | {"pace": pace(study, PACE.value)}, indent=1) + "\n")
+            paced = {"pace": pace(study, PACE.value), "paced_on": _this_machine()}
+            path.write_text(json.dumps(_kept(path) | paced, indent=1) + "\n")
         if not path.exists():
             sys.exit(f"error: {path} is not there; name the directory of the runs with --root.")
         kept = json.loads(path.read_text())
@@ -138,6 +139,18 @@ def _kept(path: pathlib.Path, *names: str) -> dict:
     """What is kept of a study, or those parts of it."""
     kept = json.loads(path.read_text()) if path.exists() else {}
     return {name: value for name, value in kept.items() if name in names or not names}
+
+
+def _commit() -> str:
+    return subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
+
+
+def _this_machine() -> str:
+    """Date, devices, version of jax and commit of what is measured now."""
+    import jax
+
+    device = f"{os.cpu_count()} cores" if jax.default_backend() == "cpu" else jax.devices()[0].device_kind
+    return f"{time.strftime('%Y-%m-%d')}, {device}, jax {jax.__version__}, commit {_commit()}"
 
 
 class Machine:
@@ -314,8 +327,7 @@ def collect(study: Study, root: pathlib.Path, failed: Sequence[str] = ()) -> dic
             steps, scores = curves[name][str(seed)], sets["samples"]
             found = {metric: round(scores[metric], 5) for metric in study.metrics if metric in scores}
             steps[max(steps, key=int)].update(found)
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
-    kept = {"commit": commit, "shared": list(study.shared), "failed": list(failed), "unfinished": unfinished}
+    kept = {"commit": _commit(), "shared": list(study.shared), "failed": list(failed), "unfinished": unfinished}
     return kept | {"seconds": seconds, "curves": curves}
 
 
