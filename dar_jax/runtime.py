@@ -69,12 +69,15 @@ def keep_freed_memory() -> None:
 
 
 def give_devices_threads() -> None:
-    """Gives XLA two threads for each device that XLA_FLAGS makes of a CPU, unless PJRT_NPROC says how many.
+    """Gives XLA two threads for each device that the environment makes of a CPU, unless PJRT_NPROC says how many.
 
-    By default it has one per core. Devices wait for each other on these threads, and when all of them wait, the devices
+    XLA_FLAGS may make several, and JAX_NUM_CPU_DEVICES, which jax puts first.
+
+    By default XLA has one per core. Devices wait for each other on these threads, and when all of them wait, the devices
     that they wait for cannot run. To be called before jax starts threads.
     """
     forced = re.findall(r"--xla_force_host_platform_device_count=(\d+)", os.environ.get("XLA_FLAGS", ""))
+    forced += re.findall(r"^\d+$", os.environ.get("JAX_NUM_CPU_DEVICES", ""))
     if forced:
         os.environ.setdefault("PJRT_NPROC", str(max(2 * int(forced[-1]), os.cpu_count() or 1)))
 

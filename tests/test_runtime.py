@@ -77,6 +77,12 @@ def test_compiled_programs_are_kept_unless_told_where(start, monkeypatch):
 
 def test_devices_of_a_cpu_have_threads_to_wait_on(start, monkeypatch):
     """With fewer, the collectives of a step wait for each other forever once in some ten runs on two cores."""
+    monkeypatch.setenv("JAX_NUM_CPU_DEVICES", "998")
+    monkeypatch.setenv("XLA_FLAGS", "--xla_force_host_platform_device_count=999")
+    monkeypatch.delenv("PJRT_NPROC", raising=False)
+    start("off", {})
+    assert os.environ["PJRT_NPROC"] == "1996"
+    monkeypatch.delenv("JAX_NUM_CPU_DEVICES")
     for flags_of_xla, own, threads in (
         ("--xla_force_host_platform_device_count=999", None, "1998"),
         ("--xla_force_host_platform_device_count=2 --xla_force_host_platform_device_count=999", None, "1998"),

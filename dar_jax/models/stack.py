@@ -195,8 +195,7 @@ class RoutedStep(nn.Module):
         how = execution(self.implementation, self.layout.mean_count)
         blocks = [self.block(name=f"block_{i}") for i in range(self.layout.sublayers_per_step // 2)]
         queries = [self.query(name=f"query_{j}") for j in range(self.layout.sublayers_per_step)]
-        gates = [make_gate(self, self.layout, f"gate_{j}") for j in range(self.layout.sublayers_per_step)]
-        gates = gates if self.layout.is_additive else ()
+        gates = [make_gate(self, self.layout, f"gate_{j}") for j in range(len(queries)) if self.layout.is_additive]
         size, count = queries_per_read(self.layout, self.query), self.layout.count(index)
         reader = Reader(how, queries, size, e_t, history, count, newest, taps, gates)
         for branch, shift, scale, gate in (branch for block in blocks for branch in block.branches(condition)):
