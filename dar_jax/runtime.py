@@ -73,8 +73,8 @@ def give_devices_threads() -> None:
 
     XLA_FLAGS may make several, and JAX_NUM_CPU_DEVICES, which jax puts first.
 
-    By default XLA has one per core. Devices wait for each other on these threads, and when all of them wait, the devices
-    that they wait for cannot run. To be called before jax starts threads.
+    By default XLA has one per core. Devices wait for each other on these threads, and when all of them wait, the
+    devices that they wait for cannot run. To be called before jax starts threads.
     """
     forced = re.findall(r"--xla_force_host_platform_device_count=(\d+)", os.environ.get("XLA_FLAGS", ""))
     forced += re.findall(r"^\d+$", os.environ.get("JAX_NUM_CPU_DEVICES", ""))

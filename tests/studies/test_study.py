@@ -19,6 +19,7 @@ import chunk_size  # noqa: E402
 import distil  # noqa: E402
 import distil_emoji  # noqa: E402
 import does_it_help  # noqa: E402
+import longer  # noqa: E402
 import new_seeds  # noqa: E402
 import prediction  # noqa: E402
 import repa  # noqa: E402
@@ -237,6 +238,7 @@ PAGES = (
     (distil_emoji.STUDY, "distil"),
     (does_it_help.STUDY, "does_it_help"),
     (new_seeds.STUDY, "does_it_help"),
+    (longer.STUDY, "does_it_help"),
     (chunk_size.STUDY, "does_it_help"),
     (prediction.STUDY, "does_it_help"),
 )
