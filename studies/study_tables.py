@@ -179,7 +179,7 @@ def all_tables(study: Study, kept: Mapping) -> list[str]:
     if study.targets:
         found.append(target_table(study, kept))
     if "pace" in kept:
-        found += [f"Steps timed on {kept['paced_on']}", time_table(study, kept)]
+        found += [f"Steps timed on {kept.get('paced_on', 'a machine that was not named')}", time_table(study, kept)]
     for which in ("failed", "unfinished"):
         if kept.get(which):
             found.append(f"{which.capitalize()}: {', '.join(kept[which])}")

@@ -166,7 +166,8 @@ def fused_streams(
     _, image = run_steps(Run(step, remat, keeps), stacked, *inputs)
 
     def look(query, recent: tuple[Array, ...], count: int) -> Array:
-        return constrain(state(*read_history(step.implementation, False, query, e_t, image, recent, count)[0][1:]))
+        known, _ = read_history(step.implementation, False, query, e_t, image, recent, count)
+        return constrain(state(*known))
 
     recent = image.recent if layout.final_set.sees_outputs else ()
     h = look(final_query, recent, layout.num_final_rows)

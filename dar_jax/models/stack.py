@@ -102,14 +102,33 @@ def make_taps(layout: Layout, query: type[Query], v_0: Array) -> list[tuple]:
     return layout.sublayers_per_step // q * [tap] if query.reads_newest else [(*tap, aggregates)]
 
 
-def corrected(gate: Array, mean: Array, count: Array, known: tuple) -> Array:
-    """The state of an additive reader, `[B, T, D]`: the sum of its sources plus gate times what routing makes of them.
+def with_mean(u: tuple[Array, ...], is_additive: bool) -> tuple[Array, ...]:
+    """The queries of a read, with one of zeros for additive readers, who need the mean of the rows: its aggregate."""
+    return (*u, jnp.zeros_like(u[0])) if is_additive else u
 
-    `mean` is that of the `count` filled rows, and `known` the arguments of `state`.
+
+def state_of_reader(gate: Array | None, mean: Array, count: Array, known: tuple) -> Array:
+    """The state of a reader, `[B, T, D]`: what routing makes of its sources, or their sum plus gate times that.
+
+    `mean` is that of the `count` filled rows, which only a reader with a gate needs, and `known` the arguments of
+    `state`.
     """
+    if gate is None:
+        return constrain(state(*known))
     recent, wide = known[3], statistics_dtype(mean)
     stream = sum((v.astype(wide) for v in recent), count * mean.astype(wide))
     return constrain((stream + gate * state(*known)).astype(mean.dtype))
+
+
+def reader_input(
+    how: Execution, gate: Array | None, mean: Array, count: Array, known: tuple, shift: Array, scale: Array
+) -> tuple[Array, tuple[Array, ...]]:
+    """As `sublayer_input`, with its kernels for a reader without a gate; gate, mean, count and known as above."""
+    if gate is None:
+        x, recent = sublayer_input(how, *known, shift, scale)
+    else:
+        x, recent = modulated_norm(state_of_reader(gate, mean, count, known), shift, scale), known[3]
+    return constrain(x), recent
 
 
 class Reader:
@@ -121,8 +140,7 @@ class Reader:
       e_t: embedding of the time, `[B, D]`.
       history: what earlier steps wrote; `count` rows are filled, and `newest` is the last of them.
       taps: None, or of `make_taps`: then the history gets no cotangent (`read`).
-      gates: of additive readers, one for each sublayer; none of others. These need the mean of the rows, too, which a
-        query of zeros reads.
+      gates: of additive readers, one for each sublayer; none of others.
 
     Attributes:
       recent: the outputs written so far, `[B, T, D]` each.
@@ -142,18 +160,16 @@ class Reader:
         if i == 0:
             newest = self.recent[-1] if self.recent else self.newest
             u = tuple(query(self.e_t, newest) for query in self.queries[len(self.recent) :][: self.size])
-            u += (jnp.zeros_like(u[0]),) if self.gates else ()
+            u = with_mean(u, bool(self.gates))
             tap = self.taps[number] if self.taps else None
             sources = self.history.sources
             self.u, (self.aggregates, log_sum) = u, read(self.how, u, sources, self.history.inv_rms, self.count, tap)
             self.reads.append((tuple(x.astype(sources.dtype) for x in u), log_sum))  # as kernels take them
         log_sum = self.reads[-1][1]
         read_by_sublayer = self.u[i], self.aggregates[i], log_sum[i], self.recent, self.norms
-        if self.gates:
-            gate, mean = self.gates[len(self.recent)], self.aggregates[-1]
-            return constrain(modulated_norm(corrected(gate, mean, self.count, read_by_sublayer), shift, scale))
-        x, self.recent = sublayer_input(self.how, *read_by_sublayer, shift, scale)
-        return constrain(x)
+        gate, mean = self.gates[len(self.recent)] if self.gates else None, self.aggregates[-1]
+        x, self.recent = reader_input(self.how, gate, mean, self.count, read_by_sublayer, shift, scale)
+        return x
 
     def write(self, output: Array) -> None:
         """Takes the output of the sublayer that has just read."""
@@ -164,15 +180,14 @@ class Reader:
 def read_history(
     implementation: str, is_additive: bool, query, e_t: Array, history: History, recent: tuple[Array, ...], count: int
 ) -> tuple[tuple, Array]:
-    """The arguments of `sublayer_input` or `state` for a reader of the first `count` rows and the recent outputs.
+    """The arguments of `state` for a reader of the first `count` rows and the recent outputs.
 
     And the last aggregate of the read, `[B, T, D]`, which is the mean of these rows if the reader is additive.
     """
-    u = (query(e_t, recent[-1] if recent else history.sources[count - 1]),)
-    u += (jnp.zeros_like(u[0]),) if is_additive else ()
-    how = execution(implementation, count)
-    aggregates, log_sum = read(how, u, history.sources, history.inv_rms, jnp.int32(count))
-    known = how, u[0], aggregates[0], log_sum[0], recent, tuple(inverse_rms(v) for v in recent)
+    u = with_mean((query(e_t, recent[-1] if recent else history.sources[count - 1]),), is_additive)
+    rows = history.sources, history.inv_rms, jnp.int32(count)
+    aggregates, log_sum = read(execution(implementation, count), u, *rows)
+    known = u[0], aggregates[0], log_sum[0], recent, tuple(inverse_rms(v) for v in recent)
     return known, aggregates[-1]
 
 
@@ -233,16 +248,13 @@ class RoutedStack(nn.Module):
         look = partial(read_history, self.implementation, layout.is_additive)
         recent, count = history.recent if layout.final_set.sees_outputs else (), layout.num_final_rows
         known, mean = look(final_query(self, steps), e_t, history, recent, count)
-        gate = make_gate(self, layout, "final_gate")
-        if gate is None:
-            x = constrain(sublayer_input(*known, shift, scale)[0])
-        else:
-            x = constrain(modulated_norm(corrected(gate, mean, count, known[1:]), shift, scale))
+        gate, how = make_gate(self, layout, "final_gate"), execution(self.implementation, count)
+        x, _ = reader_input(how, gate, mean, count, known, shift, scale)
         hidden = []
         for k, kept, (count, _, _) in zip(hidden_at, history.kept, places, strict=True):
             known, mean = look(sublayer_query(self, steps, 2 * k), e_t, history, kept, count)
             gate = sublayer_gate(layout, steps, 2 * k)
-            hidden.append(constrain(state(*known[1:])) if gate is None else corrected(gate, mean, count, known[1:]))
+            hidden.append(state_of_reader(gate, mean, count, known))
         return x, tuple(hidden)
 
 
